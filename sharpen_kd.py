@@ -1,0 +1,1547 @@
+"""sharpen_kd: distil a Restormer teacher into a student that sharpens video-call frames.
+
+    python sharpen_kd.py train                       # GoPro_dataset/, or scikit-image's pictures
+    python sharpen_kd.py eval --checkpoint CK        # PSNR and SSIM, for each category
+    python sharpen_kd.py fps                         # milliseconds a frame, 512x512 and 1080p
+    python sharpen_kd.py sharpen input.png           # also folders; any size, any Pillow format
+
+Two more prepare the ground: `prepare` makes blurred/sharp pairs from sharp pictures, and `teacher`
+trains a compact Restormer where the published weights do not suit the blur. Every flag is in
+`python sharpen_kd.py COMMAND --help`.
+
+The sections follow the data: configuration, pictures and datasets, teacher, student, losses,
+inference, training, evaluation, speed, command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import csv
+import dataclasses
+import json
+import math
+import os
+import re
+import signal
+import statistics
+import sys
+import time
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageCms, ImageDraw, ImageFilter, ImageOps
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import functional as TF
+from tqdm import tqdm
+
+from Restormer.basicsr.models.archs.restormer_arch import Restormer
+
+HERE = Path(__file__).resolve().parent
+OFFICIAL_TEACHER = HERE / "Restormer/Motion_Deblurring/pretrained_models/motion_deblurring.pth"
+COMPACT_TEACHER = HERE / "model_checkpoints/teacher.pth"
+SHIPPED_STUDENT = HERE / "model_checkpoints/student.pth"
+
+# ---------------------------------------------------------------------------------------------------
+# Configuration: one dataclass a command; its fields are the command's flags (see `build_parser`)
+
+
+class UserError(Exception):
+    """Something the user can mend; shown as one line naming the file or flag, exit status 2."""
+
+
+def flag(default: object, text: str, **extra: object):
+    """A dataclass field that is also a command-line flag, with its one-line meaning."""
+    return field(default=default, metadata={"help": text, **extra})
+
+
+@dataclass
+class DeviceConfig:
+    device: str = flag("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps", "xpu"))
+    threads: int = flag(0, "CPU threads; 0 leaves PyTorch's choice")
+
+
+@dataclass
+class PrepareConfig:
+    """Write blurred/sharp pairs of the xS protocol: shrink and enlarge each picture, both bicubic."""
+
+    sharp_dir: Path = flag(Path(), "folder of sharp pictures; its sub-folders are categories", positional=1)
+    split: str = flag("train", "which half of the dataset to write", choices=("train", "test"))
+    data_root: Path = flag(HERE / "GoPro_dataset", "dataset folder to write into")
+    scale: tuple[float, ...] = flag((2.0,), "down-scaling factors; each picture draws one of them")
+    extra_blur: float = flag(0.0, "largest sigma of an extra Gaussian blur, drawn from 0 to this")
+    seed: int = flag(0, "seed of the draws")
+
+
+@dataclass
+class FitConfig(DeviceConfig):
+    """What every training run needs, of the student or of the teacher."""
+
+    data_root: Path = flag(HERE / "GoPro_dataset", "dataset folder, with train/ in it")
+    run_dir: Path = flag(HERE / "model_checkpoints/run", "folder for last.pth, best.pth and log.csv")
+    resume: bool = flag(False, "continue the run in --run-dir, with its own settings")
+    overwrite: bool = flag(False, "start anew in a --run-dir that holds a run already")
+    init: Path | None = flag(None, "checkpoint whose weights the run starts from")
+    epochs: int = flag(50, "passes over the training pairs")
+    max_steps: int = flag(0, "stop after this many optimiser steps; 0 for no limit")
+    image_size: int = flag(512, "side of the random training crop in pixels, a multiple of 16")
+    batch_size: int = flag(1, "crops a forward pass, for each process")
+    gradient_accumulation_steps: int = flag(4, "forward passes an optimiser step")
+    learning_rate: float = flag(2e-4, "Adam's peak learning rate")
+    restart_epochs: int = flag(10, "T_0: epochs of the first cosine cycle; each next is twice as long")
+    min_learning_rate: float = flag(1e-6, "eta_min: where each cosine cycle ends")
+    clip_norm: float = flag(1.0, "largest gradient norm; 0 for no clipping")
+    ema_decay: float = flag(0.999, "decay of the averaged weights, reached after a warm-up")
+    blur_probability: float = flag(1.0, "share of crops blurred further (3x3, sigma 0.1 to 2.0)")
+    validation_fraction: float = flag(0.05, "share of the training pairs held out for validation")
+    validate_every: int = flag(5, "epochs between validations")
+    precision: str = flag(
+        "auto", "auto is bf16 autocast on CUDA, float32 elsewhere", choices=("auto", "float32", "bf16")
+    )
+    workers: int = flag(2, "processes that load pictures")
+    cache: bool = flag(False, "decode every picture once and keep it in memory")
+    seed: int = flag(0, "seed of the initial weights, order and crops")
+
+
+@dataclass
+class TrainConfig(FitConfig):
+    """Distil the teacher into a student; without a dataset, on scikit-image's own pictures."""
+
+    base_channels: int = flag(256, "c of the stage widths c/4, c/2, c, 2c, 3c")
+    stem_stride: int = flag(4, "space-to-depth factor before the first stage", choices=(1, 2, 4))
+    widths: tuple[int, ...] | None = flag(None, "the five stage widths, instead of --base-channels")
+    teacher_weights: Path | None = flag(
+        None, "Restormer weight file of any size (default: the official motion_deblurring.pth)"
+    )
+    lambda_reconstruction: float = flag(1.0, "weight of L1 to the sharp picture")
+    lambda_perceptual: float = flag(0.01, "weight of VGG19 features against the teacher's output")
+    lambda_feature: float = flag(1.0, "weight of L1 to the teacher's projected features")
+    lambda_kl: float = flag(0.01, "weight of KL divergence to the teacher's soft output")
+    lambda_ssim: float = flag(10.0, "weight of 1 - SSIM to the sharp picture")
+    temperature: float = flag(4.0, "T of the soft outputs")
+    log_gradients: int = flag(0, "log each term's share of the gradient every N steps; 0 for never")
+
+
+@dataclass
+class TeacherConfig(FitConfig):
+    """Train a Restormer of any size on the dataset (L1); best.pth is a --teacher-weights file."""
+
+    dim: int = flag(16, "channels of the first level")
+    num_blocks: tuple[int, ...] = flag((1, 2, 2, 3), "transformer blocks of the four levels")
+    num_refinement_blocks: int = flag(1, "blocks of the last stage")
+    heads: tuple[int, ...] = flag((1, 2, 4, 8), "attention heads of the four levels")
+    ffn_expansion_factor: float = flag(2.66, "hidden width of the feed-forward layers")
+    image_size: int = flag(128, "side of the random training crop in pixels, a multiple of 16")
+    batch_size: int = flag(8, "crops a forward pass, for each process")
+    gradient_accumulation_steps: int = flag(1, "forward passes an optimiser step")
+
+
+@dataclass
+class SharpenConfig(DeviceConfig):
+    """Sharpen pictures: files, or folders with everything in them."""
+
+    inputs: tuple[Path, ...] = flag((), "pictures or folders", positional="+")
+    output: Path | None = flag(
+        None, "file or folder to write (default: inference_samples/STEM_sharpened.png)", short="-o"
+    )
+    checkpoint: Path = flag(SHIPPED_STUDENT, "student checkpoint; it carries its configuration")
+    tile: int = flag(512, "side of the tiles in pixels; 0 takes the picture whole")
+    overlap: int = flag(64, "pixels shared by neighbouring tiles")
+    strength: float = flag(1.0, "scale of the student's correction; 0 returns the input")
+
+
+@dataclass
+class EvalConfig(DeviceConfig):
+    """Average PSNR and SSIM of input, student and teacher over a split and for each category."""
+
+    checkpoint: Path = flag(SHIPPED_STUDENT, "student checkpoint")
+    data_root: Path = flag(HERE / "GoPro_dataset", "dataset folder")
+    split: str = flag("test", "which half of the dataset to read", choices=("train", "test"))
+    resize: int = flag(0, "resize every pair to this square first (the report: 512); 0 keeps them whole")
+    tile: int = flag(512, "side of the student's tiles in pixels; 0 takes pictures whole")
+    overlap: int = flag(64, "pixels shared by neighbouring tiles")
+    teacher: bool = flag(False, "score the teacher too")
+    teacher_weights: Path | None = flag(None, "the teacher's weight file (default: as in train)")
+    save_images: bool = flag(False, "write the student's pictures and a few side-by-side ones")
+    output_dir: Path = flag(
+        HERE / "inference_samples/sharpened_test_outputs", "folder for scores.csv and the pictures"
+    )
+    json: Path | None = flag(None, "write the averages to this file")
+
+
+@dataclass
+class FpsConfig(DeviceConfig):
+    """Milliseconds a frame, on pictures: 512x512 whole and 1920x1080 in tiles."""
+
+    checkpoint: Path | None = flag(None, "student checkpoint (default: the shipped one)")
+    base_channels: int = flag(0, "time an untrained student of this size instead (the report: 256)")
+    stem_stride: int = flag(4, "its stem stride", choices=(1, 2, 4))
+    precision: str = flag("float32", "arithmetic of the network", choices=("float32", "bf16"))
+    warmup: int = flag(3, "frames before timing starts")
+    frames: int = flag(20, "frames timed")
+    json: Path | None = flag(None, "write the rows to this file")
+
+
+def pick_device(config: DeviceConfig) -> torch.device:
+    """The device a command computes on; `auto` takes an accelerator where there is one."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "xpu": hasattr(torch, "xpu") and torch.xpu.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if config.device == "auto":
+        return torch.device(next(name for name, there in available.items() if there))
+    if not available[config.device]:
+        raise UserError(f"--device {config.device}: PyTorch finds none here; use --device auto")
+    return torch.device(config.device)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Pictures and datasets
+
+READABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises
+
+
+def open_picture(path: Path) -> Image.Image:
+    """The decoded picture at `path`, in its own mode; UserError if Pillow cannot read it."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except READABLE as error:
+        raise UserError(f"{path}: not a picture that Pillow can read ({error})") from error
+
+
+def to_rgb_array(image: Image.Image | np.ndarray) -> np.ndarray:
+    """8-bit RGB (H, W, 3) from a PIL image or an array of any mode; alpha is left out.
+
+    Arrays are (H, W) or (H, W, 1 to 4): uint8, uint16 (0 to 65535), bool, or float in [0, 1]. 16-bit
+    PIL modes are scaled likewise. ValueError for other shapes and for floats outside [0, 1].
+    """
+    if isinstance(image, Image.Image):
+        if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow may widen to 32 bits
+            image = np.clip(np.asarray(image), 0, 65535).astype(np.uint16)
+        elif image.mode == "F":
+            image = np.asarray(image)
+        else:
+            return np.asarray(image.convert("RGB"))
+    array = image[..., None] if image.ndim == 2 else image
+    if array.ndim != 3 or not 1 <= array.shape[2] <= 4:
+        raise ValueError(f"a picture has shape (H, W) or (H, W, 1 to 4), not {image.shape}")
+    if array.dtype == np.uint16:
+        array = array / 65535
+    elif array.dtype == bool:
+        array = array.astype(np.float32)
+    if array.dtype != np.uint8:
+        if not np.issubdtype(array.dtype, np.floating) or array.min() < 0 or array.max() > 1:
+            raise ValueError(f"{array.dtype} pixels must be floats in [0, 1], uint8, uint16 or bool")
+        array = np.rint(array * 255).astype(np.uint8)
+    return np.ascontiguousarray(array[..., :3] if array.shape[2] >= 3 else array[..., [0, 0, 0]])
+
+
+class CustomToTensor:
+    """PIL image or array of any mode to a float RGB tensor (3, H, W) in [0, 1]."""
+
+    def __call__(self, image: Image.Image | np.ndarray) -> Tensor:
+        return torch.from_numpy(to_rgb_array(image).copy()).permute(2, 0, 1).float() / 255
+
+
+def degrade(sharp: Image.Image, scale: float, blur_sigma: float = 0.0) -> Image.Image:
+    """The xS protocol: 8-bit RGB, shrunk by `scale` and enlarged again, both bicubic.
+
+    At x2 the sharp picture must have even sides (`crop_to_scale`); at others the small size is
+    rounded. `blur_sigma` adds a Gaussian blur before shrinking.
+    """
+    width, height = sharp.size
+    if blur_sigma > 0:
+        sharp = sharp.filter(ImageFilter.GaussianBlur(blur_sigma))
+    small = (max(1, round(width / scale)), max(1, round(height / scale)))
+    return sharp.resize(small, Image.BICUBIC).resize((width, height), Image.BICUBIC)
+
+
+def crop_to_even(sharp: Image.Image) -> Image.Image:
+    """Even width and height, cut at the right and the bottom, as the x2 protocol has it."""
+    width, height = (max(side - side % 2, 1) for side in sharp.size)
+    return sharp.crop((0, 0, width, height))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One training or test example. Without a blurred file, the sharp picture is degraded at x2."""
+
+    key: str  # relative path without extension, e.g. "text/page_003"
+    sharp: Path
+    blurred: Path | None = None
+
+    @property
+    def category(self) -> str:
+        return self.key.split("/")[0] if "/" in self.key else "all"
+
+    def load(self) -> tuple[np.ndarray, np.ndarray]:
+        """(blurred, sharp), 8-bit RGB (H, W, 3); UserError for unreadable files and unequal sizes."""
+        sharp = Image.fromarray(to_rgb_array(open_picture(self.sharp)))
+        if self.blurred is None:
+            sharp = crop_to_even(sharp)
+            return np.asarray(degrade(sharp, 2)), np.asarray(sharp)
+        blurred = to_rgb_array(open_picture(self.blurred))
+        return blurred, np.asarray(sharp)
+
+
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
+
+
+def list_pictures(folder: Path) -> list[Path]:
+    """Every picture file below `folder`, sorted."""
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES)
+
+
+def pair_side_and_key(relative: Path) -> tuple[str, str] | None:
+    """Which side of a pair a file is on, and the key it shares with its partner.
+
+    The side is a folder's name, wherever it stands, so that `blurred/text/a_blur.png` ("text/a") and
+    the published `GOPR0372_07_00/blur/000047.png` ("GOPR0372_07_00/000047") follow one rule. Files
+    under neither (GoPro's `blur_gamma`) belong to no pair.
+    """
+    sides = {"blurred": "blurred", "blur": "blurred", "sharp": "sharp"}
+    for position, part in enumerate(relative.parts[:-1]):
+        if part in sides:
+            folders = relative.parts[:position] + relative.parts[position + 1 : -1]
+            stem = re.sub(r"_(blurred|blur|sharp)$", "", relative.stem)
+            return sides[part], "/".join((*folders, stem))
+    return None
+
+
+def picture_size(path: Path) -> tuple[int, int] | None:
+    """(width, height) from the header alone; None if Pillow does not know the file."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except READABLE:
+        return None
+
+
+def find_pairs(split_dir: Path) -> list[Pair]:
+    """The pairs below a split's folder, sorted by key; empty if there are no pictures.
+
+    UserError names what would otherwise be dropped: files without a partner, pairs of unequal size,
+    unreadable files, two files for one side of a pair.
+    """
+    sides: dict[str, dict[str, Path]] = {"blurred": {}, "sharp": {}}
+    problems = []
+    for path in list_pictures(split_dir):
+        found = pair_side_and_key(path.relative_to(split_dir))
+        if found is None:
+            continue
+        side, key = found
+        if key in sides[side]:
+            problems.append(f"{path} and {sides[side][key].name} are the same pair's {side} side")
+        sides[side][key] = path
+    for side, other in (("blurred", "sharp"), ("sharp", "blurred")):
+        lonely = sorted(sides[side].keys() - sides[other].keys())
+        problems += [f"{sides[side][key]} has no {other} partner" for key in lonely]
+    pairs = [
+        Pair(key, sides["sharp"][key], sides["blurred"][key])
+        for key in sorted(sides["sharp"].keys() & sides["blurred"].keys())
+    ]
+    for pair in pairs:
+        sizes = {path: picture_size(path) for path in (pair.blurred, pair.sharp)}
+        unreadable = [str(path) for path, size in sizes.items() if size is None]
+        problems += [f"{path} is unreadable" for path in unreadable]
+        if not unreadable and len(set(sizes.values())) > 1:
+            (bw, bh), (sw, sh) = sizes.values()
+            problems.append(f"{pair.blurred} is {bw}x{bh} but its sharp partner is {sw}x{sh}")
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise UserError("; ".join(problems[:5]) + more + ". Mend or remove them.")
+    return pairs
+
+
+# Photographs and pages that scikit-image carries in its wheel (scikit-image.org, data/README.txt).
+EMBEDDED = {
+    "animals": ("chelsea.png", "horse.png"),
+    "people": ("astronaut.png", "camera.png"),
+    "nature": ("coffee.png", "rocket.jpg", "moon.png", "hubble_deep_field.jpg", "grass.png",
+               "gravel.png", "brick.png", "motorcycle_left.png"),
+    "text": ("page.png", "text.png"),
+}  # fmt: skip
+
+
+def embedded_pairs() -> list[Pair]:
+    """scikit-image's own pictures as pairs, blurred on the fly."""
+    import skimage.data
+
+    folder = Path(skimage.data.__file__).parent
+    return [
+        Pair(f"{category}/{Path(name).stem}", folder / name)
+        for category, names in EMBEDDED.items()
+        for name in names
+        if (folder / name).is_file()
+    ]
+
+
+def hold_out(pairs: list[Pair], fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """(training, validation) pairs, drawn by `seed`; frames of one GoPro sequence stay together.
+
+    At least one group is held out when there are two or more and `fraction` is above 0.
+    """
+
+    def group(pair: Pair) -> str:
+        sequence = re.search(r"GOPR\d+_\d+_\d+", pair.key)
+        return sequence.group() if sequence else pair.key
+
+    groups = sorted({group(pair) for pair in pairs})
+    if fraction <= 0 or len(groups) < 2:
+        return pairs, []
+    order = np.random.default_rng(seed).permutation(len(groups))
+    held: set[str] = set()
+    for index in order[:-1]:
+        if held and sum(group(p) in held for p in pairs) >= fraction * len(pairs):
+            break
+        held.add(groups[index])
+    return [p for p in pairs if group(p) not in held], [p for p in pairs if group(p) in held]
+
+
+class GoProSharpeningDataset(Dataset):
+    """Blurred/sharp training crops as float RGB tensors, each (3, image_size, image_size).
+
+    An item is named by (epoch, index); its crop, flip and blur are drawn from (seed, epoch, index)
+    alone, so neither worker processes nor an interruption change what a run sees.
+    """
+
+    def __init__(
+        self, pairs: Sequence[Pair], image_size: int, blur_probability: float = 1.0,
+        seed: int = 0, cache: bool = False,
+    ) -> None:  # fmt: skip
+        self.pairs, self.image_size, self.seed = list(pairs), image_size, seed
+        self.blur_probability = blur_probability
+        self.decoded = [pair.load() for pair in self.pairs] if cache else None
+        self.to_tensor = CustomToTensor()
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, item: int | tuple[int, int]) -> tuple[Tensor, Tensor]:
+        epoch, index = item if isinstance(item, tuple) else (0, item)
+        blurred, sharp = self.decoded[index] if self.decoded else self.pairs[index].load()
+        if blurred.shape != sharp.shape:
+            raise UserError(f"{self.pairs[index].blurred}: not of its sharp partner's size")
+        rng = np.random.default_rng((self.seed, epoch, index))
+        blurred, sharp = self.random_crop([blurred, sharp], rng)
+        if rng.random() < 0.5:
+            blurred, sharp = blurred[:, ::-1], sharp[:, ::-1]
+        blurred, sharp = self.to_tensor(blurred), self.to_tensor(sharp)
+        sigma = rng.uniform(0.1, 2.0)
+        if rng.random() < self.blur_probability:
+            blurred = TF.gaussian_blur(blurred, 3, sigma)
+        return blurred, sharp
+
+    def random_crop(self, images: list[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
+        """The same crop of every image; one that is too small is first enlarged, bicubic."""
+        height, width = images[0].shape[:2]
+        size = self.image_size
+        if min(height, width) < size:
+            grow = size / min(height, width)
+            height, width = max(size, round(height * grow)), max(size, round(width * grow))
+            images = [
+                np.asarray(Image.fromarray(image).resize((width, height), Image.BICUBIC))
+                for image in images
+            ]
+        top = rng.integers(height - size + 1)
+        left = rng.integers(width - size + 1)
+        return [image[top : top + size, left : left + size] for image in images]
+
+
+def prepare(config: PrepareConfig) -> None:
+    """The `prepare` command: pairs of the xS protocol under `data_root/split`, categories kept."""
+    sources = list_pictures(config.sharp_dir)
+    if not sources:
+        raise UserError(f"{config.sharp_dir}: no pictures in this folder")
+    if min(config.scale) < 1 or config.extra_blur < 0:
+        raise UserError("--scale must be 1 or more and --extra-blur 0 or more")
+    target = config.data_root / config.split
+    if find_pairs(target):
+        raise UserError(f"{target} holds pairs already; remove them or choose another --data-root")
+    keys = [path.relative_to(config.sharp_dir).with_suffix(".png") for path in sources]
+    if len(set(keys)) < len(keys):
+        twice = next(path for path, key in zip(sources, keys, strict=True) if keys.count(key) > 1)
+        raise UserError(f"{twice}: another picture has the same name but for its extension")
+    rng = np.random.default_rng(config.seed)
+    for path, key in zip(tqdm(sources, "prepare"), keys, strict=True):
+        sharp = crop_to_even(Image.fromarray(to_rgb_array(open_picture(path))))
+        scale, sigma = rng.choice(config.scale), rng.uniform(0, config.extra_blur)
+        for side, image in (("blurred", degrade(sharp, scale, sigma)), ("sharp", sharp)):
+            file = target / side / key
+            file.parent.mkdir(parents=True, exist_ok=True)
+            image.save(file)
+    print(f"{len(sources)} pairs in {target}")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Teacher: a frozen Restormer, its features read by forward hooks
+
+
+def reflected(length: int, padded: int) -> Tensor:
+    """Positions that extend `length` pixels to `padded` ones by reflection, as often as needed."""
+    position = torch.arange(padded) % max(2 * (length - 1), 1)
+    return torch.minimum(position, 2 * (length - 1) - position) if length > 1 else position * 0
+
+
+def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
+    """(B, C, H, W) reflected at the right and the bottom to multiples of `multiple`."""
+    height, width = image.shape[-2:]
+    rows, columns = (math.ceil(side / multiple) * multiple for side in (height, width))
+    if (rows, columns) == (height, width):
+        return image
+    rows, columns = reflected(height, rows), reflected(width, columns)
+    return image[..., rows.to(image.device), :][..., columns.to(image.device)]
+
+
+def read_checkpoint(path: Path, remedy: str) -> dict:
+    """The dictionary in a PyTorch file, loaded without running code from it."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {remedy}") from None
+    except Exception as error:  # torch.load raises whatever a damaged archive happens to cause
+        raise UserError(f"{path}: not a PyTorch weight file ({type(error).__name__}); {remedy}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds no dictionary of weights; {remedy}")
+    return content
+
+
+def restormer_dimensions(state: dict[str, Tensor]) -> dict:
+    """Restormer's constructor arguments, read from a state dict's names and shapes.
+
+    The expansion factor is known only through int(dim * factor) at each width; the middle of the
+    interval that explains all of them is taken. KeyError if `state` is no Restormer's.
+    """
+
+    def count(stage: str) -> int:
+        return len({name.split(".")[1] for name in state if name.startswith(f"{stage}.")})
+
+    levels = ("encoder_level1", "encoder_level2", "encoder_level3", "latent")
+    low, high = 0.0, math.inf
+    for level in levels:
+        weight = state[f"{level}.0.ffn.project_out.weight"]
+        width, hidden = weight.shape[:2]
+        low, high = max(low, hidden / width), min(high, (hidden + 1) / width)
+    return {
+        "inp_channels": state["patch_embed.proj.weight"].shape[1],
+        "out_channels": state["output.weight"].shape[0],
+        "dim": state["patch_embed.proj.weight"].shape[0],
+        "num_blocks": tuple(count(level) for level in levels),
+        "num_refinement_blocks": count("refinement"),
+        "heads": tuple(state[f"{level}.0.attn.temperature"].shape[0] for level in levels),
+        "ffn_expansion_factor": (low + high) / 2,
+        "bias": "output.bias" in state,
+        "LayerNorm_type": "WithBias" if "latent.0.norm1.body.bias" in state else "BiasFree",
+        "dual_pixel_task": "skip_conv.weight" in state,
+    }
+
+
+def load_restormer(weights: Path | None) -> Restormer:
+    """A Restormer of whatever size the weight file holds; the official one by default.
+
+    Takes the official layout ({"params": state dict}), the `teacher` command's, and bare state dicts.
+    UserError if the file is missing or is not a Restormer for RGB pictures.
+    """
+    path = weights or OFFICIAL_TEACHER
+    remedy = (
+        "get motion_deblurring.pth from the releases of github.com/swz30/Restormer and put it at "
+        f"{OFFICIAL_TEACHER}, or name another file with --teacher-weights "
+        f"({COMPACT_TEACHER.relative_to(HERE)} is a compact one)"
+    )
+    content = read_checkpoint(path, remedy)
+    state = content.get("params", content)
+    try:
+        dimensions = restormer_dimensions(state)
+        restormer = Restormer(**dimensions)
+        restormer.load_state_dict(state, strict=True)
+    except (AttributeError, IndexError, KeyError, RuntimeError) as error:
+        raise UserError(f"{path}: not the weights of a Restormer; {remedy}") from error
+    if (dimensions["inp_channels"], dimensions["out_channels"]) != (3, 3):
+        raise UserError(f"{path}: this Restormer does not map RGB to RGB; {remedy}")
+    return restormer
+
+
+class RestormerTeacherWrapper(nn.Module):
+    """A frozen Restormer with feature taps and trainable 1x1 projections to the student's widths.
+
+    `forward` takes blurred pictures (B, 3, H, W) of any size in [0, 1] and returns the restored ones,
+    with the projected features where `features=True`: e2 at 1/2 of the size, e4 at 1/4, b at 1/8.
+    No gradient enters the Restormer; the projections train with the student. AttributeError if a tap
+    is missing from the network: a hook that silently is not there would be a term that silently is 0.
+    """
+
+    TAPS = {"e2": "encoder_level2", "e4": "encoder_level3", "b": "latent"}
+
+    def __init__(self, restormer: Restormer, student_widths: dict[str, int] | None = None) -> None:
+        super().__init__()
+        self.restormer = restormer.requires_grad_(False).eval()
+        self.tapped: dict[str, Tensor] = {}
+        for name, layer in self.TAPS.items() if student_widths else ():
+            module = restormer.get_submodule(layer)
+            width = module[0].norm1.body.weight.shape[0]
+            module.register_forward_hook(self.keep(name))
+            self.add_module(f"proj_{name}", nn.Conv2d(width, student_widths[name], 1))
+
+    def keep(self, name: str) -> Callable:
+        """A forward hook that keeps the layer's output under `name`."""
+
+        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+            self.tapped[name] = output
+
+        return hook
+
+    def train(self, mode: bool = True) -> RestormerTeacherWrapper:
+        super().train(mode)
+        self.restormer.eval()
+        return self
+
+    def forward(
+        self, blurred: Tensor, features: bool = False
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        height, width = blurred.shape[-2:]
+        with torch.no_grad():
+            output = self.restormer(pad_to_multiple(blurred, 8))[..., :height, :width]
+        if not features:
+            return output
+        projected = {
+            name: self.get_submodule(f"proj_{name}")(self.tapped.pop(name)) for name in self.TAPS
+        }
+        return output, projected
+
+
+# ---------------------------------------------------------------------------------------------------
+# Student: a U-Net with squeeze-and-excitation, behind a space-to-depth stem
+
+
+class SEBlock(nn.Module):
+    """Squeeze-and-excitation gates (Hu et al., CVPR 2018): (B, C, H, W) to (B, C, 1, 1) in (0, 1)."""
+
+    def __init__(self, channels: int, reduction: int = 8) -> None:
+        super().__init__()
+        hidden = max(1, channels // reduction)
+        self.squeeze = nn.Conv2d(channels, hidden, 1)
+        self.excite = nn.Conv2d(hidden, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.mean((2, 3), keepdim=True)
+        return torch.sigmoid(self.excite(F.relu(self.squeeze(x))))
+
+
+class Stage(nn.Module):
+    """Two 3x3 convolutions with ReLU, then a gate a channel: the SE block's, or one handed in."""
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.se = SEBlock(channels)
+
+    def forward(self, x: Tensor, gate: Tensor | None) -> Tensor:
+        x = F.relu(self.conv2(F.relu(self.conv1(x))))
+        return x * (self.se(x) if gate is None else gate)
+
+
+class StudentUNet(nn.Module):
+    """The report's student; (B, 3, H, W) in [0, 1] to the same shape, any size from 1x1.
+
+    Stage widths are c/4, c/2, c, 2c and a bottleneck of 3c for c = `base_channels`, or `widths`. With
+    `stem_stride` r the stages see the picture folded to 1/r of its size and 3 r^2 channels; r = 1 is
+    the report's literal network. It predicts a correction to its input: an untrained student
+    returns what it was given.
+    """
+
+    def __init__(
+        self, in_channels: int = 3, out_channels: int = 3, base_channels: int = 256,
+        stem_stride: int = 4, widths: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        c = base_channels
+        widths = tuple(widths or (c // 4, c // 2, c, 2 * c, 3 * c))
+        if len(widths) != 5 or min(widths) < 1:
+            raise ValueError(f"a student has five stage widths of 1 or more, not {widths}")
+        if in_channels != out_channels or stem_stride not in (1, 2, 4):
+            raise ValueError("a student corrects its input (in = out) at a stem stride of 1, 2 or 4")
+        self.config = {"base_channels": c, "stem_stride": stem_stride, "widths": widths}
+        self.stem_stride, self.widths = stem_stride, widths
+        folded = in_channels * stem_stride**2
+        self.encoder = nn.ModuleList(map(Stage, (folded, *widths[:3]), widths[:4]))
+        self.bottleneck = Stage(widths[3], widths[4])
+        self.up = nn.ModuleList(
+            nn.ConvTranspose2d(below, width, 2, stride=2)
+            for below, width in zip(widths[:0:-1], widths[3::-1], strict=True)
+        )
+        self.decoder = nn.ModuleList(Stage(2 * width, width) for width in widths[3::-1])
+        self.output = nn.Conv2d(widths[0], folded, 1)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """He initialisation; gates nearly open; a last layer near zero.
+
+        With PyTorch's default the signal fades through nine stages without a normalisation layer, and
+        the network stays at its input for hundreds of steps.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.ConvTranspose2d):  # each output pixel has `in` inputs, no ReLU
+                nn.init.normal_(module.weight, std=module.in_channels**-0.5)
+                nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, SEBlock):
+                nn.init.constant_(module.excite.bias, 2.0)
+        nn.init.normal_(self.output.weight, std=1e-3)
+
+    @property
+    def alignment(self) -> int:
+        """Pictures whose sides are multiples of this pass through every stage without padding."""
+        return 16 * self.stem_stride
+
+    @property
+    def feature_widths(self) -> dict[str, int]:
+        return {"e2": self.widths[1], "e4": self.widths[3], "b": self.widths[4]}
+
+    def forward(
+        self, blurred: Tensor, gates: Sequence[Tensor] | None = None, features: bool = False
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        height, width = blurred.shape[-2:]
+        gate = iter(gates or [None] * 9)
+        x = F.pixel_unshuffle(pad_to_multiple(blurred, self.stem_stride), self.stem_stride)
+        skips = []
+        for stage in self.encoder:
+            skips.append(stage(x, next(gate)))
+            x = F.max_pool2d(skips[-1], 2, ceil_mode=True)
+        bottleneck = x = self.bottleneck(x, next(gate))
+        for up, stage, skip in zip(self.up, self.decoder, reversed(skips), strict=True):
+            x = up(x)
+            if x.shape[-2:] != skip.shape[-2:]:
+                x = F.interpolate(x, skip.shape[-2:], mode="bilinear", align_corners=False)
+            x = stage(torch.cat([x, skip], dim=1), next(gate))
+        correction = F.pixel_shuffle(self.output(x), self.stem_stride)
+        restored = blurred + correction[..., :height, :width]
+        if not features:
+            return restored
+        return restored, {"e2": skips[1], "e4": skips[3], "b": bottleneck}
+
+    @torch.no_grad()
+    def frame_gates(self, patches: Tensor) -> list[Tensor]:
+        """One gate a channel and stage, (1, C, 1, 1) each, for a whole frame seen in `patches`.
+
+        The plain SE block averages over its whole input, so every tile would have other gates than
+        the frame and its neighbours: seams. Instead a frame's gates are taken once, from patches
+        (N, 3, h, w) of about the training crop's size, so that their statistics are those the gates
+        were trained on, and all its tiles share them. With one patch that is the frame, these are
+        the plain SE gates.
+        """
+        gates: list[Tensor] = []
+
+        def share(module: nn.Module, inputs: tuple, gate: Tensor) -> Tensor:
+            gates.append(gate.mean(0, keepdim=True))
+            return gates[-1]
+
+        hooks = [m.register_forward_hook(share) for m in self.modules() if isinstance(m, SEBlock)]
+        try:
+            self(patches)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return gates
+
+
+def load_student(path: Path) -> tuple[StudentUNet, dict]:
+    """(student in evaluation mode and channels_last, the checkpoint's other entries)."""
+    content = read_checkpoint(path, "train one with `python sharpen_kd.py train` or name another")
+    try:
+        student = StudentUNet(**content["network"])
+        student.load_state_dict(content["params"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{path}: not a student checkpoint of this script (best.pth of a run is one)"
+        ) from error
+    return student.eval().to(memory_format=torch.channels_last), content
+
+
+# ---------------------------------------------------------------------------------------------------
+# Losses
+
+
+def gaussian_window(size: int = 11, sigma: float = 1.5) -> Tensor:
+    """A normalised 1-D Gaussian, (size,)."""
+    position = torch.arange(size, dtype=torch.float32) - (size - 1) / 2
+    window = torch.exp(-(position**2) / (2 * sigma**2))
+    return window / window.sum()
+
+
+def ssim(first: Tensor, second: Tensor) -> Tensor:
+    """Mean SSIM of two (B, C, H, W) batches in [0, 1], as a scalar (Wang et al., 2004).
+
+    11x11 Gaussian window, sigma 1.5, at the positions where it fits whole: scikit-image's
+    `structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False)`.
+    """
+    window = gaussian_window().to(first)
+    moments = torch.stack([first, second, first * first, second * second, first * second])
+    flat = moments.flatten(0, 2)[:, None]
+    flat = F.conv2d(F.conv2d(flat, window[None, None, :, None]), window[None, None, None, :])
+    mean1, mean2, square1, square2, product = flat.unflatten(0, moments.shape[:3])
+    variance1, variance2 = square1 - mean1**2, square2 - mean2**2
+    covariance = product - mean1 * mean2
+    c1, c2 = 0.01**2, 0.03**2
+    luminance = (2 * mean1 * mean2 + c1) / (mean1**2 + mean2**2 + c1)
+    return (luminance * (2 * covariance + c2) / (variance1 + variance2 + c2)).mean()
+
+
+def positional_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(teacher || student) of soft distributions over positions, one a channel, averaged.
+
+    The report takes "output distributions"; over three colour channels they would say nothing, so
+    this is channel-wise distillation (Shu et al., ICCV 2021, eq. 4) of (B, C, H, W) outputs.
+    """
+    log_student = (student.flatten(2) / temperature).log_softmax(-1)
+    log_teacher = (teacher.flatten(2) / temperature).log_softmax(-1)
+    divergence = F.kl_div(log_student, log_teacher, log_target=True, reduction="none").sum(-1)
+    return divergence.mean() * temperature**2
+
+
+def standardise(features: Tensor) -> Tensor:
+    """Zero mean and unit variance over the positions of each (B, C, H, W) map."""
+    centred = features - features.mean((2, 3), keepdim=True)
+    return centred * torch.rsqrt(centred.square().mean((2, 3), keepdim=True) + 1e-8)
+
+
+def feature_loss(student: dict[str, Tensor], teacher: dict[str, Tensor]) -> Tensor:
+    """L1 between student features and projected teacher features, mean over the taps.
+
+    The projections train too, so a plain L1 would be smallest with both sides at zero. Each map is
+    standardised first: scaling either side leaves the loss as it is, and its gradient along the scale
+    is zero, so there is nothing to win by shrinking. Teacher maps are resized to the student's.
+    """
+    losses = []
+    for name, features in student.items():
+        target = teacher[name]
+        if target.shape[-2:] != features.shape[-2:]:
+            # antialias averages over what a student position covers, where its scale is coarser
+            target = F.interpolate(
+                target, features.shape[-2:], mode="bilinear", align_corners=False, antialias=True
+            )
+        losses.append(F.l1_loss(standardise(features), standardise(target)))
+    return torch.stack(losses).mean()
+
+
+class VGGFeatures(nn.Module):
+    """VGG19 up to its last ReLU (relu5_4), on RGB (B, 3, H, W) in [0, 1]; frozen.
+
+    torchvision's ImageNet weights, from torch.hub's cache or downloaded into it; UserError where
+    they are neither there nor to be had.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        url = torchvision.models.VGG19_Weights.IMAGENET1K_V1.url
+        path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+        remedy = f"put {path.name} from {url} there, or turn the term off with --lambda-perceptual 0"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                torch.hub.download_url_to_file(url, str(path), hash_prefix="dcbb9e9d")
+            except (OSError, RuntimeError) as error:
+                raise UserError(f"{path}: no VGG19 weights and no download ({error}); {remedy}") from error
+        state = read_checkpoint(path, remedy)
+        self.features = torchvision.models.vgg19(weights=None).features[:36]
+        try:
+            self.features.load_state_dict(
+                {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
+            )
+        except RuntimeError as error:
+            raise UserError(f"{path}: not VGG19's weights; {remedy}") from error
+        self.requires_grad_(False).eval()
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.features((image - self.mean) / self.std)
+
+
+class DistillationLoss(nn.Module):
+    """The report's five terms; `forward` returns the weighted ones by name, to be summed.
+
+    A term of weight 0 is neither computed nor loaded, and with all three teacher terms at 0 no
+    teacher is needed (`needs_teacher`).
+    """
+
+    def __init__(self, weights: dict[str, float], temperature: float = 4.0) -> None:
+        super().__init__()
+        self.weights = {name: weight for name, weight in weights.items() if weight > 0}
+        self.temperature = temperature
+        self.vgg = VGGFeatures() if "perceptual" in self.weights else None
+
+    @property
+    def needs_teacher(self) -> bool:
+        return not self.weights.keys().isdisjoint({"perceptual", "feature", "kl"})
+
+    def forward(
+        self,
+        output: Tensor,
+        sharp: Tensor,
+        features: dict[str, Tensor] | None = None,
+        teacher_output: Tensor | None = None,
+        teacher_features: dict[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        terms = {
+            "reconstruction": lambda: F.l1_loss(output, sharp),
+            "perceptual": lambda: F.l1_loss(self.vgg(output), self.vgg(teacher_output)),
+            "feature": lambda: feature_loss(features, teacher_features),
+            "kl": lambda: positional_kl(output, teacher_output, self.temperature),
+            "ssim": lambda: 1 - ssim(output, sharp),
+        }
+        return {name: weight * terms[name]() for name, weight in self.weights.items()}
+
+
+# ---------------------------------------------------------------------------------------------------
+# Inference: 8-bit frames in, 8-bit frames out
+
+
+def to_batch(frame: np.ndarray, device: torch.device) -> Tensor:
+    """8-bit RGB (H, W, 3) to a float batch (1, 3, H, W) in [0, 1], channels_last without a copy."""
+    return torch.from_numpy(frame).to(device).permute(2, 0, 1)[None].float() / 255
+
+
+def to_frame(image: Tensor) -> np.ndarray:
+    """A float image (3, H, W) to 8-bit RGB (H, W, 3), clamped and rounded."""
+    return (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+
+
+def plan_tiles(length: int, tile: int, overlap: int, alignment: int) -> tuple[int, list[int]]:
+    """(size, starts) of the equal tiles along one side of a frame, all multiples of `alignment`.
+
+    They cover `length`, rounded up to the alignment, with at least `overlap` pixels shared; the last
+    tiles end where the frame does. `tile` 0, or one that holds the frame, gives a single tile.
+    """
+    padded = math.ceil(length / alignment) * alignment
+    tile = math.ceil(tile / alignment) * alignment
+    overlap = math.ceil(overlap / alignment) * alignment
+    if tile == 0 or tile >= padded:
+        return padded, [0]
+    tile = max(tile, overlap + alignment)
+    count = math.ceil((padded - overlap) / (tile - overlap))
+    size = math.ceil(((padded - overlap) / count + overlap) / alignment) * alignment
+    return size, [min(i * (size - overlap), padded - size) for i in range(count)]
+
+
+def blending_window(size: int, start: int, starts: list[int], overlap: int) -> Tensor:
+    """Weights (size,) of a tile along one side: 1 inside, a raised cosine towards a neighbour."""
+    ramp = torch.sin(torch.pi / 2 * (torch.arange(size) + 0.5).clamp(max=overlap) / max(overlap, 1)) ** 2
+    ones = torch.ones(size)
+    return (ramp if start > starts[0] else ones) * (ramp.flip(0) if start < starts[-1] else ones)
+
+
+def sample_patches(frame: np.ndarray, side: int = 128, count: int = 4) -> np.ndarray:
+    """(N, h, w, 3): evenly spaced patches that stand for the frame; a small frame stands for itself."""
+    height, width = frame.shape[:2]
+    if height * width <= side * side * count:
+        return frame[None]
+    columns = min(count, max(1, round(math.sqrt(count * width / height))))
+    rows = max(1, count // columns)
+    h, w = min(side, height), min(side, width)
+    tops = np.linspace(0, height - h, rows + 2)[1:-1].astype(int)
+    lefts = np.linspace(0, width - w, columns + 2)[1:-1].astype(int)
+    return np.stack([frame[top : top + h, left : left + w] for top in tops for left in lefts])
+
+
+class FrameSharpener:
+    """A student applied to 8-bit RGB frames (H, W, 3) of any size; returns frames alike.
+
+    Tiles overlap and are blended by smooth weights. The accumulator and the weight map are one row of
+    tiles high, so memory does not grow with the picture beyond the picture itself. A frame's gates
+    are taken once (`StudentUNet.frame_gates`), so tiled and whole outputs agree. `strength` scales
+    the correction.
+    """
+
+    def __init__(
+        self, student: StudentUNet, device: torch.device, tile: int = 512, overlap: int = 64,
+        strength: float = 1.0, precision: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
+        if tile < 0 or overlap < 0 or (tile and overlap >= tile):
+            raise UserError(f"--tile {tile} --overlap {overlap}: tiles must be larger than their overlap")
+        self.student = student.to(device, memory_format=torch.channels_last).eval()
+        self.device, self.tile, self.overlap = device, tile, overlap
+        self.strength, self.precision = strength, precision
+
+    def restore(self, blurred: Tensor, gates: Sequence[Tensor]) -> Tensor:
+        """The network alone, on a batch (B, 3, H, W)."""
+        with torch.autocast(
+            self.device.type, self.precision, enabled=self.precision != torch.float32
+        ):
+            return self.student(blurred, gates).float()
+
+    def gates(self, frame: np.ndarray) -> list[Tensor]:
+        patches = torch.from_numpy(sample_patches(frame)).to(self.device)
+        return self.student.frame_gates(patches.permute(0, 3, 1, 2).float() / 255)
+
+    @torch.inference_mode()
+    def __call__(self, frame: np.ndarray) -> np.ndarray:
+        height, width = frame.shape[:2]
+        alignment = self.student.alignment
+        tile_height, tops = plan_tiles(height, self.tile, self.overlap, alignment)
+        tile_width, lefts = plan_tiles(width, self.tile, self.overlap, alignment)
+        rows = reflected(height, tops[-1] + tile_height).numpy()
+        columns = reflected(width, lefts[-1] + tile_width).numpy()
+        gates = self.gates(frame)
+        result = np.empty_like(frame)
+        total = torch.zeros(3, tile_height, len(columns), device=self.device)
+        weight = torch.zeros(1, tile_height, len(columns), device=self.device)
+        for top, below in zip(tops, [*tops[1:], tops[-1] + tile_height], strict=True):
+            vertical = blending_window(tile_height, top, tops, self.overlap)
+            for left in lefts:
+                window = vertical[:, None] * blending_window(tile_width, left, lefts, self.overlap)
+                window = window.to(self.device)
+                tile = frame[rows[top : top + tile_height]][:, columns[left : left + tile_width]]
+                blurred = to_batch(tile, self.device)
+                restored = blurred + self.strength * (self.restore(blurred, gates) - blurred)
+                total[..., left : left + tile_width] += restored[0] * window
+                weight[..., left : left + tile_width] += window
+            done = below - top  # rows that no further tile touches
+            finished = to_frame(total[:, :done, :width] / weight[:, :done, :width])
+            result[top:below] = finished[: height - top]
+            total = torch.cat([total[:, done:], torch.zeros_like(total[:, :done])], dim=1)
+            weight = torch.cat([weight[:, done:], torch.zeros_like(weight[:, :done])], dim=1)
+        return result
+
+
+@torch.inference_mode()
+def restore_whole(network: nn.Module, frame: np.ndarray, device: torch.device) -> np.ndarray:
+    """A teacher applied to a whole 8-bit RGB frame (H, W, 3)."""
+    return to_frame(network(to_batch(frame, device))[0])
+
+
+def score(predicted: np.ndarray, sharp: np.ndarray) -> tuple[float, float]:
+    """(PSNR in dB, SSIM) of two 8-bit RGB frames, by scikit-image; infinite PSNR if they are equal."""
+    predicted, sharp = predicted / 255, sharp / 255
+    with np.errstate(divide="ignore"):
+        psnr = peak_signal_noise_ratio(sharp, predicted, data_range=1)
+    return float(psnr), float(structural_similarity(sharp, predicted, channel_axis=2, data_range=1))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Training: one loop for the student and for the teacher
+
+
+class Distillation(nn.Module):
+    """What `train` minimises: the student against the sharp pictures and the teacher."""
+
+    def __init__(
+        self, student: StudentUNet, teacher: RestormerTeacherWrapper | None, loss: DistillationLoss
+    ) -> None:
+        super().__init__()
+        self.network, self.teacher, self.loss = student, teacher, loss
+        self.with_features = "feature" in loss.weights
+
+    def forward(self, blurred: Tensor, sharp: Tensor) -> dict[str, Tensor]:
+        output, features, teacher_output, teacher_features = None, None, None, None
+        if self.with_features:
+            output, features = self.network(blurred, features=True)
+            teacher_output, teacher_features = self.teacher(blurred, features=True)
+        else:
+            output = self.network(blurred)
+            teacher_output = self.teacher(blurred) if self.teacher else None
+        with torch.autocast(blurred.device.type, enabled=False):
+
+            def full(value: Tensor | dict | None) -> Tensor | dict | None:
+                if isinstance(value, dict):
+                    return {name: tensor.float() for name, tensor in value.items()}
+                return None if value is None else value.float()
+
+            return self.loss(
+                full(output), sharp, full(features), full(teacher_output), full(teacher_features)
+            )
+
+
+class Supervision(nn.Module):
+    """What `teacher` minimises: L1 to the sharp pictures."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, blurred: Tensor, sharp: Tensor) -> dict[str, Tensor]:
+        return {"reconstruction": F.l1_loss(self.network(blurred).float(), sharp)}
+
+
+class CropOrder(Sampler[list[tuple[int, int]]]):
+    """The (epoch, index) batches of one process over a whole run, from any optimiser step on.
+
+    Each epoch is a fresh permutation, wrapped around to fill the last batch of every process, and
+    dealt out so that N processes at 1/N of the accumulation see, step by step, what one would.
+    """
+
+    def __init__(self, count: int, config: FitConfig, rank: int = 0, processes: int = 1) -> None:
+        self.count, self.config, self.rank, self.processes = count, config, rank, processes
+        self.batches_per_epoch = math.ceil(count / (config.batch_size * processes))
+        self.accumulation = config.gradient_accumulation_steps
+        self.steps_per_epoch = math.ceil(self.batches_per_epoch / self.accumulation)
+        self.first_step = 0
+
+    def batches_in_step(self, step: int) -> int:
+        """Batches of this optimiser step; the last group of an epoch may be smaller."""
+        done = step % self.steps_per_epoch * self.accumulation
+        return min(self.accumulation, self.batches_per_epoch - done)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        first_epoch, step = divmod(self.first_step, self.steps_per_epoch)
+        for epoch in range(first_epoch, self.config.epochs):
+            order = np.random.default_rng((self.config.seed, epoch)).permutation(self.count)
+            shape = (self.batches_per_epoch, self.config.batch_size, self.processes)
+            order = np.resize(order, math.prod(shape)).reshape(shape)[:, :, self.rank]
+            skipped = step * self.accumulation if epoch == first_epoch else 0
+            for batch in order[skipped:]:
+                yield [(epoch, int(index)) for index in batch]
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, network: nn.Module, step: int, decay: float) -> None:
+    """Move the averaged weights towards the network's.
+
+    The decay grows from 0.1 at the first step to `decay`, so that a short run does not return its
+    initial weights.
+    """
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - decay)
+
+
+def gradient_shares(terms: dict[str, Tensor], parameters: list[Tensor]) -> dict[str, float]:
+    """Each weighted term's gradient norm over the student's weights, as a share of their sum."""
+    norms = {}
+    for name, term in terms.items():
+        gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+        norms[name] = math.sqrt(sum(float(g.square().sum()) for g in gradients if g is not None))
+    total = sum(norms.values()) or 1.0
+    return {f"gradient_{name}": norm / total for name, norm in norms.items()}
+
+
+def save_atomically(content: dict, path: Path) -> None:
+    """Write to a temporary file and rename it: an interruption leaves the old file whole."""
+    temporary = path.with_suffix(".tmp")
+    torch.save(content, temporary)
+    temporary.replace(path)
+
+
+def plain(value: object) -> object:
+    """A configuration value as torch.load(weights_only=True) and JSON accept it."""
+    return str(value) if isinstance(value, Path) else value
+
+
+class RunLog:
+    """A run's CSV, one row an optimiser step; a resumed run drops the rows it will write again."""
+
+    def __init__(self, path: Path, columns: list[str], step: int) -> None:
+        kept = []
+        if step and path.is_file():
+            with path.open(newline="") as file:
+                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+        self.file = path.open("w", newline="")
+        self.writer = csv.DictWriter(self.file, columns, restval="", extrasaction="ignore")
+        self.writer.writeheader()
+        self.writer.writerows(kept)
+
+    def write(self, row: dict) -> None:
+        self.writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+        self.file.flush()
+
+
+def plot_curves(log: Path) -> None:
+    """curves.png beside a run's log, where matplotlib is installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no curves.png: `pip install matplotlib` draws it")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with log.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows:
+        return
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
+    first = list(rows[0]).index("loss")
+    for name in [n for n in list(rows[0])[first:] if not n.startswith(("gradient_", "val_"))]:
+        left.plot([int(r["step"]) for r in rows], [float(r[name]) for r in rows], label=name, lw=0.8)
+    left.set(xlabel="step", title="weighted loss terms", yscale="log")
+    left.legend()
+    scored = [r for r in rows if r["val_psnr"]]
+    right.plot([int(r["step"]) for r in scored], [float(r["val_psnr"]) for r in scored], marker=".")
+    right.set(xlabel="step", title="held-out PSNR of the averaged weights, dB")
+    figure.tight_layout()
+    figure.savefig(log.with_name("curves.png"), dpi=110)
+    pyplot.close(figure)
+
+
+class Validation:
+    """Held-out training pairs, decoded once; scores frame-to-frame functions on them."""
+
+    def __init__(self, pairs: list[Pair]) -> None:
+        self.frames = [pair.load() for pair in pairs]
+
+    def __call__(self, sharpen: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float]:
+        """Mean (PSNR, SSIM)."""
+        scores = [score(sharpen(blurred), sharp) for blurred, sharp in self.frames]
+        return tuple(statistics.fmean(column) for column in zip(*scores, strict=True))
+
+
+class StopRequest:
+    """Ctrl-C, or a termination signal, asks for a stop after the current step; twice, at once."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self, device: torch.device) -> None:
+        self.requested, self.device = False, device
+        self.before = {number: signal.signal(number, self.note) for number in self.SIGNALS}
+
+    def note(self, number: int, frame: types.FrameType | None) -> None:
+        self.requested = True
+        self.restore()
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def agreed(self) -> bool:
+        """Whether any process was asked; all of them stop after the same step."""
+        if not dist.is_initialized():
+            return self.requested
+        asked = torch.tensor(float(self.requested), device=self.device)
+        dist.all_reduce(asked)
+        return bool(asked)
+
+
+def ignore_interrupts(worker: int) -> None:
+    """Loader processes leave Ctrl-C to the training process, which stops them in order."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def check_fit(config: FitConfig) -> None:
+    """UserError for flags that no run can honour."""
+    if config.image_size < 16 or config.image_size % 16:
+        raise UserError(f"--image-size {config.image_size}: must be a multiple of 16")
+    for name in ("epochs", "batch_size", "gradient_accumulation_steps", "restart_epochs",
+                 "validate_every", "learning_rate"):  # fmt: skip
+        if getattr(config, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be above 0")
+    if not 0 <= config.ema_decay < 1:
+        raise UserError(f"--ema-decay {config.ema_decay}: must be in [0, 1)")
+    if not 0 <= config.validation_fraction < 1:
+        raise UserError(f"--validation-fraction {config.validation_fraction}: must be in [0, 1)")
+    if (config.run_dir / "last.pth").exists() and not config.resume and not config.overwrite:
+        raise UserError(
+            f"{config.run_dir} holds a run already: add --resume to continue it, --overwrite to start "
+            "anew, or name another --run-dir"
+        )
+
+
+def fit(
+    config: FitConfig,
+    objective: Distillation | Supervision,
+    network_config: dict,
+    pairs: list[Pair],
+    frame_function: Callable[[nn.Module], Callable[[np.ndarray], np.ndarray]],
+    device: torch.device,
+) -> tuple[nn.Module, Validation]:
+    """Train `objective.network`; returns its averaged copy and the held-out pictures.
+
+    Writes last.pth (everything that continues the run), best.pth (averaged weights of the best
+    held-out PSNR), log.csv and curves.png into `config.run_dir`. `frame_function` makes the 8-bit
+    frame path of a network, for validation.
+    """
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    training, held_out = hold_out(pairs, config.validation_fraction, config.seed)
+    validate = Validation(held_out)
+    dataset = GoProSharpeningDataset(
+        training, config.image_size, config.blur_probability, config.seed, config.cache
+    )
+    order = CropOrder(len(dataset), config, rank, processes)
+    total_steps = config.epochs * order.steps_per_epoch
+    total_steps = min(total_steps, config.max_steps or total_steps)
+
+    objective.to(device, memory_format=torch.channels_last)
+    network = objective.network
+    ema = copy.deepcopy(network).eval().requires_grad_(False)
+    parameters = [p for p in objective.parameters() if p.requires_grad]
+    optimiser = torch.optim.Adam(parameters, config.learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(
+        optimiser, config.restart_epochs, T_mult=2, eta_min=config.min_learning_rate
+    )
+    step, best = 0, -math.inf
+    if config.resume:
+        state = read_checkpoint(config.run_dir / "last.pth", "start the run without --resume")
+        objective.load_state_dict(state["objective"], strict=False)
+        ema.load_state_dict(state["ema"])
+        optimiser.load_state_dict(state["optimiser"])
+        step, best = state["step"], state["best"]
+    order.first_step = step
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+
+    def save_last() -> None:
+        trained = {name for name, p in objective.named_parameters() if p.requires_grad}
+        weights = {name: t for name, t in objective.state_dict().items() if name in trained}
+        content = {
+            "config": {k: plain(v) for k, v in dataclasses.asdict(config).items()},
+            "network": network_config, "objective": weights, "ema": ema.state_dict(),
+            "optimiser": optimiser.state_dict(), "step": step, "best": best,
+        }  # fmt: skip
+        save_atomically(content, config.run_dir / "last.pth")
+
+    def validate_and_save() -> dict[str, float]:
+        nonlocal best
+        psnr, similarity = validate(frame_function(ema)) if held_out else (math.nan, math.nan)
+        if not held_out or psnr > best:
+            best = psnr if held_out else best
+            content = {
+                "network": network_config, "params": ema.state_dict(), "step": step,
+                "held_out": {"psnr": psnr, "ssim": similarity, "pictures": len(held_out)},
+            }  # fmt: skip
+            save_atomically(content, config.run_dir / "best.pth")
+        return {"val_psnr": psnr, "val_ssim": similarity}
+
+    precision_on = config.precision == "bf16" or (
+        config.precision == "auto" and device.type == "cuda"
+    )
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision_on)
+    parallel = nn.parallel.DistributedDataParallel(objective) if processes > 1 else objective
+    loader = DataLoader(
+        dataset, batch_sampler=order, num_workers=config.workers, worker_init_fn=ignore_interrupts,
+        pin_memory=device.type == "cuda", persistent_workers=config.workers > 0,
+    )  # fmt: skip
+    share_every = getattr(config, "log_gradients", 0)
+    stop, log = StopRequest(device), None
+    bar = tqdm(total=total_steps, initial=step, disable=rank > 0, unit="step")
+    saved_at = time.monotonic()
+    batches = iter(loader)
+    while step < total_steps and not stop.agreed():
+        epoch = step / order.steps_per_epoch
+        schedule.step(epoch)
+        group = order.batches_in_step(step)
+        sums: dict[str, float] = {}
+        for position in range(group):
+            blurred, sharp = (
+                t.to(device, non_blocking=True, memory_format=torch.channels_last)
+                for t in next(batches)
+            )
+            last_of_group = position == group - 1
+            synchronise = contextlib.nullcontext() if last_of_group else hold_gradients(parallel)
+            with synchronise:
+                with autocast:
+                    terms = parallel(blurred, sharp)
+                if share_every and step % share_every == 0 and last_of_group:
+                    sums |= gradient_shares(terms, list(network.parameters()))
+                (sum(terms.values()) / group).backward()
+            for name, term in terms.items():
+                sums[name] = sums.get(name, 0.0) + float(term.detach()) / group
+        if config.clip_norm:
+            nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        update_ema(ema, network, step, config.ema_decay)
+        step += 1
+
+        row = {"step": step, "epoch": epoch, "learning_rate": optimiser.param_groups[0]["lr"]}
+        row |= {"loss": sum(sums[name] for name in terms)} | sums
+        end_of_epoch = step % order.steps_per_epoch == 0
+        ended = step // order.steps_per_epoch
+        if rank == 0:
+            if step == total_steps or (end_of_epoch and ended % config.validate_every == 0):
+                row |= validate_and_save()
+                bar.write(f"step {step}: held-out {row['val_psnr']:.2f} dB / {row['val_ssim']:.4f}")
+            if log is None:
+                shares = [f"gradient_{name}" for name in terms] if share_every else []
+                columns = ["step", "epoch", "learning_rate", "loss", *terms, *shares]
+                log = RunLog(
+                    config.run_dir / "log.csv", [*columns, "val_psnr", "val_ssim"], order.first_step
+                )
+            log.write(row)
+            if end_of_epoch and time.monotonic() - saved_at > 60:
+                save_last()
+                saved_at = time.monotonic()
+        bar.set_postfix({name: f"{sums[name]:.4f}" for name in terms}, refresh=False)
+        bar.update()
+    bar.close()
+    stop.restore()
+    if rank == 0:
+        save_last()
+        if log:
+            plot_curves(config.run_dir / "log.csv")
+    if stop.requested:
+        raise UserError(f"stopped after step {step}; continue with --resume --run-dir {config.run_dir}")
+    return ema, validate
+
+
+def hold_gradients(parallel: nn.Module) -> contextlib.AbstractContextManager:
+    """Gradients accumulate without being averaged over the processes; no-op with one process."""
+    return parallel.no_sync() if hasattr(parallel, "no_sync") else contextlib.nullcontext()
+
+
+def start_processes(config: FitConfig) -> torch.device:
+    """This process's device; under torchrun, after joining the process group."""
+    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        return pick_device(config)
+    device = pick_device(config)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def training_pairs(config: FitConfig) -> list[Pair]:
+    """The pairs below data_root/train; UserError if there are none."""
+    pairs = find_pairs(config.data_root / "train")
+    if not pairs:
+        raise UserError(
+            f"{config.data_root / 'train'}: no blurred/sharp pairs; make some from sharp pictures with "
+            "`python sharpen_kd.py prepare FOLDER`, or see README.md for GoPro"
+        )
+    return pairs
+
+
+def train_teacher(config: TeacherConfig) -> None:
+    """The `teacher` command."""
+    check_fit(config)
+    device = start_processes(config)
+    pairs = training_pairs(config)
+    torch.manual_seed(config.seed)
+    network = {
+        name: getattr(config, name)
+        for name in ("dim", "num_blocks", "num_refinement_blocks", "heads", "ffn_expansion_factor")
+    }
+    restormer = Restormer(**network)
+    if config.init:
+        restormer = load_restormer(config.init)
+
+    def frame_function(network: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
+        wrapper = RestormerTeacherWrapper(network)
+        return lambda frame: restore_whole(wrapper, frame, device)
+
+    fit(config, Supervision(restormer), network, pairs, frame_function, device)
+
+def train(c): pass
+def evaluate(c): pass
+def sharpen(c): pass
+def measure_fps(c): pass
+EMBEDDED_RUN = {}
+
+
+# ---------------------------------------------------------------------------------------------------
+# Command line
+
+
+def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
+    """One flag a field: name and type from the field, meaning from its metadata, default shown."""
+    hints = typing.get_type_hints(config_class)
+    for item in dataclasses.fields(config_class):
+        hint, extra = hints[item.name], dict(item.metadata)
+        text, positional = extra.pop("help"), extra.pop("positional", None)
+        names = [name for name in (extra.pop("short", None),) if name]
+        kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
+        if positional:
+            many = {"nargs": positional} if positional == "+" else {}
+            parser.add_argument(item.name, type=Path, help=text, **many)
+            continue
+        names.append("--" + item.name.replace("_", "-"))
+        options: dict = {"help": text, "default": argparse.SUPPRESS, "dest": item.name} | extra
+        if hint is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(hint) is tuple or any(typing.get_origin(k) is tuple for k in kinds):
+            element = typing.get_args(hint if typing.get_origin(hint) is tuple else kinds[0])[0]
+            options |= {"type": element, "nargs": "+", "metavar": "N"}
+        else:
+            options["type"] = kinds[0] if kinds else hint
+            if "choices" not in options:
+                options["metavar"] = options["type"].__name__.upper()
+        if item.default not in (None, False) and "default" not in text:
+            shown = item.default
+            if isinstance(shown, tuple):
+                shown = " ".join(map(str, shown))
+            elif isinstance(shown, Path) and shown.is_relative_to(HERE):
+                shown = shown.relative_to(HERE)
+            options["help"] += f" (default: {shown})"
+        parser.add_argument(*names, **options)
+
+
+COMMANDS: dict[str, tuple[type, Callable]] = {
+    "prepare": (PrepareConfig, prepare),
+    "teacher": (TeacherConfig, train_teacher),
+    "train": (TrainConfig, train),
+    "eval": (EvalConfig, evaluate),
+    "sharpen": (SharpenConfig, sharpen),
+    "fps": (FpsConfig, measure_fps),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sharpen_kd.py", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (config_class, _) in COMMANDS.items():
+        meaning = config_class.__doc__
+        command = commands.add_parser(name, help=meaning, description=meaning)
+        add_flags(command, config_class)
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def settle(config_class: type, given: dict) -> object:
+    """The command's configuration: given flags over a resumed run's over the embedded run's."""
+    config = config_class(**given)
+    if not isinstance(config, FitConfig):
+        return config
+    defaults: dict = {}
+    if isinstance(config, TrainConfig) and "data_root" not in given:
+        defaults = {} if list_pictures(config.data_root / "train") else EMBEDDED_RUN
+        config = config_class(**(defaults | given))
+    if config.resume:
+        last = config.run_dir / "last.pth"
+        saved = read_checkpoint(last, "start the run without --resume")["config"]
+        hints = typing.get_type_hints(config_class)
+        saved = {
+            name: Path(value) if value is not None and hints[name] in (Path, Path | None) else value
+            for name, value in saved.items()
+        }
+        config = config_class(**(saved | given))
+    return config
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    given = vars(build_parser().parse_args(arguments))
+    config_class, command = COMMANDS[given.pop("command")]
+    debug = given.pop("debug")
+    try:
+        command(settle(config_class, given))
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
+        if debug:
+            raise
+        message = " ".join(str(error).split())
+        print(f"sharpen_kd: error: {message}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("sharpen_kd: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
