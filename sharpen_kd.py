@@ -20,6 +20,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import io
 import json
 import math
 import os
@@ -296,7 +297,7 @@ class Pair:
         sharp = Image.fromarray(to_rgb_array(open_picture(self.sharp)))
         if self.blurred is None:
             sharp = crop_to_even(sharp)
-            return np.asarray(degrade(sharp, 2)), np.asarray(sharp)
+            return np.array(degrade(sharp, 2)), np.array(sharp)
         blurred = to_rgb_array(open_picture(self.blurred))
         return blurred, np.asarray(sharp)
 
@@ -380,6 +381,11 @@ EMBEDDED = {
 }  # fmt: skip
 
 
+def uses_embedded_sample(config: TrainConfig) -> bool:
+    """Whether `train` has no dataset: no other --data-root, and no pictures under this one."""
+    return config.data_root == TrainConfig.data_root and not list_pictures(config.data_root / "train")
+
+
 def embedded_pairs() -> list[Pair]:
     """scikit-image's own pictures as pairs, blurred on the fly."""
     import skimage.data
@@ -457,8 +463,7 @@ class GoProSharpeningDataset(Dataset):
             grow = size / min(height, width)
             height, width = max(size, round(height * grow)), max(size, round(width * grow))
             images = [
-                np.asarray(Image.fromarray(image).resize((width, height), Image.BICUBIC))
-                for image in images
+                np.asarray(Image.fromarray(image).resize((width, height), Image.BICUBIC)) for image in images
             ]
         top = rng.integers(height - size + 1)
         left = rng.integers(width - size + 1)
@@ -587,7 +592,7 @@ class RestormerTeacherWrapper(nn.Module):
     is missing from the network: a hook that silently is not there would be a term that silently is 0.
     """
 
-    TAPS = {"e2": "encoder_level2", "e4": "encoder_level3", "b": "latent"}
+    TAPS: typing.ClassVar = {"e2": "encoder_level2", "e4": "encoder_level3", "b": "latent"}
 
     def __init__(self, restormer: Restormer, student_widths: dict[str, int] | None = None) -> None:
         super().__init__()
@@ -612,17 +617,13 @@ class RestormerTeacherWrapper(nn.Module):
         self.restormer.eval()
         return self
 
-    def forward(
-        self, blurred: Tensor, features: bool = False
-    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, blurred: Tensor, features: bool = False) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         height, width = blurred.shape[-2:]
         with torch.no_grad():
             output = self.restormer(pad_to_multiple(blurred, 8))[..., :height, :width]
         if not features:
             return output
-        projected = {
-            name: self.get_submodule(f"proj_{name}")(self.tapped.pop(name)) for name in self.TAPS
-        }
+        projected = {name: self.get_submodule(f"proj_{name}")(self.tapped.pop(name)) for name in self.TAPS}
         return output, projected
 
 
@@ -985,9 +986,7 @@ class FrameSharpener:
 
     def restore(self, blurred: Tensor, gates: Sequence[Tensor]) -> Tensor:
         """The network alone, on a batch (B, 3, H, W)."""
-        with torch.autocast(
-            self.device.type, self.precision, enabled=self.precision != torch.float32
-        ):
+        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
             return self.student(blurred, gates).float()
 
     def gates(self, frame: np.ndarray) -> list[Tensor]:
@@ -1038,6 +1037,14 @@ def score(predicted: np.ndarray, sharp: np.ndarray) -> tuple[float, float]:
     return float(psnr), float(structural_similarity(sharp, predicted, channel_axis=2, data_range=1))
 
 
+def mean_score(
+    frames: Sequence[tuple[np.ndarray, np.ndarray]], sharpen: Callable[[np.ndarray], np.ndarray]
+) -> tuple[float, float]:
+    """Mean (PSNR, SSIM) of `sharpen` over (blurred, sharp) frames."""
+    scores = np.array([score(sharpen(blurred), sharp) for blurred, sharp in frames])
+    return tuple(scores.mean(axis=0).tolist())
+
+
 # ---------------------------------------------------------------------------------------------------
 # Training: one loop for the student and for the teacher
 
@@ -1050,26 +1057,15 @@ class Distillation(nn.Module):
     ) -> None:
         super().__init__()
         self.network, self.teacher, self.loss = student, teacher, loss
-        self.with_features = "feature" in loss.weights
 
-    def forward(self, blurred: Tensor, sharp: Tensor) -> dict[str, Tensor]:
-        output, features, teacher_output, teacher_features = None, None, None, None
-        if self.with_features:
-            output, features = self.network(blurred, features=True)
-            teacher_output, teacher_features = self.teacher(blurred, features=True)
-        else:
-            output = self.network(blurred)
-            teacher_output = self.teacher(blurred) if self.teacher else None
-        with torch.autocast(blurred.device.type, enabled=False):
-
-            def full(value: Tensor | dict | None) -> Tensor | dict | None:
-                if isinstance(value, dict):
-                    return {name: tensor.float() for name, tensor in value.items()}
-                return None if value is None else value.float()
-
-            return self.loss(
-                full(output), sharp, full(features), full(teacher_output), full(teacher_features)
-            )
+    def forward(self, blurred: Tensor, sharp: Tensor, autocast: torch.autocast) -> dict[str, Tensor]:
+        with_features = "feature" in self.loss.weights
+        with autocast:
+            output = self.network(blurred, features=with_features)
+            taught = self.teacher(blurred, features=with_features) if self.teacher else None
+        if with_features:
+            return self.loss(output[0], sharp, output[1], *taught)
+        return self.loss(output, sharp, teacher_output=taught)
 
 
 class Supervision(nn.Module):
@@ -1079,37 +1075,38 @@ class Supervision(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, blurred: Tensor, sharp: Tensor) -> dict[str, Tensor]:
-        return {"reconstruction": F.l1_loss(self.network(blurred).float(), sharp)}
+    def forward(self, blurred: Tensor, sharp: Tensor, autocast: torch.autocast) -> dict[str, Tensor]:
+        with autocast:
+            output = self.network(blurred)
+        return {"reconstruction": F.l1_loss(output, sharp)}
 
 
 class CropOrder(Sampler[list[tuple[int, int]]]):
-    """The (epoch, index) batches of one process over a whole run, from any optimiser step on.
+    """The (epoch, index) batches of one process over a whole run, from `first_step` on.
 
     Each epoch is a fresh permutation, wrapped around to fill the last batch of every process, and
     dealt out so that N processes at 1/N of the accumulation see, step by step, what one would.
     """
 
     def __init__(self, count: int, config: FitConfig, rank: int = 0, processes: int = 1) -> None:
-        self.count, self.config, self.rank, self.processes = count, config, rank, processes
-        self.batches_per_epoch = math.ceil(count / (config.batch_size * processes))
-        self.accumulation = config.gradient_accumulation_steps
-        self.steps_per_epoch = math.ceil(self.batches_per_epoch / self.accumulation)
+        self.count, self.config, self.rank = count, config, rank
+        batches = math.ceil(count / (config.batch_size * processes))
+        self.epoch_shape = (batches, config.batch_size, processes)
+        self.steps_per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
         self.first_step = 0
 
     def batches_in_step(self, step: int) -> int:
         """Batches of this optimiser step; the last group of an epoch may be smaller."""
-        done = step % self.steps_per_epoch * self.accumulation
-        return min(self.accumulation, self.batches_per_epoch - done)
+        done = step % self.steps_per_epoch * self.config.gradient_accumulation_steps
+        return min(self.config.gradient_accumulation_steps, self.epoch_shape[0] - done)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         first_epoch, step = divmod(self.first_step, self.steps_per_epoch)
         for epoch in range(first_epoch, self.config.epochs):
             order = np.random.default_rng((self.config.seed, epoch)).permutation(self.count)
-            shape = (self.batches_per_epoch, self.config.batch_size, self.processes)
-            order = np.resize(order, math.prod(shape)).reshape(shape)[:, :, self.rank]
-            skipped = step * self.accumulation if epoch == first_epoch else 0
-            for batch in order[skipped:]:
+            batches = np.resize(order, math.prod(self.epoch_shape)).reshape(self.epoch_shape)
+            skipped = step * self.config.gradient_accumulation_steps if epoch == first_epoch else 0
+            for batch in batches[skipped:, :, self.rank]:
                 yield [(epoch, int(index)) for index in batch]
 
 
@@ -1130,8 +1127,7 @@ def gradient_shares(terms: dict[str, Tensor], parameters: list[Tensor]) -> dict[
     for name, term in terms.items():
         gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
         norms[name] = math.sqrt(sum(float(g.square().sum()) for g in gradients if g is not None))
-    total = sum(norms.values()) or 1.0
-    return {f"gradient_{name}": norm / total for name, norm in norms.items()}
+    return {f"gradient_{name}": norm / sum(norms.values()) for name, norm in norms.items()}
 
 
 def save_atomically(content: dict, path: Path) -> None:
@@ -1141,21 +1137,16 @@ def save_atomically(content: dict, path: Path) -> None:
     temporary.replace(path)
 
 
-def plain(value: object) -> object:
-    """A configuration value as torch.load(weights_only=True) and JSON accept it."""
-    return str(value) if isinstance(value, Path) else value
-
-
 class RunLog:
     """A run's CSV, one row an optimiser step; a resumed run drops the rows it will write again."""
 
-    def __init__(self, path: Path, columns: list[str], step: int) -> None:
+    def __init__(self, path: Path, columns: list[str], first_step: int) -> None:
         kept = []
-        if step and path.is_file():
+        if first_step and path.is_file():
             with path.open(newline="") as file:
-                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= first_step]
         self.file = path.open("w", newline="")
-        self.writer = csv.DictWriter(self.file, columns, restval="", extrasaction="ignore")
+        self.writer = csv.DictWriter(self.file, columns, extrasaction="ignore")
         self.writer.writeheader()
         self.writer.writerows(kept)
 
@@ -1164,70 +1155,46 @@ class RunLog:
         self.file.flush()
 
 
-def plot_curves(log: Path) -> None:
+def plot_curves(log: Path, terms: Iterable[str]) -> None:
     """curves.png beside a run's log, where matplotlib is installed."""
     try:
         import matplotlib
-    except ImportError:
-        print("no curves.png: `pip install matplotlib` draws it")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        print("no curves.png: `pip install matplotlib` would draw it")
+        return
     with log.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    if not rows:
-        return
+    scored = [row for row in rows if row["val_psnr"]]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
-    first = list(rows[0]).index("loss")
-    for name in [n for n in list(rows[0])[first:] if not n.startswith(("gradient_", "val_"))]:
+    for name in terms:
         left.plot([int(r["step"]) for r in rows], [float(r[name]) for r in rows], label=name, lw=0.8)
     left.set(xlabel="step", title="weighted loss terms", yscale="log")
     left.legend()
-    scored = [r for r in rows if r["val_psnr"]]
     right.plot([int(r["step"]) for r in scored], [float(r["val_psnr"]) for r in scored], marker=".")
     right.set(xlabel="step", title="held-out PSNR of the averaged weights, dB")
-    figure.tight_layout()
-    figure.savefig(log.with_name("curves.png"), dpi=110)
+    figure.savefig(log.with_name("curves.png"), dpi=110, bbox_inches="tight")
     pyplot.close(figure)
 
 
-class Validation:
-    """Held-out training pairs, decoded once; scores frame-to-frame functions on them."""
+@contextlib.contextmanager
+def deferred_interrupts() -> Iterator[list[int]]:
+    """A list that a first Ctrl-C or termination signal is put into; a second one acts at once."""
+    received: list[int] = []
 
-    def __init__(self, pairs: list[Pair]) -> None:
-        self.frames = [pair.load() for pair in pairs]
+    def note(number: int, frame: types.FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
 
-    def __call__(self, sharpen: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float]:
-        """Mean (PSNR, SSIM)."""
-        scores = [score(sharpen(blurred), sharp) for blurred, sharp in self.frames]
-        return tuple(statistics.fmean(column) for column in zip(*scores, strict=True))
-
-
-class StopRequest:
-    """Ctrl-C, or a termination signal, asks for a stop after the current step; twice, at once."""
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self, device: torch.device) -> None:
-        self.requested, self.device = False, device
-        self.before = {number: signal.signal(number, self.note) for number in self.SIGNALS}
-
-    def note(self, number: int, frame: types.FrameType | None) -> None:
-        self.requested = True
-        self.restore()
-
-    def restore(self) -> None:
-        for number, handler in self.before.items():
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
-
-    def agreed(self) -> bool:
-        """Whether any process was asked; all of them stop after the same step."""
-        if not dist.is_initialized():
-            return self.requested
-        asked = torch.tensor(float(self.requested), device=self.device)
-        dist.all_reduce(asked)
-        return bool(asked)
 
 
 def ignore_interrupts(worker: int) -> None:
@@ -1235,176 +1202,187 @@ def ignore_interrupts(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is set in any process, so that all of them stop after the same step."""
+    if not dist.is_initialized():
+        return flag
+    votes = torch.tensor(float(flag), device=device)
+    dist.all_reduce(votes)
+    return bool(votes)
+
+
 def check_fit(config: FitConfig) -> None:
     """UserError for flags that no run can honour."""
     if config.image_size < 16 or config.image_size % 16:
         raise UserError(f"--image-size {config.image_size}: must be a multiple of 16")
-    for name in ("epochs", "batch_size", "gradient_accumulation_steps", "restart_epochs",
-                 "validate_every", "learning_rate"):  # fmt: skip
+    positive = ("epochs", "batch_size", "gradient_accumulation_steps", "restart_epochs", "validate_every")
+    for name in (*positive, "learning_rate"):
         if getattr(config, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be above 0")
-    if not 0 <= config.ema_decay < 1:
-        raise UserError(f"--ema-decay {config.ema_decay}: must be in [0, 1)")
-    if not 0 <= config.validation_fraction < 1:
-        raise UserError(f"--validation-fraction {config.validation_fraction}: must be in [0, 1)")
+    for name in ("ema_decay", "validation_fraction"):
+        if not 0 <= getattr(config, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be in [0, 1)")
     if (config.run_dir / "last.pth").exists() and not config.resume and not config.overwrite:
         raise UserError(
-            f"{config.run_dir} holds a run already: add --resume to continue it, --overwrite to start "
-            "anew, or name another --run-dir"
+            f"{config.run_dir} holds a run already: continue it with --resume, replace it with "
+            "--overwrite, or name another --run-dir"
         )
 
 
-def fit(
-    config: FitConfig,
-    objective: Distillation | Supervision,
-    network_config: dict,
-    pairs: list[Pair],
-    frame_function: Callable[[nn.Module], Callable[[np.ndarray], np.ndarray]],
-    device: torch.device,
-) -> tuple[nn.Module, Validation]:
-    """Train `objective.network`; returns its averaged copy and the held-out pictures.
-
-    Writes last.pth (everything that continues the run), best.pth (averaged weights of the best
-    held-out PSNR), log.csv and curves.png into `config.run_dir`. `frame_function` makes the 8-bit
-    frame path of a network, for validation.
-    """
+def start_process(config: FitConfig) -> tuple[torch.device, int, int]:
+    """(device, rank, processes); under torchrun, after joining the process group."""
+    device = pick_device(config)
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    training, held_out = hold_out(pairs, config.validation_fraction, config.seed)
-    validate = Validation(held_out)
-    dataset = GoProSharpeningDataset(
-        training, config.image_size, config.blur_probability, config.seed, config.cache
-    )
-    order = CropOrder(len(dataset), config, rank, processes)
-    total_steps = config.epochs * order.steps_per_epoch
-    total_steps = min(total_steps, config.max_steps or total_steps)
+    if processes > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device, rank, processes
 
-    objective.to(device, memory_format=torch.channels_last)
-    network = objective.network
-    ema = copy.deepcopy(network).eval().requires_grad_(False)
-    parameters = [p for p in objective.parameters() if p.requires_grad]
-    optimiser = torch.optim.Adam(parameters, config.learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(
-        optimiser, config.restart_epochs, T_mult=2, eta_min=config.min_learning_rate
-    )
-    step, best = 0, -math.inf
-    if config.resume:
-        state = read_checkpoint(config.run_dir / "last.pth", "start the run without --resume")
-        objective.load_state_dict(state["objective"], strict=False)
-        ema.load_state_dict(state["ema"])
-        optimiser.load_state_dict(state["optimiser"])
-        step, best = state["step"], state["best"]
-    order.first_step = step
-    config.run_dir.mkdir(parents=True, exist_ok=True)
 
-    def save_last() -> None:
-        trained = {name for name, p in objective.named_parameters() if p.requires_grad}
-        weights = {name: t for name, t in objective.state_dict().items() if name in trained}
+class Fit:
+    """One training run: `objective.network`, its averaged copy, the optimiser, and where they stand."""
+
+    def __init__(
+        self, config: FitConfig, objective: Distillation | Supervision, network_config: dict,
+        pairs: list[Pair], frame_function: Callable[[nn.Module, torch.device], Callable],
+    ) -> None:  # fmt: skip
+        self.device, self.rank, processes = start_process(config)
+        self.config, self.network_config, self.frame_function = config, network_config, frame_function
+        training, held_out = hold_out(pairs, config.validation_fraction, config.seed)
+        self.held_out = [pair.load() for pair in held_out]
+        self.dataset = GoProSharpeningDataset(
+            training, config.image_size, config.blur_probability, config.seed, config.cache
+        )
+        self.order = CropOrder(len(training), config, self.rank, processes)
+        self.objective = objective.to(self.device, memory_format=torch.channels_last)
+        self.ema = copy.deepcopy(objective.network).eval().requires_grad_(False)
+        self.trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+        self.optimiser = torch.optim.Adam(list(self.trained.values()), config.learning_rate)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(
+            self.optimiser, config.restart_epochs, T_mult=2, eta_min=config.min_learning_rate
+        )
+        self.step, self.best = 0, -math.inf
+        if config.resume:
+            self.load_last()
+        self.order.first_step = self.step
+        self.parallel = (
+            nn.parallel.DistributedDataParallel(self.objective) if processes > 1 else self.objective
+        )
+        low = config.precision == "bf16" or (config.precision == "auto" and self.device.type == "cuda")
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=low)
+
+    def load_last(self) -> None:
+        path = self.config.run_dir / "last.pth"
+        state = read_checkpoint(path, "start the run without --resume")
+        try:
+            for name, parameter in self.trained.items():  # the frozen ones are not in the file
+                parameter.data.copy_(state["objective"][name])
+            self.ema.load_state_dict(state["ema"])
+            self.optimiser.load_state_dict(state["optimiser"])
+            self.step, self.best = state["step"], state["best"]
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise UserError(f"{path}: does not fit this run's network and loss terms ({error})") from error
+
+    def save_last(self) -> None:
+        """Everything that continues the run to the same weights."""
+        config = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in dataclasses.asdict(self.config).items()
+        }
         content = {
-            "config": {k: plain(v) for k, v in dataclasses.asdict(config).items()},
-            "network": network_config, "objective": weights, "ema": ema.state_dict(),
-            "optimiser": optimiser.state_dict(), "step": step, "best": best,
+            "config": config, "network": self.network_config, "ema": self.ema.state_dict(),
+            "objective": {name: p.detach() for name, p in self.trained.items()},
+            "optimiser": self.optimiser.state_dict(), "step": self.step, "best": self.best,
         }  # fmt: skip
-        save_atomically(content, config.run_dir / "last.pth")
+        save_atomically(content, self.config.run_dir / "last.pth")
 
-    def validate_and_save() -> dict[str, float]:
-        nonlocal best
-        psnr, similarity = validate(frame_function(ema)) if held_out else (math.nan, math.nan)
-        if not held_out or psnr > best:
-            best = psnr if held_out else best
-            content = {
-                "network": network_config, "params": ema.state_dict(), "step": step,
-                "held_out": {"psnr": psnr, "ssim": similarity, "pictures": len(held_out)},
-            }  # fmt: skip
-            save_atomically(content, config.run_dir / "best.pth")
+    def validate(self) -> dict[str, float]:
+        """Score the averaged weights on the held-out pictures; keep them if they are the best so far."""
+        psnr, similarity = math.nan, math.nan
+        if self.held_out:
+            psnr, similarity = mean_score(self.held_out, self.frame_function(self.ema, self.device))
+            tqdm.write(f"step {self.step}: held-out {psnr:.2f} dB, SSIM {similarity:.4f}")
+        if psnr > self.best or not self.held_out:
+            self.best = max(self.best, psnr)
+            scores = {"psnr": psnr, "ssim": similarity, "pictures": len(self.held_out)}
+            content = {"network": self.network_config, "params": self.ema.state_dict()}
+            content |= {"step": self.step, "held_out": scores}
+            save_atomically(content, self.config.run_dir / "best.pth")
         return {"val_psnr": psnr, "val_ssim": similarity}
 
-    precision_on = config.precision == "bf16" or (
-        config.precision == "auto" and device.type == "cuda"
-    )
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision_on)
-    parallel = nn.parallel.DistributedDataParallel(objective) if processes > 1 else objective
-    loader = DataLoader(
-        dataset, batch_sampler=order, num_workers=config.workers, worker_init_fn=ignore_interrupts,
-        pin_memory=device.type == "cuda", persistent_workers=config.workers > 0,
-    )  # fmt: skip
-    share_every = getattr(config, "log_gradients", 0)
-    stop, log = StopRequest(device), None
-    bar = tqdm(total=total_steps, initial=step, disable=rank > 0, unit="step")
-    saved_at = time.monotonic()
-    batches = iter(loader)
-    while step < total_steps and not stop.agreed():
-        epoch = step / order.steps_per_epoch
-        schedule.step(epoch)
-        group = order.batches_in_step(step)
-        sums: dict[str, float] = {}
-        for position in range(group):
+    def optimise(self, batches: Iterator[list[Tensor]]) -> dict[str, float]:
+        """One optimiser step over a group of batches; returns the weighted terms' means."""
+        group = self.order.batches_in_step(self.step)
+        share_every = getattr(self.config, "log_gradients", 0)
+        means: dict[str, float] = {}
+        for remaining in reversed(range(group)):
             blurred, sharp = (
-                t.to(device, non_blocking=True, memory_format=torch.channels_last)
-                for t in next(batches)
+                t.to(self.device, non_blocking=True, memory_format=torch.channels_last) for t in next(batches)
             )
-            last_of_group = position == group - 1
-            synchronise = contextlib.nullcontext() if last_of_group else hold_gradients(parallel)
-            with synchronise:
-                with autocast:
-                    terms = parallel(blurred, sharp)
-                if share_every and step % share_every == 0 and last_of_group:
-                    sums |= gradient_shares(terms, list(network.parameters()))
+            # DistributedDataParallel averages gradients over the processes once, after the last batch
+            hold = remaining and self.parallel is not self.objective
+            with self.parallel.no_sync() if hold else contextlib.nullcontext():
+                terms = self.parallel(blurred, sharp, self.autocast)
+                if share_every and self.step % share_every == 0 and not remaining:
+                    means |= gradient_shares(terms, list(self.objective.network.parameters()))
                 (sum(terms.values()) / group).backward()
             for name, term in terms.items():
-                sums[name] = sums.get(name, 0.0) + float(term.detach()) / group
-        if config.clip_norm:
-            nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        update_ema(ema, network, step, config.ema_decay)
-        step += 1
+                means[name] = means.get(name, 0.0) + term.item() / group
+                if not math.isfinite(means[name]):
+                    raise UserError(f"step {self.step}: {name} is {means[name]}; lower --learning-rate")
+        if self.config.clip_norm:
+            nn.utils.clip_grad_norm_(self.trained.values(), self.config.clip_norm)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        update_ema(self.ema, self.objective.network, self.step, self.config.ema_decay)
+        self.step += 1
+        return means
 
-        row = {"step": step, "epoch": epoch, "learning_rate": optimiser.param_groups[0]["lr"]}
-        row |= {"loss": sum(sums[name] for name in terms)} | sums
-        end_of_epoch = step % order.steps_per_epoch == 0
-        ended = step // order.steps_per_epoch
-        if rank == 0:
-            if step == total_steps or (end_of_epoch and ended % config.validate_every == 0):
-                row |= validate_and_save()
-                bar.write(f"step {step}: held-out {row['val_psnr']:.2f} dB / {row['val_ssim']:.4f}")
-            if log is None:
-                shares = [f"gradient_{name}" for name in terms] if share_every else []
-                columns = ["step", "epoch", "learning_rate", "loss", *terms, *shares]
-                log = RunLog(
-                    config.run_dir / "log.csv", [*columns, "val_psnr", "val_ssim"], order.first_step
-                )
-            log.write(row)
-            if end_of_epoch and time.monotonic() - saved_at > 60:
-                save_last()
-                saved_at = time.monotonic()
-        bar.set_postfix({name: f"{sums[name]:.4f}" for name in terms}, refresh=False)
-        bar.update()
-    bar.close()
-    stop.restore()
-    if rank == 0:
-        save_last()
-        if log:
-            plot_curves(config.run_dir / "log.csv")
-    if stop.requested:
-        raise UserError(f"stopped after step {step}; continue with --resume --run-dir {config.run_dir}")
-    return ema, validate
-
-
-def hold_gradients(parallel: nn.Module) -> contextlib.AbstractContextManager:
-    """Gradients accumulate without being averaged over the processes; no-op with one process."""
-    return parallel.no_sync() if hasattr(parallel, "no_sync") else contextlib.nullcontext()
-
-
-def start_processes(config: FitConfig) -> torch.device:
-    """This process's device; under torchrun, after joining the process group."""
-    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
-        return pick_device(config)
-    device = pick_device(config)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device
+    def run(self) -> None:
+        """Train to the end, or to the first interruption; writes last.pth, best.pth, log.csv, curves.png."""
+        config, order, log = self.config, self.order, None
+        total = min(config.epochs * order.steps_per_epoch, config.max_steps or sys.maxsize)
+        loader = DataLoader(
+            self.dataset, batch_sampler=order, num_workers=config.workers,
+            worker_init_fn=ignore_interrupts, pin_memory=self.device.type == "cuda",
+        )  # fmt: skip
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        bar = tqdm(total=total, initial=self.step, disable=self.rank > 0, unit="step")
+        with deferred_interrupts() as interrupts:
+            batches, saved = iter(loader), time.monotonic()
+            while self.step < total and not any_process(bool(interrupts), self.device):
+                epoch = self.step / order.steps_per_epoch
+                self.schedule.step(epoch)
+                means = self.optimise(batches)
+                terms = [name for name in means if not name.startswith("gradient_")]
+                bar.set_postfix({name: f"{means[name]:.4f}" for name in terms}, refresh=False)
+                bar.update()
+                if self.rank:
+                    continue
+                rate = self.optimiser.param_groups[0]["lr"]
+                row = {"step": self.step, "epoch": epoch, "learning_rate": rate}
+                row |= {"loss": sum(means[name] for name in terms)} | means
+                ended, within = divmod(self.step, order.steps_per_epoch)
+                if self.step == total or (not within and ended % config.validate_every == 0):
+                    row |= self.validate()
+                if log is None:
+                    columns = [*row, *(f"gradient_{name}" for name in terms), "val_psnr", "val_ssim"]
+                    log = RunLog(config.run_dir / "log.csv", list(dict.fromkeys(columns)), order.first_step)
+                log.write(row)
+                if time.monotonic() - saved > 120:
+                    self.save_last()
+                    saved = time.monotonic()
+            bar.close()
+            if self.rank == 0:
+                self.save_last()
+                if log:
+                    plot_curves(config.run_dir / "log.csv", terms)
+        if interrupts:
+            raise UserError(
+                f"stopped after step {self.step}; continue with --resume --run-dir {config.run_dir}"
+            )
 
 
 def training_pairs(config: FitConfig) -> list[Pair]:
@@ -1421,28 +1399,380 @@ def training_pairs(config: FitConfig) -> list[Pair]:
 def train_teacher(config: TeacherConfig) -> None:
     """The `teacher` command."""
     check_fit(config)
-    device = start_processes(config)
     pairs = training_pairs(config)
     torch.manual_seed(config.seed)
-    network = {
-        name: getattr(config, name)
-        for name in ("dim", "num_blocks", "num_refinement_blocks", "heads", "ffn_expansion_factor")
-    }
-    restormer = Restormer(**network)
+    sizes = ("dim", "num_blocks", "num_refinement_blocks", "heads", "ffn_expansion_factor")
+    dimensions = {name: getattr(config, name) for name in sizes}
+    restormer = load_restormer(config.init) if config.init else Restormer(**dimensions)
+
+    def frame_function(network: Restormer, device: torch.device) -> Callable[[np.ndarray], np.ndarray]:
+        return lambda frame: restore_whole(RestormerTeacherWrapper(network), frame, device)
+
+    Fit(config, Supervision(restormer), dimensions, pairs, frame_function).run()
+
+
+LOSS_TERMS = ("reconstruction", "perceptual", "feature", "kl", "ssim")
+
+# `train` without a dataset: small enough for two cores and ten minutes, on scikit-image's pictures.
+EMBEDDED_RUN = {
+    "run_dir": HERE / "model_checkpoints/embedded", "teacher_weights": COMPACT_TEACHER,
+    "stem_stride": 2, "widths": (16, 24, 32, 48, 64), "image_size": 128, "batch_size": 4,
+    "gradient_accumulation_steps": 1, "epochs": 120, "restart_epochs": 120, "validate_every": 20,
+    "learning_rate": 1e-3, "blur_probability": 0.0, "validation_fraction": 0.25,
+    "lambda_perceptual": 0.0, "cache": True, "workers": 0,
+}  # fmt: skip
+
+
+def make_student(config: TrainConfig) -> StudentUNet:
+    """The student that the flags describe, with `--init`'s weights if given."""
+    try:
+        student = StudentUNet(
+            base_channels=config.base_channels, stem_stride=config.stem_stride, widths=config.widths
+        )
+    except ValueError as error:
+        raise UserError(f"--base-channels, --stem-stride, --widths: {error}") from error
     if config.init:
-        restormer = load_restormer(config.init)
+        source, _ = load_student(config.init)
+        if (source.widths, source.stem_stride) != (student.widths, student.stem_stride):
+            raise UserError(f"--init {config.init}: a student of other dimensions, {source.config}")
+        student.load_state_dict(source.state_dict())
+    return student
 
-    def frame_function(network: nn.Module) -> Callable[[np.ndarray], np.ndarray]:
-        wrapper = RestormerTeacherWrapper(network)
-        return lambda frame: restore_whole(wrapper, frame, device)
 
-    fit(config, Supervision(restormer), network, pairs, frame_function, device)
+def train(config: TrainConfig) -> None:
+    """The `train` command; its last lines are the held-out scores before and after."""
+    check_fit(config)
+    if uses_embedded_sample(config):
+        print(
+            f"No pictures under {config.data_root / 'train'}: training on those that scikit-image carries, "
+            f"with --lambda-perceptual {config.lambda_perceptual:g} and {config.teacher_weights} as teacher."
+        )
+        pairs = embedded_pairs()
+    else:
+        pairs = training_pairs(config)
+    torch.manual_seed(config.seed)
+    student = make_student(config)
+    weights = {name: getattr(config, f"lambda_{name}") for name in LOSS_TERMS}
+    loss, teacher = DistillationLoss(weights, config.temperature), None
+    if loss.needs_teacher:
+        widths = student.feature_widths if "feature" in loss.weights else None
+        teacher = RestormerTeacherWrapper(load_restormer(config.teacher_weights), widths)
+    run = Fit(config, Distillation(student, teacher, loss), student.config, pairs, FrameSharpener)
+    run.run()
+    if run.rank == 0 and run.held_out:
+        before, after = (
+            mean_score(run.held_out, lambda frame: frame),
+            load_student(config.run_dir / "best.pth"),
+        )
+        print(f"{len(run.held_out)} held-out pictures, {config.run_dir / 'best.pth'}")
+        print(f"before: {before[0]:.2f} dB, SSIM {before[1]:.4f}")
+        print(f"after:  {after[1]['held_out']['psnr']:.2f} dB, SSIM {after[1]['held_out']['ssim']:.4f}")
 
-def train(c): pass
-def evaluate(c): pass
-def sharpen(c): pass
-def measure_fps(c): pass
-EMBEDDED_RUN = {}
+
+# ---------------------------------------------------------------------------------------------------
+# Sharpening: picture files in, picture files out
+
+
+def split_picture(image: Image.Image) -> tuple[np.ndarray, Image.Image | None, bytes | None]:
+    """(8-bit RGB frame, alpha channel or None, ICC profile that fits the frame or None)."""
+    icc = image.info.get("icc_profile")
+    if image.mode in ("CMYK", "LAB"):  # a profile of these does not describe RGB
+        srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+        source = ImageCms.createProfile("LAB") if image.mode == "LAB" else None
+        source = ImageCms.ImageCmsProfile(io.BytesIO(icc)) if icc else source
+        if source is None:
+            return np.asarray(image.convert("RGB")), None, None
+        rgb = ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
+        return np.asarray(rgb), None, srgb.tobytes()
+    alpha = None
+    if "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
+        image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+    return to_rgb_array(image), alpha, icc
+
+
+def sharpen_picture(sharpener: FrameSharpener, image: Image.Image) -> Image.Image:
+    """A sharpened copy: EXIF orientation applied, EXIF, ICC profile, resolution and alpha kept.
+
+    Greyscale stays greyscale; other modes become RGB. 16-bit pictures become 8-bit.
+    """
+    image = ImageOps.exif_transpose(image)
+    grey = image.mode[0] in "1LIF" and image.mode != "LAB"
+    frame, alpha, icc = split_picture(image)
+    result = Image.fromarray(sharpener(frame))
+    if grey:
+        result = result.convert("L")
+    if alpha:
+        result.putalpha(alpha)
+    kept = {"exif": image.getexif().tobytes(), "icc_profile": icc, "dpi": image.info.get("dpi")}
+    result.info = {name: value for name, value in kept.items() if value}
+    return result
+
+
+def save_picture(image: Image.Image, path: Path) -> None:
+    """Write with the metadata in `image.info`, to a temporary file that is then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    kind = Image.registered_extensions()[path.suffix.lower()]
+    best = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {}
+    best |= {"quality": 95} if kind == "WEBP" else {}
+    try:
+        image.save(temporary, format=kind, **image.info, **best)
+        temporary.replace(path)
+    except (OSError, ValueError) as error:
+        hint = "; alpha needs .png, .webp or .tif" if image.mode in ("LA", "RGBA") else ""
+        raise UserError(f"{path}: cannot be written ({error}){hint}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def plan_outputs(config: SharpenConfig) -> list[tuple[Path, Path]]:
+    """(picture, file to write) for every input; UserError for what cannot be, before any work."""
+    sources: list[tuple[Path, Path]] = []
+    for path in config.inputs:
+        if path.is_dir():
+            sources += [(picture, picture.relative_to(path)) for picture in list_pictures(path)]
+        elif path.is_file():
+            sources.append((path, Path(path.name)))
+        else:
+            raise UserError(f"{path}: no such file or folder")
+    if not sources:
+        raise UserError(f"{config.inputs[0]}: no pictures in this folder")
+    output = config.output
+    if output is None:
+        folder = HERE / "inference_samples"
+        plan = [(s, folder / name.with_name(f"{name.stem}_sharpened.png")) for s, name in sources]
+    elif output.suffix and not output.is_dir():
+        if output.suffix.lower() not in Image.registered_extensions():
+            raise UserError(f"-o {output}: Pillow does not know the file type {output.suffix}")
+        if len(sources) > 1 or config.inputs[0].is_dir():
+            raise UserError(f"-o {output}: a file can take one picture only; name a folder")
+        plan = [(sources[0][0], output)]
+    else:
+        plan = [(source, output / name.with_suffix(".png")) for source, name in sources]
+    taken: dict[Path, Path] = {}
+    for source, target in plan:
+        if target.resolve() == source.resolve():
+            raise UserError(f"{source}: would be overwritten; choose another -o")
+        if target in taken:
+            raise UserError(f"{taken[target]} and {source} would both become {target}; rename one")
+        taken[target] = source
+    return plan
+
+
+def sharpen(config: SharpenConfig) -> None:
+    """The `sharpen` command. One unreadable picture does not stop the others; it is named at the end."""
+    plan = plan_outputs(config)
+    student, _ = load_student(config.checkpoint)
+    sharpener = FrameSharpener(student, pick_device(config), config.tile, config.overlap, config.strength)
+    failed = []
+    for source, target in tqdm(plan, "sharpen", disable=len(plan) == 1):
+        try:
+            save_picture(sharpen_picture(sharpener, open_picture(source)), target)
+        except UserError as error:
+            failed.append(str(error))
+        else:
+            tqdm.write(f"{source} -> {target}")
+    if failed:
+        raise UserError("; ".join(failed))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def side_by_side(panels: dict[str, np.ndarray]) -> Image.Image:
+    """The frames next to each other, each under its name."""
+    height, width = next(iter(panels.values())).shape[:2]
+    sheet = Image.new("RGB", (len(panels) * (width + 4) - 4, height + 24), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, (name, frame) in enumerate(panels.items()):
+        sheet.paste(Image.fromarray(frame), (column * (width + 4), 24))
+        draw.text((column * (width + 4) + 4, 4), name, fill="black", font_size=15)
+    return sheet
+
+
+def average(rows: list[dict], methods: Iterable[str]) -> dict[str, list[float]]:
+    """Mean [PSNR, SSIM] a method."""
+    return {
+        method: [statistics.fmean(row[f"{method}_{kind}"] for row in rows) for kind in ("psnr", "ssim")]
+        for method in methods
+    }
+
+
+def print_scores(scores: dict[str, dict[str, list[float]]], counts: dict[str, int]) -> None:
+    methods = list(scores["all"])
+    print(f"{'':<12}{'images':>7}" + "".join(f"{method:>18}" for method in methods))
+    for category, means in scores.items():
+        cells = "".join(f"{means[m][0]:>9.2f} / {means[m][1]:.4f}" for m in methods)
+        print(f"{category:<12}{counts[category]:>7}{cells}")
+
+
+def evaluate(config: EvalConfig) -> None:
+    """The `eval` command: a table on the terminal, scores.csv, and on request JSON and pictures."""
+    split = config.data_root / config.split
+    pairs = find_pairs(split)
+    if not pairs:
+        raise UserError(
+            f"{split}: no blurred/sharp pairs; make some from sharp pictures with "
+            f"`python sharpen_kd.py prepare FOLDER --split {config.split}`"
+        )
+    device = pick_device(config)
+    student, _ = load_student(config.checkpoint)
+    methods: dict[str, Callable[[np.ndarray], np.ndarray]] = {"input": lambda frame: frame}
+    if config.teacher:
+        teacher = RestormerTeacherWrapper(load_restormer(config.teacher_weights)).to(
+            device, memory_format=torch.channels_last
+        )
+        methods["teacher"] = lambda frame: restore_whole(teacher, frame, device)
+    methods["student"] = FrameSharpener(student, device, config.tile, config.overlap)
+    rows, shown = [], set()
+    for pair in tqdm(pairs, "eval"):
+        blurred, sharp = pair.load()
+        if config.resize:
+            size = (config.resize, config.resize)
+            blurred, sharp = (
+                np.asarray(Image.fromarray(image).resize(size, Image.BICUBIC)) for image in (blurred, sharp)
+            )
+        if min(sharp.shape[:2]) < 7:
+            raise UserError(f"{pair.sharp}: SSIM needs at least 7x7 pixels")
+        outputs = {name: method(blurred) for name, method in methods.items()}
+        row: dict = {"picture": pair.key, "category": pair.category}
+        for name, output in outputs.items():
+            row[f"{name}_psnr"], row[f"{name}_ssim"] = score(output, sharp)
+        rows.append(row)
+        if config.save_images:
+            save_picture(Image.fromarray(outputs["student"]), config.output_dir / f"{pair.key}.png")
+            if pair.category not in shown:
+                shown.add(pair.category)
+                panels = {"blurred": blurred, **outputs, "sharp": sharp}
+                panels.pop("input")
+                file = config.output_dir / "side_by_side" / f"{pair.category}.png"
+                save_picture(side_by_side(panels), file)
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    with (config.output_dir / "scores.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    groups = {"all": rows} | {
+        category: [row for row in rows if row["category"] == category]
+        for category in sorted({row["category"] for row in rows})
+    }
+    scores = {category: average(group, methods) for category, group in groups.items()}
+    print_scores(scores, {category: len(group) for category, group in groups.items()})
+    if config.json:
+        config.json.write_text(json.dumps(scores | {"images": len(rows)}, indent=1) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Speed
+
+
+def multiply_adds_per_pixel(student: StudentUNet) -> float:
+    """Multiply-adds of the convolutions for each pixel of a large frame, counted layer by layer."""
+    student, side, counts = copy.deepcopy(student).to("meta"), 16 * student.alignment, []
+
+    def count(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        transposed = isinstance(layer, nn.ConvTranspose2d)
+        positions = (inputs[0] if transposed else output)[0, 0].numel()
+        counts.append(positions * layer.weight.numel())
+
+    for layer in student.modules():
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+            layer.register_forward_hook(count)
+    student(torch.empty(1, 3, side, side, device="meta"))
+    return sum(counts) / side**2
+
+
+def test_frames(height: int, width: int) -> list[np.ndarray]:
+    """Three of scikit-image's photographs at this size, blurred by the x2 protocol."""
+    chosen = [p for p in embedded_pairs() if p.sharp.stem in ("astronaut", "coffee", "chelsea")]
+    frames = []
+    for pair in chosen:
+        picture = Image.fromarray(to_rgb_array(open_picture(pair.sharp)))
+        frames.append(np.asarray(degrade(ImageOps.fit(picture, (width, height)), 2)))
+    return frames
+
+
+class Stopwatch:
+    """Milliseconds spent inside the functions it wraps, waiting for the device on both ends."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.wait = getattr(torch, device.type).synchronize if device.type != "cpu" else lambda: None
+        self.elapsed = 0.0
+
+    def wrap(self, function: Callable) -> Callable:
+        def timed(*arguments: object) -> object:
+            self.wait()
+            start = time.perf_counter()
+            result = function(*arguments)
+            self.wait()
+            self.elapsed += 1000 * (time.perf_counter() - start)
+            return result
+
+        return timed
+
+    def read(self) -> float:
+        elapsed, self.elapsed = self.elapsed, 0.0
+        return elapsed
+
+
+def time_frames(sharpener: FrameSharpener, frames: list[np.ndarray], config: FpsConfig) -> dict:
+    """Median network time, and median and 95th percentile of frame time, in milliseconds."""
+    network, whole = Stopwatch(sharpener.device), Stopwatch(sharpener.device)
+    sharpener.restore = network.wrap(sharpener.restore)
+    sharpener.gates = network.wrap(sharpener.gates)
+    process = whole.wrap(sharpener.__call__)
+    network_ms, frame_ms = [], []
+    for turn in range(config.warmup + config.frames):
+        process(frames[turn % len(frames)])
+        network_ms.append(network.read())
+        frame_ms.append(whole.read())
+    network_ms, frame_ms = network_ms[config.warmup :], frame_ms[config.warmup :]
+    return {
+        "network_ms": statistics.median(network_ms),
+        "frame_ms": statistics.median(frame_ms),
+        "frame_ms_p95": float(np.percentile(frame_ms, 95)),
+    }
+
+
+def measure_fps(config: FpsConfig) -> None:
+    """The `fps` command."""
+    if config.frames < 1 or config.warmup < 0:
+        raise UserError("--frames must be 1 or more and --warmup 0 or more")
+    device = pick_device(config)
+    if config.base_channels:
+        student = StudentUNet(base_channels=config.base_channels, stem_stride=config.stem_stride)
+        name = f"untrained, base_channels={config.base_channels}, stem_stride={config.stem_stride}"
+    else:
+        path = config.checkpoint or SHIPPED_STUDENT
+        student, name = load_student(path)[0], path.name
+    macs = multiply_adds_per_pixel(student)
+    parameters = sum(p.numel() for p in student.parameters())
+    precision = {"float32": torch.float32, "bf16": torch.bfloat16}[config.precision]
+    common = {
+        "checkpoint": name, "backend": "torch", "precision": config.precision,
+        "device": str(device), "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    print(f"{name}: {parameters:,} parameters, {macs:,.0f} multiply-adds a pixel")
+    print(f"{device}, {config.precision}, {common['threads']} CPU threads, PyTorch {torch.__version__}")
+    print(f"{'frame':<18}{'network':>12}{'8-bit to 8-bit':>16}{'95 %':>12}{'FPS':>8}{'GFLOP/s':>9}")
+    rows = []
+    for height, width, tile in ((512, 512, 0), (1080, 1920, 512)):
+        sharpener = FrameSharpener(student, device, tile, precision=precision)
+        row = common | {"height": height, "width": width, "tiled": bool(tile)}
+        row |= time_frames(sharpener, test_frames(height, width), config)
+        row["fps"] = 1000 / row["frame_ms"]
+        row["macs_per_pixel"] = macs
+        row["gflops"] = 2 * macs * height * width / row["network_ms"] / 1e6
+        rows.append(row)
+        size = f"{width}x{height}" + (" tiled" if tile else "")
+        print(
+            f"{size:<18}{row['network_ms']:>9.1f} ms{row['frame_ms']:>13.1f} ms"
+            f"{row['frame_ms_p95']:>9.1f} ms{row['fps']:>8.1f}{row['gflops']:>9.0f}"
+        )
+    if config.json:
+        config.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1508,10 +1838,8 @@ def settle(config_class: type, given: dict) -> object:
     config = config_class(**given)
     if not isinstance(config, FitConfig):
         return config
-    defaults: dict = {}
-    if isinstance(config, TrainConfig) and "data_root" not in given:
-        defaults = {} if list_pictures(config.data_root / "train") else EMBEDDED_RUN
-        config = config_class(**(defaults | given))
+    if isinstance(config, TrainConfig) and uses_embedded_sample(config):
+        config = config_class(**(EMBEDDED_RUN | given))
     if config.resume:
         last = config.run_dir / "last.pth"
         saved = read_checkpoint(last, "start the run without --resume")["config"]
