@@ -20,11 +20,14 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import functools
 import io
+import itertools
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import statistics
 import sys
@@ -50,6 +53,8 @@ from tqdm import tqdm
 from Restormer.basicsr.models.archs.restormer_arch import Restormer
 
 HERE = Path(__file__).resolve().parent
+DATASET = HERE / "GoPro_dataset"
+SAMPLES = HERE / "inference_samples"
 OFFICIAL_TEACHER = HERE / "Restormer/Motion_Deblurring/pretrained_models/motion_deblurring.pth"
 COMPACT_TEACHER = HERE / "model_checkpoints/teacher.pth"
 SHIPPED_STUDENT = HERE / "model_checkpoints/student.pth"
@@ -58,30 +63,30 @@ SHIPPED_STUDENT = HERE / "model_checkpoints/student.pth"
 # Configuration: one dataclass a command; its fields are the command's flags (see `build_parser`)
 
 
-class UserError(Exception):
-    """Something the user can mend; shown as one line naming the file or flag, exit status 2."""
+class UserError(ValueError):
+    """What the user can mend: one line that names the file or flag and the remedy, exit status 2."""
 
 
-def flag(default: object, text: str, **extra: object):
-    """A dataclass field that is also a command-line flag, with its one-line meaning."""
-    return field(default=default, metadata={"help": text, **extra})
+def flag(default: object, text: str, at_least: float | None = None, above: float | None = None, **options):
+    """A dataclass field that is also a command-line flag, with its meaning, bounds and argparse options."""
+    return field(default=default, metadata={"help": text, **options, "bounds": (at_least, above)})
 
 
 @dataclass
 class DeviceConfig:
     device: str = flag("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps", "xpu"))
-    threads: int = flag(0, "CPU threads; 0 leaves PyTorch's choice")
+    threads: int = flag(0, "CPU threads; 0 leaves PyTorch's choice", at_least=0)
 
 
 @dataclass
 class PrepareConfig:
     """Write blurred/sharp pairs of the xS protocol: shrink and enlarge each picture, both bicubic."""
 
-    sharp_dir: Path = flag(Path(), "folder of sharp pictures; its sub-folders are categories", positional=1)
+    sharp_dir: Path = flag(Path(), "folder of sharp pictures; its sub-folders are categories", nargs=None)
     split: str = flag("train", "which half of the dataset to write", choices=("train", "test"))
-    data_root: Path = flag(HERE / "GoPro_dataset", "dataset folder to write into")
-    scale: tuple[float, ...] = flag((2.0,), "down-scaling factors; each picture draws one of them")
-    extra_blur: float = flag(0.0, "largest sigma of an extra Gaussian blur, drawn from 0 to this")
+    data_root: Path = flag(DATASET, "dataset folder to write into")
+    scale: tuple[float, ...] = flag((2.0,), "down-scaling factors; each picture draws one", at_least=1)
+    extra_blur: float = flag(0.0, "largest sigma of an extra Gaussian blur, drawn from 0 to this", at_least=0)
     seed: int = flag(0, "seed of the draws")
 
 
@@ -89,28 +94,26 @@ class PrepareConfig:
 class FitConfig(DeviceConfig):
     """What every training run needs, of the student or of the teacher."""
 
-    data_root: Path = flag(HERE / "GoPro_dataset", "dataset folder, with train/ in it")
+    data_root: Path = flag(DATASET, "dataset folder, with train/ in it")
     run_dir: Path = flag(HERE / "model_checkpoints/run", "folder for last.pth, best.pth and log.csv")
     resume: bool = flag(False, "continue the run in --run-dir, with its own settings")
     overwrite: bool = flag(False, "start anew in a --run-dir that holds a run already")
     init: Path | None = flag(None, "checkpoint whose weights the run starts from")
-    epochs: int = flag(50, "passes over the training pairs")
-    max_steps: int = flag(0, "stop after this many optimiser steps; 0 for no limit")
-    image_size: int = flag(512, "side of the random training crop in pixels, a multiple of 16")
-    batch_size: int = flag(1, "crops a forward pass, for each process")
-    gradient_accumulation_steps: int = flag(4, "forward passes an optimiser step")
-    learning_rate: float = flag(2e-4, "Adam's peak learning rate")
-    restart_epochs: int = flag(10, "T_0: epochs of the first cosine cycle; each next is twice as long")
-    min_learning_rate: float = flag(1e-6, "eta_min: where each cosine cycle ends")
-    clip_norm: float = flag(1.0, "largest gradient norm; 0 for no clipping")
-    ema_decay: float = flag(0.999, "decay of the averaged weights, reached after a warm-up")
-    blur_probability: float = flag(1.0, "share of crops blurred further (3x3, sigma 0.1 to 2.0)")
-    validation_fraction: float = flag(0.05, "share of the training pairs held out for validation")
-    validate_every: int = flag(5, "epochs between validations")
-    precision: str = flag(
-        "auto", "auto is bf16 autocast on CUDA, float32 elsewhere", choices=("auto", "float32", "bf16")
-    )
-    workers: int = flag(2, "processes that load pictures")
+    epochs: int = flag(50, "passes over the training pairs", at_least=1)
+    max_steps: int = flag(0, "stop after this many optimiser steps; 0 for no limit", at_least=0)
+    image_size: int = flag(512, "side of the random training crop in pixels, a multiple of 16", at_least=16)
+    batch_size: int = flag(1, "crops a forward pass, for each process", at_least=1)
+    gradient_accumulation_steps: int = flag(4, "forward passes an optimiser step", at_least=1)
+    learning_rate: float = flag(2e-4, "Adam's peak learning rate", above=0)
+    restart_epochs: int = flag(10, "T_0: epochs of the first cosine cycle; later ones double", at_least=1)
+    min_learning_rate: float = flag(1e-6, "eta_min: where each cosine cycle ends", at_least=0)
+    clip_norm: float = flag(1.0, "largest gradient norm; 0 for no clipping", at_least=0)
+    ema_decay: float = flag(0.999, "decay of the averaged weights, reached after a warm-up", at_least=0)
+    blur_probability: float = flag(1.0, "share of crops blurred further (3x3, sigma 0.1 to 2.0)", at_least=0)
+    validation_fraction: float = flag(0.05, "share of the training pairs held out for validation", at_least=0)
+    validate_every: int = flag(5, "epochs between validations", at_least=1)
+    precision: str = flag("auto", "auto: bf16 on CUDA, else float32", choices=("auto", "float32", "bf16"))
+    workers: int = flag(2, "processes that load pictures", at_least=0)
     cache: bool = flag(False, "decode every picture once and keep it in memory")
     seed: int = flag(0, "seed of the initial weights, order and crops")
 
@@ -119,19 +122,19 @@ class FitConfig(DeviceConfig):
 class TrainConfig(FitConfig):
     """Distil the teacher into a student; without a dataset, on scikit-image's own pictures."""
 
-    base_channels: int = flag(256, "c of the stage widths c/4, c/2, c, 2c, 3c")
+    base_channels: int = flag(256, "c of the stage widths c/4, c/2, c, 2c, 3c", at_least=8)
     stem_stride: int = flag(4, "space-to-depth factor before the first stage", choices=(1, 2, 4))
-    widths: tuple[int, ...] | None = flag(None, "the five stage widths, instead of --base-channels")
-    teacher_weights: Path | None = flag(
-        None, "Restormer weight file of any size (default: the official motion_deblurring.pth)"
+    widths: tuple[int, ...] = flag((), "the five stage widths, instead of --base-channels", type=int)
+    teacher_weights: Path | None = flag(None, "Restormer weight file (default: the official one)")
+    lambda_reconstruction: float = flag(1.0, "weight of L1 to the sharp picture", at_least=0)
+    lambda_perceptual: float = flag(0.01, "weight of VGG19 features against the teacher's output", at_least=0)
+    lambda_feature: float = flag(1.0, "weight of L1 to the teacher's projected features", at_least=0)
+    lambda_kl: float = flag(0.01, "weight of KL divergence to the teacher's soft output", at_least=0)
+    lambda_ssim: float = flag(10.0, "weight of 1 - SSIM to the sharp picture", at_least=0)
+    temperature: float = flag(4.0, "T of the soft outputs", above=0)
+    log_gradients: int = flag(
+        0, "log each term's share of the gradient every N steps; 0 for never", at_least=0
     )
-    lambda_reconstruction: float = flag(1.0, "weight of L1 to the sharp picture")
-    lambda_perceptual: float = flag(0.01, "weight of VGG19 features against the teacher's output")
-    lambda_feature: float = flag(1.0, "weight of L1 to the teacher's projected features")
-    lambda_kl: float = flag(0.01, "weight of KL divergence to the teacher's soft output")
-    lambda_ssim: float = flag(10.0, "weight of 1 - SSIM to the sharp picture")
-    temperature: float = flag(4.0, "T of the soft outputs")
-    log_gradients: int = flag(0, "log each term's share of the gradient every N steps; 0 for never")
 
 
 @dataclass
@@ -143,41 +146,42 @@ class TeacherConfig(FitConfig):
     num_refinement_blocks: int = flag(1, "blocks of the last stage")
     heads: tuple[int, ...] = flag((1, 2, 4, 8), "attention heads of the four levels")
     ffn_expansion_factor: float = flag(2.66, "hidden width of the feed-forward layers")
-    image_size: int = flag(128, "side of the random training crop in pixels, a multiple of 16")
-    batch_size: int = flag(8, "crops a forward pass, for each process")
-    gradient_accumulation_steps: int = flag(1, "forward passes an optimiser step")
+    image_size: int = flag(128, "side of the random training crop in pixels, a multiple of 16", at_least=16)
+    batch_size: int = flag(8, "crops a forward pass, for each process", at_least=1)
+    gradient_accumulation_steps: int = flag(1, "forward passes an optimiser step", at_least=1)
 
 
 @dataclass
-class SharpenConfig(DeviceConfig):
+class InferenceConfig(DeviceConfig):
+    checkpoint: Path = flag(SHIPPED_STUDENT, "student checkpoint; it carries its configuration")
+    tile: int = flag(512, "side of the tiles in pixels; 0 takes a picture whole", at_least=0)
+    overlap: int = flag(64, "pixels shared by neighbouring tiles", at_least=0)
+
+
+@dataclass
+class SharpenConfig(InferenceConfig):
     """Sharpen pictures: files, or folders with everything in them."""
 
-    inputs: tuple[Path, ...] = flag((), "pictures or folders", positional="+")
+    inputs: tuple[Path, ...] = flag((), "pictures or folders", nargs="+")
     output: Path | None = flag(
-        None, "file or folder to write (default: inference_samples/STEM_sharpened.png)", short="-o"
+        None, "file or folder (default: inference_samples/*_sharpened.png)", short=("-o",)
     )
-    checkpoint: Path = flag(SHIPPED_STUDENT, "student checkpoint; it carries its configuration")
-    tile: int = flag(512, "side of the tiles in pixels; 0 takes the picture whole")
-    overlap: int = flag(64, "pixels shared by neighbouring tiles")
     strength: float = flag(1.0, "scale of the student's correction; 0 returns the input")
 
 
 @dataclass
-class EvalConfig(DeviceConfig):
+class EvalConfig(InferenceConfig):
     """Average PSNR and SSIM of input, student and teacher over a split and for each category."""
 
-    checkpoint: Path = flag(SHIPPED_STUDENT, "student checkpoint")
-    data_root: Path = flag(HERE / "GoPro_dataset", "dataset folder")
+    data_root: Path = flag(DATASET, "dataset folder")
     split: str = flag("test", "which half of the dataset to read", choices=("train", "test"))
-    resize: int = flag(0, "resize every pair to this square first (the report: 512); 0 keeps them whole")
-    tile: int = flag(512, "side of the student's tiles in pixels; 0 takes pictures whole")
-    overlap: int = flag(64, "pixels shared by neighbouring tiles")
+    resize: int = flag(
+        0, "first resize pairs to this square (the report: 512); 0: keep them whole", at_least=0
+    )
     teacher: bool = flag(False, "score the teacher too")
     teacher_weights: Path | None = flag(None, "the teacher's weight file (default: as in train)")
     save_images: bool = flag(False, "write the student's pictures and a few side-by-side ones")
-    output_dir: Path = flag(
-        HERE / "inference_samples/sharpened_test_outputs", "folder for scores.csv and the pictures"
-    )
+    output_dir: Path = flag(SAMPLES / "sharpened_test_outputs", "folder for scores.csv and the pictures")
     json: Path | None = flag(None, "write the averages to this file")
 
 
@@ -186,11 +190,13 @@ class FpsConfig(DeviceConfig):
     """Milliseconds a frame, on pictures: 512x512 whole and 1920x1080 in tiles."""
 
     checkpoint: Path | None = flag(None, "student checkpoint (default: the shipped one)")
-    base_channels: int = flag(0, "time an untrained student of this size instead (the report: 256)")
+    base_channels: int = flag(
+        0, "time an untrained student of this size instead (the report: 256)", at_least=0
+    )
     stem_stride: int = flag(4, "its stem stride", choices=(1, 2, 4))
     precision: str = flag("float32", "arithmetic of the network", choices=("float32", "bf16"))
-    warmup: int = flag(3, "frames before timing starts")
-    frames: int = flag(20, "frames timed")
+    warmup: int = flag(3, "frames before timing starts", at_least=0)
+    frames: int = flag(20, "frames timed", at_least=1)
     json: Path | None = flag(None, "write the rows to this file")
 
 
@@ -227,57 +233,56 @@ def open_picture(path: Path) -> Image.Image:
         raise UserError(f"{path}: not a picture that Pillow can read ({error})") from error
 
 
-def to_rgb_array(image: Image.Image | np.ndarray) -> np.ndarray:
-    """8-bit RGB (H, W, 3) from a PIL image or an array of any mode; alpha is left out.
+def rgb_array(image: Image.Image | np.ndarray) -> np.ndarray:
+    """RGB (H, W, 3) from a PIL image or an array of any mode, without its alpha channel.
 
-    Arrays are (H, W) or (H, W, 1 to 4): uint8, uint16 (0 to 65535), bool, or float in [0, 1]. 16-bit
-    PIL modes are scaled likewise. ValueError for other shapes and for floats outside [0, 1].
+    Arrays are (H, W) or (H, W, 1 to 4): uint8, uint16 (0 to 65535), bool, or float in [0, 1]; ValueError
+    for others. The result is uint8 where the source is, else float32 in [0, 1].
     """
     if isinstance(image, Image.Image):
-        if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow may widen to 32 bits
-            image = np.clip(np.asarray(image), 0, 65535).astype(np.uint16)
-        elif image.mode == "F":
-            image = np.asarray(image)
-        else:
-            return np.asarray(image.convert("RGB"))
-    array = image[..., None] if image.ndim == 2 else image
-    if array.ndim != 3 or not 1 <= array.shape[2] <= 4:
+        if image.mode[0] not in "IF":
+            return np.array(image.convert("RGB"))
+        image = np.asarray(image)
+        if image.dtype.kind in "iu":  # 16-bit greyscale, which Pillow may widen to 32 bits
+            image = image.clip(0, 65535).astype(np.uint16)
+    if image.ndim not in (2, 3) or (image.ndim == 3 and not 1 <= image.shape[2] <= 4):
         raise ValueError(f"a picture has shape (H, W) or (H, W, 1 to 4), not {image.shape}")
-    if array.dtype == np.uint16:
-        array = array / 65535
-    elif array.dtype == bool:
-        array = array.astype(np.float32)
-    if array.dtype != np.uint8:
-        if not np.issubdtype(array.dtype, np.floating) or array.min() < 0 or array.max() > 1:
-            raise ValueError(f"{array.dtype} pixels must be floats in [0, 1], uint8, uint16 or bool")
-        array = np.rint(array * 255).astype(np.uint8)
-    return np.ascontiguousarray(array[..., :3] if array.shape[2] >= 3 else array[..., [0, 0, 0]])
+    if image.dtype != np.uint8:
+        image = image.astype(np.float32) / (65535 if image.dtype == np.uint16 else 1)
+        if not (image.min() >= 0 and image.max() <= 1):
+            raise ValueError("pixels must be uint8, uint16, bool, or floats in [0, 1]")
+    image = image.reshape(*image.shape[:2], -1)
+    return image[..., :3] if image.shape[2] >= 3 else image[..., [0, 0, 0]]
+
+
+def frame_array(image: Image.Image | np.ndarray) -> np.ndarray:
+    """`rgb_array` rounded to 8 bits, as frames are."""
+    array = rgb_array(image)
+    return array if array.dtype == np.uint8 else np.rint(array * 255).astype(np.uint8)
 
 
 class CustomToTensor:
     """PIL image or array of any mode to a float RGB tensor (3, H, W) in [0, 1]."""
 
     def __call__(self, image: Image.Image | np.ndarray) -> Tensor:
-        return torch.from_numpy(to_rgb_array(image).copy()).permute(2, 0, 1).float() / 255
+        array = rgb_array(image)
+        tensor = torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)
+        return tensor.float() / 255 if array.dtype == np.uint8 else tensor
 
 
-def degrade(sharp: Image.Image, scale: float, blur_sigma: float = 0.0) -> Image.Image:
-    """The xS protocol: 8-bit RGB, shrunk by `scale` and enlarged again, both bicubic.
+def blurred_and_sharp(
+    image: Image.Image, scale: float, sigma: float = 0.0
+) -> tuple[Image.Image, Image.Image]:
+    """A pair by the xS protocol: shrunk by `scale` and enlarged again, both bicubic, on 8-bit RGB.
 
-    At x2 the sharp picture must have even sides (`crop_to_scale`); at others the small size is
-    rounded. `blur_sigma` adds a Gaussian blur before shrinking.
+    The sharp side is cut to even width and height at the right and the bottom; the small size is
+    rounded. `sigma` adds a Gaussian blur before shrinking.
     """
-    width, height = sharp.size
-    if blur_sigma > 0:
-        sharp = sharp.filter(ImageFilter.GaussianBlur(blur_sigma))
+    width, height = (max(side - side % 2, 1) for side in image.size)
+    sharp = Image.fromarray(frame_array(image)).crop((0, 0, width, height))
     small = (max(1, round(width / scale)), max(1, round(height / scale)))
-    return sharp.resize(small, Image.BICUBIC).resize((width, height), Image.BICUBIC)
-
-
-def crop_to_even(sharp: Image.Image) -> Image.Image:
-    """Even width and height, cut at the right and the bottom, as the x2 protocol has it."""
-    width, height = (max(side - side % 2, 1) for side in sharp.size)
-    return sharp.crop((0, 0, width, height))
+    blurred = sharp.filter(ImageFilter.GaussianBlur(sigma)) if sigma else sharp
+    return blurred.resize(small, Image.BICUBIC).resize((width, height), Image.BICUBIC), sharp
 
 
 @dataclass(frozen=True)
@@ -293,13 +298,12 @@ class Pair:
         return self.key.split("/")[0] if "/" in self.key else "all"
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
-        """(blurred, sharp), 8-bit RGB (H, W, 3); UserError for unreadable files and unequal sizes."""
-        sharp = Image.fromarray(to_rgb_array(open_picture(self.sharp)))
-        if self.blurred is None:
-            sharp = crop_to_even(sharp)
-            return np.array(degrade(sharp, 2)), np.array(sharp)
-        blurred = to_rgb_array(open_picture(self.blurred))
-        return blurred, np.asarray(sharp)
+        """(blurred, sharp), 8-bit RGB (H, W, 3); UserError for unreadable files."""
+        sharp = open_picture(self.sharp)
+        blurred, sharp = (
+            (open_picture(self.blurred), sharp) if self.blurred else blurred_and_sharp(sharp, scale=2)
+        )
+        return frame_array(blurred), frame_array(sharp)
 
 
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
@@ -336,38 +340,34 @@ def picture_size(path: Path) -> tuple[int, int] | None:
 
 
 def find_pairs(split_dir: Path) -> list[Pair]:
-    """The pairs below a split's folder, sorted by key; empty if there are no pictures.
+    """The pairs below a split's folder, sorted by key.
 
-    UserError names what would otherwise be dropped: files without a partner, pairs of unequal size,
-    unreadable files, two files for one side of a pair.
+    UserError if there are none, and for what would otherwise be dropped: files without a partner,
+    pairs of unequal size, unreadable files, two files for one side of a pair.
     """
     sides: dict[str, dict[str, Path]] = {"blurred": {}, "sharp": {}}
     problems = []
     for path in list_pictures(split_dir):
-        found = pair_side_and_key(path.relative_to(split_dir))
-        if found is None:
-            continue
-        side, key = found
-        if key in sides[side]:
-            problems.append(f"{path} and {sides[side][key].name} are the same pair's {side} side")
-        sides[side][key] = path
-    for side, other in (("blurred", "sharp"), ("sharp", "blurred")):
-        lonely = sorted(sides[side].keys() - sides[other].keys())
-        problems += [f"{sides[side][key]} has no {other} partner" for key in lonely]
-    pairs = [
-        Pair(key, sides["sharp"][key], sides["blurred"][key])
-        for key in sorted(sides["sharp"].keys() & sides["blurred"].keys())
-    ]
+        side, key = pair_side_and_key(path.relative_to(split_dir)) or (None, None)
+        if side and sides[side].setdefault(key, path) != path:
+            problems.append(f"{path} and {sides[side][key]} are the {side} side of one pair")
+    blurred, sharp = sides["blurred"], sides["sharp"]
+    problems += [f"{blurred[key]} has no sharp partner" for key in sorted(blurred.keys() - sharp.keys())]
+    problems += [f"{sharp[key]} has no blurred partner" for key in sorted(sharp.keys() - blurred.keys())]
+    pairs = [Pair(key, sharp[key], blurred[key]) for key in sorted(sharp.keys() & blurred.keys())]
     for pair in pairs:
         sizes = {path: picture_size(path) for path in (pair.blurred, pair.sharp)}
-        unreadable = [str(path) for path, size in sizes.items() if size is None]
-        problems += [f"{path} is unreadable" for path in unreadable]
-        if not unreadable and len(set(sizes.values())) > 1:
-            (bw, bh), (sw, sh) = sizes.values()
-            problems.append(f"{pair.blurred} is {bw}x{bh} but its sharp partner is {sw}x{sh}")
+        problems += [f"{path} is unreadable" for path, size in sizes.items() if size is None]
+        if len({size for size in sizes.values() if size}) == 2:
+            problems.append(f"{pair.blurred} has another size than {pair.sharp}")
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise UserError("; ".join(problems[:5]) + more + ". Mend or remove them.")
+    if not pairs:
+        raise UserError(
+            f"{split_dir}: no blurred/sharp pairs; make them from sharp pictures with `python sharpen_kd.py "
+            f"prepare FOLDER --split {split_dir.name}`, or see README.md for GoPro"
+        )
     return pairs
 
 
@@ -383,7 +383,7 @@ EMBEDDED = {
 
 def uses_embedded_sample(config: TrainConfig) -> bool:
     """Whether `train` has no dataset: no other --data-root, and no pictures under this one."""
-    return config.data_root == TrainConfig.data_root and not list_pictures(config.data_root / "train")
+    return config.data_root == DATASET and not list_pictures(config.data_root / "train")
 
 
 def embedded_pairs() -> list[Pair]:
@@ -410,15 +410,12 @@ def hold_out(pairs: list[Pair], fraction: float, seed: int) -> tuple[list[Pair],
         return sequence.group() if sequence else pair.key
 
     groups = sorted({group(pair) for pair in pairs})
-    if fraction <= 0 or len(groups) < 2:
-        return pairs, []
-    order = np.random.default_rng(seed).permutation(len(groups))
-    held: set[str] = set()
-    for index in order[:-1]:
-        if held and sum(group(p) in held for p in pairs) >= fraction * len(pairs):
+    held: list[Pair] = []
+    for index in np.random.default_rng(seed).permutation(len(groups))[:-1]:
+        if len(held) >= fraction * len(pairs):
             break
-        held.add(groups[index])
-    return [p for p in pairs if group(p) not in held], [p for p in pairs if group(p) in held]
+        held += [pair for pair in pairs if group(pair) == groups[index]]
+    return [pair for pair in pairs if pair not in held], held
 
 
 class GoProSharpeningDataset(Dataset):
@@ -443,8 +440,6 @@ class GoProSharpeningDataset(Dataset):
     def __getitem__(self, item: int | tuple[int, int]) -> tuple[Tensor, Tensor]:
         epoch, index = item if isinstance(item, tuple) else (0, item)
         blurred, sharp = self.decoded[index] if self.decoded else self.pairs[index].load()
-        if blurred.shape != sharp.shape:
-            raise UserError(f"{self.pairs[index].blurred}: not of its sharp partner's size")
         rng = np.random.default_rng((self.seed, epoch, index))
         blurred, sharp = self.random_crop([blurred, sharp], rng)
         if rng.random() < 0.5:
@@ -457,42 +452,42 @@ class GoProSharpeningDataset(Dataset):
 
     def random_crop(self, images: list[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
         """The same crop of every image; one that is too small is first enlarged, bicubic."""
-        height, width = images[0].shape[:2]
-        size = self.image_size
+        (height, width), size = images[0].shape[:2], self.image_size
         if min(height, width) < size:
             grow = size / min(height, width)
-            height, width = max(size, round(height * grow)), max(size, round(width * grow))
+            height, width = round(height * grow), round(width * grow)
             images = [
-                np.asarray(Image.fromarray(image).resize((width, height), Image.BICUBIC)) for image in images
+                np.array(Image.fromarray(image).resize((width, height), Image.BICUBIC)) for image in images
             ]
-        top = rng.integers(height - size + 1)
-        left = rng.integers(width - size + 1)
+        top, left = rng.integers(height - size + 1), rng.integers(width - size + 1)
         return [image[top : top + size, left : left + size] for image in images]
 
 
 def prepare(config: PrepareConfig) -> None:
     """The `prepare` command: pairs of the xS protocol under `data_root/split`, categories kept."""
     sources = list_pictures(config.sharp_dir)
+    target = config.data_root / config.split
     if not sources:
         raise UserError(f"{config.sharp_dir}: no pictures in this folder")
-    if min(config.scale) < 1 or config.extra_blur < 0:
-        raise UserError("--scale must be 1 or more and --extra-blur 0 or more")
-    target = config.data_root / config.split
-    if find_pairs(target):
-        raise UserError(f"{target} holds pairs already; remove them or choose another --data-root")
-    keys = [path.relative_to(config.sharp_dir).with_suffix(".png") for path in sources]
-    if len(set(keys)) < len(keys):
-        twice = next(path for path, key in zip(sources, keys, strict=True) if keys.count(key) > 1)
-        raise UserError(f"{twice}: another picture has the same name but for its extension")
+    if list_pictures(target):
+        raise UserError(f"{target} holds pictures already; remove them or choose another --data-root")
+    files: dict[Path, Path] = {}
+    for source in sources:
+        name = source.relative_to(config.sharp_dir).with_suffix(".png")
+        if files.setdefault(name, source) != source:
+            raise UserError(f"{source} and {files[name]} would both become {name}; rename one")
     rng = np.random.default_rng(config.seed)
-    for path, key in zip(tqdm(sources, "prepare"), keys, strict=True):
-        sharp = crop_to_even(Image.fromarray(to_rgb_array(open_picture(path))))
+    unfinished = target.with_name(f".{target.name}.unfinished")  # renamed once all pairs are in it
+    shutil.rmtree(unfinished, ignore_errors=True)
+    for name, source in tqdm(files.items(), "prepare"):
         scale, sigma = rng.choice(config.scale), rng.uniform(0, config.extra_blur)
-        for side, image in (("blurred", degrade(sharp, scale, sigma)), ("sharp", sharp)):
-            file = target / side / key
-            file.parent.mkdir(parents=True, exist_ok=True)
-            image.save(file)
-    print(f"{len(sources)} pairs in {target}")
+        pair = blurred_and_sharp(open_picture(source), scale, sigma)
+        for side, image in zip(("blurred", "sharp"), pair, strict=True):
+            (unfinished / side / name).parent.mkdir(parents=True, exist_ok=True)
+            image.save(unfinished / side / name)
+    shutil.copytree(unfinished, target, dirs_exist_ok=True, copy_function=shutil.move)
+    shutil.rmtree(unfinished)
+    print(f"{len(files)} pairs in {target}")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -601,16 +596,11 @@ class RestormerTeacherWrapper(nn.Module):
         for name, layer in self.TAPS.items() if student_widths else ():
             module = restormer.get_submodule(layer)
             width = module[0].norm1.body.weight.shape[0]
-            module.register_forward_hook(self.keep(name))
+            module.register_forward_hook(functools.partial(self.keep, name))
             self.add_module(f"proj_{name}", nn.Conv2d(width, student_widths[name], 1))
 
-    def keep(self, name: str) -> Callable:
-        """A forward hook that keeps the layer's output under `name`."""
-
-        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-            self.tapped[name] = output
-
-        return hook
+    def keep(self, name: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        self.tapped[name] = output
 
     def train(self, mode: bool = True) -> RestormerTeacherWrapper:
         super().train(mode)
@@ -676,7 +666,7 @@ class StudentUNet(nn.Module):
         c = base_channels
         widths = tuple(widths or (c // 4, c // 2, c, 2 * c, 3 * c))
         if len(widths) != 5 or min(widths) < 1:
-            raise ValueError(f"a student has five stage widths of 1 or more, not {widths}")
+            raise UserError(f"--widths {widths}: a student has five stages, each 1 or wider")
         if in_channels != out_channels or stem_stride not in (1, 2, 4):
             raise ValueError("a student corrects its input (in = out) at a stem stride of 1, 2 or 4")
         self.config = {"base_channels": c, "stem_stride": stem_stride, "widths": widths}
@@ -928,16 +918,14 @@ def to_frame(image: Tensor) -> np.ndarray:
     return (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
 
 
-def plan_tiles(length: int, tile: int, overlap: int, alignment: int) -> tuple[int, list[int]]:
-    """(size, starts) of the equal tiles along one side of a frame, all multiples of `alignment`.
+def plan_side(length: int, tile: int, overlap: int, alignment: int) -> tuple[int, list[int]]:
+    """(size, starts) of equal tiles along one side of a frame, all multiples of `alignment`.
 
-    They cover `length`, rounded up to the alignment, with at least `overlap` pixels shared; the last
-    tiles end where the frame does. `tile` 0, or one that holds the frame, gives a single tile.
+    They cover `length`, rounded up to the alignment, and share at least `overlap` pixels; the last one
+    ends where the frame does. `tile` 0, or one that holds the frame, gives a single tile.
     """
-    padded = math.ceil(length / alignment) * alignment
-    tile = math.ceil(tile / alignment) * alignment
-    overlap = math.ceil(overlap / alignment) * alignment
-    if tile == 0 or tile >= padded:
+    padded, tile, overlap = (math.ceil(side / alignment) * alignment for side in (length, tile, overlap))
+    if not 0 < tile < padded:
         return padded, [0]
     tile = max(tile, overlap + alignment)
     count = math.ceil((padded - overlap) / (tile - overlap))
@@ -945,11 +933,32 @@ def plan_tiles(length: int, tile: int, overlap: int, alignment: int) -> tuple[in
     return size, [min(i * (size - overlap), padded - size) for i in range(count)]
 
 
-def blending_window(size: int, start: int, starts: list[int], overlap: int) -> Tensor:
-    """Weights (size,) of a tile along one side: 1 inside, a raised cosine towards a neighbour."""
-    ramp = torch.sin(torch.pi / 2 * (torch.arange(size) + 0.5).clamp(max=overlap) / max(overlap, 1)) ** 2
-    ones = torch.ones(size)
-    return (ramp if start > starts[0] else ones) * (ramp.flip(0) if start < starts[-1] else ones)
+class TilePlan:
+    """Where the tiles of a frame (H, W) lie, how they are cut from it, and how they are weighted.
+
+    Tiles are aligned to the network's strides, so that one sees the pooling grid of the whole frame.
+    """
+
+    def __init__(self, shape: tuple[int, int], tile: int, overlap: int, alignment: int) -> None:
+        self.height, self.tops = plan_side(shape[0], tile, overlap, alignment)
+        self.width, self.lefts = plan_side(shape[1], tile, overlap, alignment)
+        self.padded_width, self.overlap = self.lefts[-1] + self.width, overlap
+        self.rows = reflected(shape[0], self.tops[-1] + self.height).numpy()
+        self.columns = reflected(shape[1], self.padded_width).numpy()
+
+    def cut(self, frame: np.ndarray, top: int, left: int) -> np.ndarray:
+        """One tile (height, width, 3); beyond the frame it is the frame's reflection."""
+        return frame[self.rows[top : top + self.height]][:, self.columns[left : left + self.width]]
+
+    def window(self, top: int, left: int) -> Tensor:
+        """Blending weights (height, width): 1 inside, a raised cosine towards each neighbour."""
+
+        def side(size: int, start: int, starts: list[int]) -> Tensor:
+            position = (torch.arange(size) + 0.5).clamp(max=self.overlap) / max(self.overlap, 1)
+            ramp, flat = torch.sin(torch.pi / 2 * position) ** 2, torch.ones(size)
+            return (ramp if start > starts[0] else flat) * (ramp.flip(0) if start < starts[-1] else flat)
+
+        return side(self.height, top, self.tops)[:, None] * side(self.width, left, self.lefts)
 
 
 def sample_patches(frame: np.ndarray, side: int = 128, count: int = 4) -> np.ndarray:
@@ -978,7 +987,7 @@ class FrameSharpener:
         self, student: StudentUNet, device: torch.device, tile: int = 512, overlap: int = 64,
         strength: float = 1.0, precision: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
-        if tile < 0 or overlap < 0 or (tile and overlap >= tile):
+        if tile and overlap >= tile:
             raise UserError(f"--tile {tile} --overlap {overlap}: tiles must be larger than their overlap")
         self.student = student.to(device, memory_format=torch.channels_last).eval()
         self.device, self.tile, self.overlap = device, tile, overlap
@@ -995,31 +1004,23 @@ class FrameSharpener:
 
     @torch.inference_mode()
     def __call__(self, frame: np.ndarray) -> np.ndarray:
+        tiles = TilePlan(frame.shape[:2], self.tile, self.overlap, self.student.alignment)
         height, width = frame.shape[:2]
-        alignment = self.student.alignment
-        tile_height, tops = plan_tiles(height, self.tile, self.overlap, alignment)
-        tile_width, lefts = plan_tiles(width, self.tile, self.overlap, alignment)
-        rows = reflected(height, tops[-1] + tile_height).numpy()
-        columns = reflected(width, lefts[-1] + tile_width).numpy()
-        gates = self.gates(frame)
-        result = np.empty_like(frame)
-        total = torch.zeros(3, tile_height, len(columns), device=self.device)
-        weight = torch.zeros(1, tile_height, len(columns), device=self.device)
-        for top, below in zip(tops, [*tops[1:], tops[-1] + tile_height], strict=True):
-            vertical = blending_window(tile_height, top, tops, self.overlap)
-            for left in lefts:
-                window = vertical[:, None] * blending_window(tile_width, left, lefts, self.overlap)
-                window = window.to(self.device)
-                tile = frame[rows[top : top + tile_height]][:, columns[left : left + tile_width]]
-                blurred = to_batch(tile, self.device)
+        gates, result = self.gates(frame), np.empty_like(frame)
+        total = torch.zeros(3, tiles.height, tiles.padded_width, device=self.device)
+        weight = torch.zeros_like(total[:1])
+        for top, below in zip(tiles.tops, [*tiles.tops[1:], height], strict=True):
+            for left in tiles.lefts:
+                blurred = to_batch(tiles.cut(frame, top, left), self.device)
                 restored = blurred + self.strength * (self.restore(blurred, gates) - blurred)
-                total[..., left : left + tile_width] += restored[0] * window
-                weight[..., left : left + tile_width] += window
+                window = tiles.window(top, left).to(self.device)
+                total[..., left : left + tiles.width] += restored[0] * window
+                weight[..., left : left + tiles.width] += window
             done = below - top  # rows that no further tile touches
-            finished = to_frame(total[:, :done, :width] / weight[:, :done, :width])
-            result[top:below] = finished[: height - top]
-            total = torch.cat([total[:, done:], torch.zeros_like(total[:, :done])], dim=1)
-            weight = torch.cat([weight[:, done:], torch.zeros_like(weight[:, :done])], dim=1)
+            result[top:below] = to_frame(total[:, :done, :width] / weight[:, :done, :width])
+            total, weight = (
+                torch.cat([rows[:, done:], torch.zeros_like(rows[:, :done])], 1) for rows in (total, weight)
+            )
         return result
 
 
@@ -1050,35 +1051,23 @@ def mean_score(
 
 
 class Distillation(nn.Module):
-    """What `train` minimises: the student against the sharp pictures and the teacher."""
+    """What a run minimises: `loss` of a network against the sharp pictures and a teacher, if there is one.
 
-    def __init__(
-        self, student: StudentUNet, teacher: RestormerTeacherWrapper | None, loss: DistillationLoss
-    ) -> None:
+    The `teacher` command runs it too, with a Restormer as the network and L1 as the only term.
+    """
+
+    def __init__(self, network: nn.Module, teacher: RestormerTeacherWrapper | None, loss: DistillationLoss):
         super().__init__()
-        self.network, self.teacher, self.loss = student, teacher, loss
-
-    def forward(self, blurred: Tensor, sharp: Tensor, autocast: torch.autocast) -> dict[str, Tensor]:
-        with_features = "feature" in self.loss.weights
-        with autocast:
-            output = self.network(blurred, features=with_features)
-            taught = self.teacher(blurred, features=with_features) if self.teacher else None
-        if with_features:
-            return self.loss(output[0], sharp, output[1], *taught)
-        return self.loss(output, sharp, teacher_output=taught)
-
-
-class Supervision(nn.Module):
-    """What `teacher` minimises: L1 to the sharp pictures."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
+        self.network, self.teacher, self.loss = network, teacher, loss
 
     def forward(self, blurred: Tensor, sharp: Tensor, autocast: torch.autocast) -> dict[str, Tensor]:
         with autocast:
+            if "feature" in self.loss.weights:
+                output, features = self.network(blurred, features=True)
+                return self.loss(output, sharp, features, *self.teacher(blurred, features=True))
             output = self.network(blurred)
-        return {"reconstruction": F.l1_loss(output, sharp)}
+            taught = self.teacher(blurred) if self.teacher else None
+        return self.loss(output, sharp, teacher_output=taught)
 
 
 class CropOrder(Sampler[list[tuple[int, int]]]):
@@ -1212,16 +1201,11 @@ def any_process(flag: bool, device: torch.device) -> bool:
 
 
 def check_fit(config: FitConfig) -> None:
-    """UserError for flags that no run can honour."""
-    if config.image_size < 16 or config.image_size % 16:
+    """UserError for what no run can honour."""
+    if config.image_size % 16:
         raise UserError(f"--image-size {config.image_size}: must be a multiple of 16")
-    positive = ("epochs", "batch_size", "gradient_accumulation_steps", "restart_epochs", "validate_every")
-    for name in (*positive, "learning_rate"):
-        if getattr(config, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be above 0")
-    for name in ("ema_decay", "validation_fraction"):
-        if not 0 <= getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be in [0, 1)")
+    if max(config.ema_decay, config.validation_fraction) >= 1:
+        raise UserError("--ema-decay and --validation-fraction must be below 1")
     if (config.run_dir / "last.pth").exists() and not config.resume and not config.overwrite:
         raise UserError(
             f"{config.run_dir} holds a run already: continue it with --resume, replace it with "
@@ -1245,7 +1229,7 @@ class Fit:
     """One training run: `objective.network`, its averaged copy, the optimiser, and where they stand."""
 
     def __init__(
-        self, config: FitConfig, objective: Distillation | Supervision, network_config: dict,
+        self, config: FitConfig, objective: Distillation, network_config: dict,
         pairs: list[Pair], frame_function: Callable[[nn.Module, torch.device], Callable],
     ) -> None:  # fmt: skip
         self.device, self.rank, processes = start_process(config)
@@ -1385,21 +1369,10 @@ class Fit:
             )
 
 
-def training_pairs(config: FitConfig) -> list[Pair]:
-    """The pairs below data_root/train; UserError if there are none."""
-    pairs = find_pairs(config.data_root / "train")
-    if not pairs:
-        raise UserError(
-            f"{config.data_root / 'train'}: no blurred/sharp pairs; make some from sharp pictures with "
-            "`python sharpen_kd.py prepare FOLDER`, or see README.md for GoPro"
-        )
-    return pairs
-
-
 def train_teacher(config: TeacherConfig) -> None:
     """The `teacher` command."""
     check_fit(config)
-    pairs = training_pairs(config)
+    pairs = find_pairs(config.data_root / "train")
     torch.manual_seed(config.seed)
     sizes = ("dim", "num_blocks", "num_refinement_blocks", "heads", "ffn_expansion_factor")
     dimensions = {name: getattr(config, name) for name in sizes}
@@ -1408,10 +1381,9 @@ def train_teacher(config: TeacherConfig) -> None:
     def frame_function(network: Restormer, device: torch.device) -> Callable[[np.ndarray], np.ndarray]:
         return lambda frame: restore_whole(RestormerTeacherWrapper(network), frame, device)
 
-    Fit(config, Supervision(restormer), dimensions, pairs, frame_function).run()
+    objective = Distillation(restormer, None, DistillationLoss({"reconstruction": 1.0}))
+    Fit(config, objective, dimensions, pairs, frame_function).run()
 
-
-LOSS_TERMS = ("reconstruction", "perceptual", "feature", "kl", "ssim")
 
 # `train` without a dataset: small enough for two cores and ten minutes, on scikit-image's pictures.
 EMBEDDED_RUN = {
@@ -1425,12 +1397,9 @@ EMBEDDED_RUN = {
 
 def make_student(config: TrainConfig) -> StudentUNet:
     """The student that the flags describe, with `--init`'s weights if given."""
-    try:
-        student = StudentUNet(
-            base_channels=config.base_channels, stem_stride=config.stem_stride, widths=config.widths
-        )
-    except ValueError as error:
-        raise UserError(f"--base-channels, --stem-stride, --widths: {error}") from error
+    student = StudentUNet(
+        base_channels=config.base_channels, stem_stride=config.stem_stride, widths=config.widths
+    )
     if config.init:
         source, _ = load_student(config.init)
         if (source.widths, source.stem_stride) != (student.widths, student.stem_stride):
@@ -1449,10 +1418,11 @@ def train(config: TrainConfig) -> None:
         )
         pairs = embedded_pairs()
     else:
-        pairs = training_pairs(config)
+        pairs = find_pairs(config.data_root / "train")
     torch.manual_seed(config.seed)
     student = make_student(config)
-    weights = {name: getattr(config, f"lambda_{name}") for name in LOSS_TERMS}
+    terms = ("reconstruction", "perceptual", "feature", "kl", "ssim")
+    weights = {name: getattr(config, f"lambda_{name}") for name in terms}
     loss, teacher = DistillationLoss(weights, config.temperature), None
     if loss.needs_teacher:
         widths = student.feature_widths if "feature" in loss.weights else None
@@ -1476,19 +1446,16 @@ def train(config: TrainConfig) -> None:
 def split_picture(image: Image.Image) -> tuple[np.ndarray, Image.Image | None, bytes | None]:
     """(8-bit RGB frame, alpha channel or None, ICC profile that fits the frame or None)."""
     icc = image.info.get("icc_profile")
-    if image.mode in ("CMYK", "LAB"):  # a profile of these does not describe RGB
+    if image.mode == "LAB" or (image.mode == "CMYK" and icc):  # a profile of these does not fit RGB
         srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
-        source = ImageCms.createProfile("LAB") if image.mode == "LAB" else None
-        source = ImageCms.ImageCmsProfile(io.BytesIO(icc)) if icc else source
-        if source is None:
-            return np.asarray(image.convert("RGB")), None, None
-        rgb = ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
-        return np.asarray(rgb), None, srgb.tobytes()
+        source = io.BytesIO(icc) if icc else ImageCms.createProfile("LAB")
+        image = ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
+        icc = srgb.tobytes()
     alpha = None
     if "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
         image = image.convert("RGBA")
         alpha = image.getchannel("A")
-    return to_rgb_array(image), alpha, icc
+    return frame_array(image), alpha, icc
 
 
 def sharpen_picture(sharpener: FrameSharpener, image: Image.Image) -> Image.Image:
@@ -1540,8 +1507,7 @@ def plan_outputs(config: SharpenConfig) -> list[tuple[Path, Path]]:
         raise UserError(f"{config.inputs[0]}: no pictures in this folder")
     output = config.output
     if output is None:
-        folder = HERE / "inference_samples"
-        plan = [(s, folder / name.with_name(f"{name.stem}_sharpened.png")) for s, name in sources]
+        plan = [(s, SAMPLES / name.with_name(f"{name.stem}_sharpened.png")) for s, name in sources]
     elif output.suffix and not output.is_dir():
         if output.suffix.lower() not in Image.registered_extensions():
             raise UserError(f"-o {output}: Pillow does not know the file type {output.suffix}")
@@ -1592,31 +1558,24 @@ def side_by_side(panels: dict[str, np.ndarray]) -> Image.Image:
     return sheet
 
 
-def average(rows: list[dict], methods: Iterable[str]) -> dict[str, list[float]]:
-    """Mean [PSNR, SSIM] a method."""
+def average_scores(rows: list[dict], methods: Sequence[str]) -> dict[str, dict[str, list[float]]]:
+    """Mean [PSNR, SSIM] of each method, over all rows and for each category."""
+    groups = {"all": rows}
+    for row in rows:
+        if row["category"] != "all":
+            groups.setdefault(row["category"], []).append(row)
     return {
-        method: [statistics.fmean(row[f"{method}_{kind}"] for row in rows) for kind in ("psnr", "ssim")]
-        for method in methods
+        category: {
+            method: [statistics.fmean(row[f"{method}_{kind}"] for row in group) for kind in ("psnr", "ssim")]
+            for method in methods
+        }
+        for category, group in sorted(groups.items(), key=lambda item: (item[0] != "all", item[0]))
     }
-
-
-def print_scores(scores: dict[str, dict[str, list[float]]], counts: dict[str, int]) -> None:
-    methods = list(scores["all"])
-    print(f"{'':<12}{'images':>7}" + "".join(f"{method:>18}" for method in methods))
-    for category, means in scores.items():
-        cells = "".join(f"{means[m][0]:>9.2f} / {means[m][1]:.4f}" for m in methods)
-        print(f"{category:<12}{counts[category]:>7}{cells}")
 
 
 def evaluate(config: EvalConfig) -> None:
     """The `eval` command: a table on the terminal, scores.csv, and on request JSON and pictures."""
-    split = config.data_root / config.split
-    pairs = find_pairs(split)
-    if not pairs:
-        raise UserError(
-            f"{split}: no blurred/sharp pairs; make some from sharp pictures with "
-            f"`python sharpen_kd.py prepare FOLDER --split {config.split}`"
-        )
+    pairs = find_pairs(config.data_root / config.split)
     device = pick_device(config)
     student, _ = load_student(config.checkpoint)
     methods: dict[str, Callable[[np.ndarray], np.ndarray]] = {"input": lambda frame: frame}
@@ -1626,42 +1585,38 @@ def evaluate(config: EvalConfig) -> None:
         )
         methods["teacher"] = lambda frame: restore_whole(teacher, frame, device)
     methods["student"] = FrameSharpener(student, device, config.tile, config.overlap)
-    rows, shown = [], set()
+    rows: list[dict] = []
     for pair in tqdm(pairs, "eval"):
         blurred, sharp = pair.load()
         if config.resize:
-            size = (config.resize, config.resize)
             blurred, sharp = (
-                np.asarray(Image.fromarray(image).resize(size, Image.BICUBIC)) for image in (blurred, sharp)
+                np.array(Image.fromarray(image).resize((config.resize, config.resize), Image.BICUBIC))
+                for image in (blurred, sharp)
             )
         if min(sharp.shape[:2]) < 7:
             raise UserError(f"{pair.sharp}: SSIM needs at least 7x7 pixels")
         outputs = {name: method(blurred) for name, method in methods.items()}
-        row: dict = {"picture": pair.key, "category": pair.category}
-        for name, output in outputs.items():
-            row[f"{name}_psnr"], row[f"{name}_ssim"] = score(output, sharp)
-        rows.append(row)
+        scores = {name: score(output, sharp) for name, output in outputs.items()}
         if config.save_images:
             save_picture(Image.fromarray(outputs["student"]), config.output_dir / f"{pair.key}.png")
-            if pair.category not in shown:
-                shown.add(pair.category)
-                panels = {"blurred": blurred, **outputs, "sharp": sharp}
-                panels.pop("input")
+            if pair.category not in {row["category"] for row in rows}:  # the first of each category
+                outputs = {"blurred": outputs.pop("input"), **outputs, "sharp": sharp}
                 file = config.output_dir / "side_by_side" / f"{pair.category}.png"
-                save_picture(side_by_side(panels), file)
+                save_picture(side_by_side(outputs), file)
+        row = {"picture": pair.key, "category": pair.category}
+        row |= {f"{name}_psnr": psnr for name, (psnr, _) in scores.items()}
+        rows.append(row | {f"{name}_ssim": ssim for name, (_, ssim) in scores.items()})
     config.output_dir.mkdir(parents=True, exist_ok=True)
     with (config.output_dir / "scores.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    groups = {"all": rows} | {
-        category: [row for row in rows if row["category"] == category]
-        for category in sorted({row["category"] for row in rows})
-    }
-    scores = {category: average(group, methods) for category, group in groups.items()}
-    print_scores(scores, {category: len(group) for category, group in groups.items()})
+    averages = average_scores(rows, list(methods))
+    print(f"{'PSNR / SSIM':<12}" + "".join(f"{method:>18}" for method in methods))
+    for category, means in averages.items():
+        print(f"{category:<12}" + "".join(f"{means[m][0]:>9.2f} / {means[m][1]:.4f}" for m in methods))
     if config.json:
-        config.json.write_text(json.dumps(scores | {"images": len(rows)}, indent=1) + "\n")
+        config.json.write_text(json.dumps(averages | {"images": len(rows)}, indent=1) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1686,60 +1641,43 @@ def multiply_adds_per_pixel(student: StudentUNet) -> float:
 
 def test_frames(height: int, width: int) -> list[np.ndarray]:
     """Three of scikit-image's photographs at this size, blurred by the x2 protocol."""
-    chosen = [p for p in embedded_pairs() if p.sharp.stem in ("astronaut", "coffee", "chelsea")]
-    frames = []
-    for pair in chosen:
-        picture = Image.fromarray(to_rgb_array(open_picture(pair.sharp)))
-        frames.append(np.asarray(degrade(ImageOps.fit(picture, (width, height)), 2)))
-    return frames
+    sharp = [p.sharp for p in embedded_pairs() if p.sharp.stem in ("astronaut", "coffee", "chelsea")]
+    frames = [ImageOps.fit(open_picture(path), (width, height)) for path in sharp]
+    return [np.array(blurred_and_sharp(frame, scale=2)[0]) for frame in frames]
 
 
-class Stopwatch:
-    """Milliseconds spent inside the functions it wraps, waiting for the device on both ends."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.wait = getattr(torch, device.type).synchronize if device.type != "cpu" else lambda: None
-        self.elapsed = 0.0
-
-    def wrap(self, function: Callable) -> Callable:
-        def timed(*arguments: object) -> object:
-            self.wait()
-            start = time.perf_counter()
-            result = function(*arguments)
-            self.wait()
-            self.elapsed += 1000 * (time.perf_counter() - start)
-            return result
-
-        return timed
-
-    def read(self) -> float:
-        elapsed, self.elapsed = self.elapsed, 0.0
-        return elapsed
+def milliseconds(function: Callable[[], object], device: torch.device, config: FpsConfig) -> list[float]:
+    """Time of each call after the warm-up, waiting for the device on both ends."""
+    wait = getattr(torch, device.type).synchronize if device.type != "cpu" else lambda: None
+    times = []
+    for _ in range(config.warmup + config.frames):
+        wait()
+        start = time.perf_counter()
+        function()
+        wait()
+        times.append(1000 * (time.perf_counter() - start))
+    return times[config.warmup :]
 
 
-def time_frames(sharpener: FrameSharpener, frames: list[np.ndarray], config: FpsConfig) -> dict:
-    """Median network time, and median and 95th percentile of frame time, in milliseconds."""
-    network, whole = Stopwatch(sharpener.device), Stopwatch(sharpener.device)
-    sharpener.restore = network.wrap(sharpener.restore)
-    sharpener.gates = network.wrap(sharpener.gates)
-    process = whole.wrap(sharpener.__call__)
-    network_ms, frame_ms = [], []
-    for turn in range(config.warmup + config.frames):
-        process(frames[turn % len(frames)])
-        network_ms.append(network.read())
-        frame_ms.append(whole.read())
-    network_ms, frame_ms = network_ms[config.warmup :], frame_ms[config.warmup :]
+@torch.inference_mode()
+def time_frames(sharpener: FrameSharpener, frames: list[np.ndarray], config: FpsConfig) -> dict[str, float]:
+    """Median network time, and median and 95th percentile of the 8-bit frame's time, in milliseconds."""
+    device, turns = sharpener.device, itertools.cycle(frames)
+    tiles = TilePlan(frames[0].shape[:2], sharpener.tile, sharpener.overlap, sharpener.student.alignment)
+    gates = sharpener.gates(frames[0])
+    places = list(itertools.product(tiles.tops, tiles.lefts))
+    batches = [to_batch(tiles.cut(frames[0], *place), device) for place in places]
+    network = milliseconds(lambda: [sharpener.restore(batch, gates) for batch in batches], device, config)
+    whole = milliseconds(lambda: sharpener(next(turns)), device, config)
     return {
-        "network_ms": statistics.median(network_ms),
-        "frame_ms": statistics.median(frame_ms),
-        "frame_ms_p95": float(np.percentile(frame_ms, 95)),
+        "network_ms": statistics.median(network),
+        "frame_ms": statistics.median(whole),
+        "frame_ms_p95": float(np.percentile(whole, 95)),
     }
 
 
 def measure_fps(config: FpsConfig) -> None:
     """The `fps` command."""
-    if config.frames < 1 or config.warmup < 0:
-        raise UserError("--frames must be 1 or more and --warmup 0 or more")
     device = pick_device(config)
     if config.base_channels:
         student = StudentUNet(base_channels=config.base_channels, stem_stride=config.stem_stride)
@@ -1756,21 +1694,18 @@ def measure_fps(config: FpsConfig) -> None:
     }  # fmt: skip
     print(f"{name}: {parameters:,} parameters, {macs:,.0f} multiply-adds a pixel")
     print(f"{device}, {config.precision}, {common['threads']} CPU threads, PyTorch {torch.__version__}")
-    print(f"{'frame':<18}{'network':>12}{'8-bit to 8-bit':>16}{'95 %':>12}{'FPS':>8}{'GFLOP/s':>9}")
+    print("frame               network   8-bit to 8-bit, ms median    95 %      FPS  GFLOP/s")
     rows = []
     for height, width, tile in ((512, 512, 0), (1080, 1920, 512)):
         sharpener = FrameSharpener(student, device, tile, precision=precision)
         row = common | {"height": height, "width": width, "tiled": bool(tile)}
         row |= time_frames(sharpener, test_frames(height, width), config)
-        row["fps"] = 1000 / row["frame_ms"]
-        row["macs_per_pixel"] = macs
+        row |= {"fps": 1000 / row["frame_ms"], "macs_per_pixel": macs}
         row["gflops"] = 2 * macs * height * width / row["network_ms"] / 1e6
         rows.append(row)
-        size = f"{width}x{height}" + (" tiled" if tile else "")
-        print(
-            f"{size:<18}{row['network_ms']:>9.1f} ms{row['frame_ms']:>13.1f} ms"
-            f"{row['frame_ms_p95']:>9.1f} ms{row['fps']:>8.1f}{row['gflops']:>9.0f}"
-        )
+        size = f"{width}x{height}{' tiled' if tile else ''}"
+        times = f"{row['network_ms']:>11.1f}{row['frame_ms']:>28.1f}{row['frame_ms_p95']:>8.1f}"
+        print(f"{size:<16}{times}{row['fps']:>9.1f}{row['gflops']:>9.0f}")
     if config.json:
         config.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
 
@@ -1780,36 +1715,39 @@ def measure_fps(config: FpsConfig) -> None:
 
 
 def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
-    """One flag a field: name and type from the field, meaning from its metadata, default shown."""
-    hints = typing.get_type_hints(config_class)
+    """One argument a field: its type from the default, its meaning and options from the metadata."""
     for item in dataclasses.fields(config_class):
-        hint, extra = hints[item.name], dict(item.metadata)
-        text, positional = extra.pop("help"), extra.pop("positional", None)
-        names = [name for name in (extra.pop("short", None),) if name]
-        kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
-        if positional:
-            many = {"nargs": positional} if positional == "+" else {}
-            parser.add_argument(item.name, type=Path, help=text, **many)
+        options = {name: value for name, value in item.metadata.items() if name not in ("short", "bounds")}
+        default, many = item.default, isinstance(item.default, tuple)
+        sample = default[0] if many and default else default
+        kind = Path if sample in (None, ()) or isinstance(sample, Path) else type(sample)
+        if "nargs" in options:
+            parser.add_argument(item.name, type=kind, **options)
             continue
-        names.append("--" + item.name.replace("_", "-"))
-        options: dict = {"help": text, "default": argparse.SUPPRESS, "dest": item.name} | extra
-        if hint is bool:
+        names = [*item.metadata.get("short", ()), "--" + item.name.replace("_", "-")]
+        if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
-        elif typing.get_origin(hint) is tuple or any(typing.get_origin(k) is tuple for k in kinds):
-            element = typing.get_args(hint if typing.get_origin(hint) is tuple else kinds[0])[0]
-            options |= {"type": element, "nargs": "+", "metavar": "N"}
         else:
-            options["type"] = kinds[0] if kinds else hint
-            if "choices" not in options:
-                options["metavar"] = options["type"].__name__.upper()
-        if item.default not in (None, False) and "default" not in text:
-            shown = item.default
-            if isinstance(shown, tuple):
-                shown = " ".join(map(str, shown))
-            elif isinstance(shown, Path) and shown.is_relative_to(HERE):
-                shown = shown.relative_to(HERE)
-            options["help"] += f" (default: {shown})"
-        parser.add_argument(*names, **options)
+            options = {"type": kind, "nargs": "+" if many else None} | options
+        if "choices" not in options and kind is not bool:
+            options["metavar"] = options["type"].__name__.upper()
+        if default not in (None, False, ()):
+            shown = default.relative_to(HERE) if kind is Path else default
+            options["help"] += f" (default: {' '.join(map(str, shown)) if many else shown})"
+        parser.add_argument(*names, default=argparse.SUPPRESS, **options)
+
+
+def check_bounds(config: object) -> None:
+    """UserError for a flag whose value is outside the bounds of its field."""
+    for item in dataclasses.fields(config):
+        at_least, above = item.metadata["bounds"]
+        value = getattr(config, item.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if (at_least is not None and not number >= at_least) or (
+                above is not None and not number > above
+            ):
+                bound = f"at least {at_least}" if above is None else f"above {above}"
+                raise UserError(f"--{item.name.replace('_', '-')} {number}: must be {bound}")
 
 
 COMMANDS: dict[str, tuple[type, Callable]] = {
@@ -1841,13 +1779,10 @@ def settle(config_class: type, given: dict) -> object:
     if isinstance(config, TrainConfig) and uses_embedded_sample(config):
         config = config_class(**(EMBEDDED_RUN | given))
     if config.resume:
-        last = config.run_dir / "last.pth"
-        saved = read_checkpoint(last, "start the run without --resume")["config"]
-        hints = typing.get_type_hints(config_class)
-        saved = {
-            name: Path(value) if value is not None and hints[name] in (Path, Path | None) else value
-            for name, value in saved.items()
-        }
+        saved = read_checkpoint(config.run_dir / "last.pth", "start the run without --resume")["config"]
+        for name, hint in typing.get_type_hints(config_class).items():
+            if hint in (Path, Path | None) and saved[name] is not None:
+                saved[name] = Path(saved[name])
         config = config_class(**(saved | given))
     return config
 
@@ -1858,15 +1793,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config_class, command = COMMANDS[given.pop("command")]
     debug = given.pop("debug")
     try:
-        command(settle(config_class, given))
+        config = settle(config_class, given)
+        check_bounds(config)
+        command(config)
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         if debug:
             raise
-        message = " ".join(str(error).split())
-        print(f"sharpen_kd: error: {message}", file=sys.stderr)
+        print("sharpen_kd: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("sharpen_kd: interrupted", file=sys.stderr)
         return 130
     return 0
 
