@@ -1364,9 +1364,8 @@ class Fit:
                 if log:
                     plot_curves(config.run_dir / "log.csv", terms)
         if interrupts:
-            raise UserError(
-                f"stopped after step {self.step}; continue with --resume --run-dir {config.run_dir}"
-            )
+            print(f"stopped after step {self.step}; continue with --resume --run-dir {config.run_dir}")
+            raise KeyboardInterrupt
 
 
 def train_teacher(config: TeacherConfig) -> None:
@@ -1790,6 +1789,7 @@ def settle(config_class: type, given: dict) -> object:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
     given = vars(build_parser().parse_args(arguments))
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     config_class, command = COMMANDS[given.pop("command")]
     debug = given.pop("debug")
     try:

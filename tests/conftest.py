@@ -1,0 +1,84 @@
+"""Shared pictures and small networks. The pictures are those scikit-image carries in its wheel."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import sharpen_kd as kd  # noqa: E402
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def photographs() -> dict[str, Image.Image]:
+    """A few of scikit-image's photographs and pages, by name."""
+    wanted = ("astronaut", "coffee", "page", "camera")
+    return {p.sharp.stem: kd.open_picture(p.sharp) for p in kd.embedded_pairs() if p.sharp.stem in wanted}
+
+
+@pytest.fixture(scope="session")
+def sharp_folder(tmp_path_factory, photographs) -> Path:
+    """Eight small sharp crops in two categories."""
+    folder = tmp_path_factory.mktemp("sharp")
+    for category, name in (("photo", "astronaut"), ("text", "page")):
+        (folder / category).mkdir()
+        for i in range(4):
+            crop = photographs[name].convert("RGB").crop((90 * i, 40, 90 * i + 96, 136))
+            crop.save(folder / category / f"{name}_{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory, sharp_folder) -> Path:
+    """Both splits, as `prepare` writes them from `sharp_folder`."""
+    root = tmp_path_factory.mktemp("dataset")
+    for split in ("train", "test"):
+        assert kd.main(["prepare", str(sharp_folder), "--split", split, "--data-root", str(root)]) == 0
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_restormer() -> kd.Restormer:
+    torch.manual_seed(0)
+    return kd.Restormer(dim=8, num_blocks=(1, 1, 1, 1), num_refinement_blocks=1, heads=(1, 1, 2, 2))
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory, tiny_restormer) -> Path:
+    """A weight file in the official layout."""
+    path = tmp_path_factory.mktemp("teacher") / "tiny.pth"
+    torch.save({"params": tiny_restormer.state_dict()}, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def student_file(tmp_path_factory) -> Path:
+    """A student whose gates and correction are far from their initial values, as a checkpoint."""
+    torch.manual_seed(1)
+    student = kd.StudentUNet(stem_stride=2, widths=(8, 12, 16, 16, 24))
+    for module in student.modules():
+        if isinstance(module, kd.SEBlock):
+            torch.nn.init.normal_(module.excite.weight, std=1.0)
+    torch.nn.init.normal_(student.output.weight, std=0.05)
+    path = tmp_path_factory.mktemp("student") / "student.pth"
+    torch.save({"network": student.config, "params": student.state_dict()}, path)
+    return path
+
+
+@pytest.fixture
+def random_frame():
+    """A function that makes a smooth random 8-bit RGB frame of a given size."""
+
+    def make(height: int, width: int, seed: int = 0) -> np.ndarray:
+        small = np.random.default_rng(seed).integers(0, 256, (height // 4 + 2, width // 4 + 2, 3))
+        image = Image.fromarray(small.astype(np.uint8))
+        return np.array(image.resize((width, height), Image.BICUBIC))
+
+    return make

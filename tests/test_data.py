@@ -1,0 +1,184 @@
+"""Pairs, transforms, the xS protocol and the held-out part."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sharpen_kd as kd
+
+
+def save(path, size=(24, 16), value=128):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (value, value, value)).save(path)
+    return path
+
+
+def test_pairs_match_by_path_without_extension_and_suffix(tmp_path):
+    save(tmp_path / "blurred/text/a_blurred.png")
+    save(tmp_path / "sharp/text/a_sharp.jpg")
+    save(tmp_path / "blurred/b_blur.png")
+    save(tmp_path / "sharp/b.png")
+    pairs = kd.find_pairs(tmp_path)
+    assert [(p.key, p.category) for p in pairs] == [("b", "all"), ("text/a", "text")]
+    assert pairs[1].sharp.name == "a_sharp.jpg"
+
+
+def test_published_gopro_layout(tmp_path):
+    for sequence in ("GOPR0372_07_00", "GOPR0372_07_01"):
+        for side in ("blur", "blur_gamma", "sharp"):
+            save(tmp_path / sequence / side / "000047.png")
+    pairs = kd.find_pairs(tmp_path)
+    assert [p.key for p in pairs] == ["GOPR0372_07_00/000047", "GOPR0372_07_01/000047"]
+    assert all(p.blurred.parent.name == "blur" for p in pairs)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (lambda root: save(root / "blurred/lonely.png"), "lonely.png has no sharp partner"),
+        (lambda root: save(root / "sharp/lonely.png"), "lonely.png has no blurred partner"),
+        (lambda root: save(root / "sharp/a.png", (20, 16)), "has another size than"),
+        (lambda root: (root / "sharp/a.png").write_bytes(b"no picture"), "a.png is unreadable"),
+        (lambda root: save(root / "sharp/a_sharp.png"), "are the sharp side of one pair"),
+    ],
+)
+def test_nothing_is_dropped_silently(tmp_path, spoil, named):
+    save(tmp_path / "blurred/a.png")
+    save(tmp_path / "sharp/a.png")
+    assert len(kd.find_pairs(tmp_path)) == 1
+    spoil(tmp_path)
+    with pytest.raises(kd.UserError, match=named):
+        kd.find_pairs(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I;16", "I", "F"]
+)
+def test_to_tensor_takes_every_mode(mode):
+    grey = np.tile(np.linspace(0, 255, 12).astype(np.uint8), (5, 1))
+    image = Image.fromarray(grey)
+    if mode == "I;16":
+        image = Image.fromarray(grey.astype(np.uint16) * 257)
+    elif mode == "I":
+        image = Image.fromarray(grey.astype(np.int32) * 257)
+    elif mode == "F":
+        image = Image.fromarray(grey.astype(np.float32) / 255)
+    else:
+        image = (image if mode == "P" else image.convert("RGB")).convert(mode, dither=Image.Dither.NONE)
+    tensor = kd.CustomToTensor()(image)
+    assert tensor.shape == (3, 5, 12)
+    assert tensor.dtype == torch.float32
+    expected = torch.from_numpy(grey / 255).float()
+    if mode == "1":
+        expected = (expected >= 0.5).float()
+    assert (tensor - expected).abs().max() < (0.03 if mode in ("CMYK", "YCbCr", "HSV") else 1e-6)
+
+
+def test_to_tensor_takes_arrays_and_refuses_others():
+    to_tensor = kd.CustomToTensor()
+    assert torch.allclose(to_tensor(np.full((4, 5), 0.3)), torch.full((3, 4, 5), 0.3))
+    assert torch.allclose(to_tensor(np.full((4, 5, 1), 32768, np.uint16)), torch.tensor(32768 / 65535))
+    assert to_tensor(np.ones((4, 5, 4), bool)).shape == (3, 4, 5)
+    rgba = np.dstack([np.full((2, 2), v, np.uint8) for v in (0, 51, 255, 7)])
+    assert torch.allclose(to_tensor(rgba)[:, 0, 0], torch.tensor([0, 0.2, 1]))
+    for wrong in (np.full((4, 5), 2.0), np.zeros((4, 5, 7)), np.full((2, 2), np.nan)):
+        with pytest.raises(ValueError, match="picture has shape|pixels must be"):
+            to_tensor(wrong)
+
+
+@pytest.mark.parametrize(("scale", "small"), [(2, (15, 10)), (3, (10, 7)), (4, (8, 5))])
+def test_protocol(photographs, scale, small):
+    image = photographs["coffee"].crop((10, 10, 41, 31))  # 31x21: cut to 30x20
+    blurred, sharp = kd.blurred_and_sharp(image, scale)
+    expected = image.crop((0, 0, 30, 20))
+    assert np.array_equal(sharp, expected)
+    assert np.array_equal(blurred, expected.resize(small, Image.BICUBIC).resize((30, 20), Image.BICUBIC))
+
+
+def test_prepare_is_repeatable_and_keeps_categories(tmp_path, sharp_folder, data_root):
+    def run(root, *flags):
+        arguments = [str(sharp_folder), "--split", "test", "--data-root", str(tmp_path / root), *flags]
+        assert kd.main(["prepare", *arguments]) == 0
+        return [(p.key, p.load()[0]) for p in kd.find_pairs(tmp_path / root / "test")]
+
+    mixed = ("--scale", "2", "4", "--extra-blur", "1", "--seed", "3")
+    first, second, plain = run("a", *mixed), run("b", *mixed), run("c")
+    assert [key for key, _ in first] == [key for key, _ in second]
+    assert {key.split("/")[0] for key, _ in first} == {"photo", "text"}
+    assert all(np.array_equal(x, y) for (_, x), (_, y) in zip(first, second, strict=True))
+    assert not all(np.array_equal(x, y) for (_, x), (_, y) in zip(first, plain, strict=True))
+
+
+def test_prepare_leaves_nothing_behind_when_a_picture_is_broken(tmp_path, sharp_folder, capsys):
+    broken = tmp_path / "in"
+    save(broken / "a.png")
+    (broken / "b.png").write_bytes(b"no picture")
+    assert kd.main(["prepare", str(broken), "--data-root", str(tmp_path / "out")]) == 2
+    assert "b.png" in capsys.readouterr().err
+    assert not (tmp_path / "out/train").exists()
+
+
+def test_crops_share_their_geometry_and_are_drawn_by_seed_epoch_and_index(data_root):
+    pairs = [kd.Pair(p.key, p.sharp, p.sharp) for p in kd.find_pairs(data_root / "train")]
+    same = kd.GoProSharpeningDataset(pairs, 32, blur_probability=0.0, seed=5)
+    for epoch in range(3):
+        blurred, sharp = same[(epoch, 1)]
+        assert blurred.shape == (3, 32, 32)
+        assert torch.equal(blurred, sharp)
+    assert torch.equal(
+        same[(2, 1)][0], kd.GoProSharpeningDataset(pairs, 32, 0.0, seed=5, cache=True)[(2, 1)][0]
+    )
+    assert not torch.equal(same[(2, 1)][0], same[(1, 1)][0])
+    assert not torch.equal(same[(2, 1)][0], kd.GoProSharpeningDataset(pairs, 32, 0.0, seed=6)[(2, 1)][0])
+
+
+def test_blur_touches_the_blurred_side_only(data_root):
+    pairs = [kd.Pair(p.key, p.sharp, p.sharp) for p in kd.find_pairs(data_root / "train")]
+    always = kd.GoProSharpeningDataset(pairs, 64, blur_probability=1.0)
+    never = kd.GoProSharpeningDataset(pairs, 64, blur_probability=0.0)
+    differences = []
+    for index in range(len(pairs)):
+        (blurred, sharp), (_, untouched) = always[(0, index)], never[(0, index)]
+        assert torch.equal(sharp, untouched)
+        assert blurred.std() <= sharp.std()
+        differences.append((blurred - sharp).abs().max())
+    assert max(differences) > 0.05
+
+
+def test_small_images_are_enlarged_and_large_ones_cropped(tmp_path):
+    save(tmp_path / "blurred/a.png", (24, 16))
+    save(tmp_path / "sharp/a.png", (24, 16))
+    dataset = kd.GoProSharpeningDataset(kd.find_pairs(tmp_path), 48, blur_probability=0.0)
+    images = [np.arange(16 * 24 * 3, dtype=np.uint8).reshape(16, 24, 3)] * 2
+    first, second = dataset.random_crop(images, np.random.default_rng(0))
+    assert first.shape == (48, 48, 3)  # 24x16 grew to 72x48, keeping its proportions
+    assert np.array_equal(first, second)
+    dataset.image_size = 8
+    (crop, _) = dataset.random_crop(images, np.random.default_rng(0))
+    places = [
+        (y, x) for y in range(9) for x in range(17) if np.array_equal(images[0][y : y + 8, x : x + 8], crop)
+    ]
+    assert len(places) == 1
+
+
+def test_hold_out_keeps_sequences_whole():
+    keys = [f"GOPR03{s}_07_00/{i:06}" for s in range(10, 16) for i in range(20)]
+    pairs = [kd.Pair(key, None) for key in keys]
+    training, held = kd.hold_out(pairs, 0.1, seed=0)
+    assert len(training) + len(held) == len(pairs)
+    assert len(held) == 20
+    assert len({p.category for p in held}) == 1
+    assert not {p.category for p in held} & {p.category for p in training}
+    assert kd.hold_out(pairs, 0.1, seed=0) == (training, held)
+    assert kd.hold_out(pairs, 0.0, seed=0) == (pairs, [])
+    assert kd.hold_out(pairs[:1], 0.5, seed=0) == (pairs[:1], [])
+
+
+def test_embedded_pictures_come_from_the_wheel():
+    pairs = kd.embedded_pairs()
+    assert len(pairs) >= 10
+    assert {"animals", "people", "nature", "text"} == {p.category for p in pairs}
+    blurred, sharp = next(p for p in pairs if p.sharp.stem == "coffee").load()
+    assert blurred.shape == sharp.shape == (400, 600, 3)
+    assert 20 < kd.score(blurred, sharp)[0] < 45

@@ -1,0 +1,193 @@
+"""Tiles, frames and picture files."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageCms
+from skimage.metrics import peak_signal_noise_ratio
+
+import sharpen_kd as kd
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("alignment", [32, 64])
+@pytest.mark.parametrize(("tile", "overlap"), [(512, 64), (128, 32), (100, 10), (64, 0)])
+def test_tiles_cover_the_frame_and_share_the_overlap(tile, overlap, alignment):
+    for length in (1, 31, 64, 100, 127, 129, 513, 720, 1080, 1920):
+        size, starts = kd.plan_side(length, tile, overlap, alignment)
+        assert size % alignment == 0
+        assert all(start % alignment == 0 for start in starts)
+        assert starts[0] == 0
+        assert starts[-1] + size == -(-length // alignment) * alignment
+        assert all(a + size - b >= overlap for a, b in zip(starts, starts[1:], strict=False))
+        assert all(a < b for a, b in zip(starts, starts[1:], strict=False))
+    assert kd.plan_side(1080, 0, overlap, alignment) == (1088, [0])
+
+
+def test_blending_weights_add_up_smoothly():
+    plan = kd.TilePlan((300, 200), 128, 32, 32)
+    total = torch.zeros(320, 224)
+    for top in plan.tops:
+        for left in plan.lefts:
+            window = plan.window(top, left)
+            total[top : top + plan.height, left : left + plan.width] += window
+            assert window.min() > 0
+            assert window.diff(dim=0).abs().max() < 0.06
+    assert total.min() > 0.9
+    assert plan.window(plan.tops[0], plan.lefts[0])[0, 0] == 1  # full weight at the frame's own corner
+
+
+def test_tiles_of_a_local_operation_join_without_a_trace(student_file, random_frame):
+    student, _ = kd.load_student(student_file)
+    frame = random_frame(150, 210)
+    sharpener = kd.FrameSharpener(student, CPU, tile=64, overlap=32)
+    sharpener.restore = lambda blurred, gates: 1 - blurred
+    assert np.abs(sharpener(frame).astype(int) - (255 - frame)).max() <= 1
+
+
+def test_tiled_and_whole_agree_at_1080p(student_file, photographs):
+    student, _ = kd.load_student(student_file)
+    frame = np.array(photographs["coffee"].resize((1920, 1080), Image.BICUBIC))
+    whole = kd.FrameSharpener(student, CPU, tile=0)(frame).astype(int)
+    tiled = kd.FrameSharpener(student, CPU, tile=512, overlap=64)(frame).astype(int)
+    assert np.abs(whole - frame).mean() > 1  # the network does something
+    difference = np.abs(whole - tiled)
+    assert difference.max() <= 2
+    assert difference.mean() <= 0.05
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (7, 5), (64, 64), (129, 257)])
+def test_any_size(student_file, random_frame, size):
+    student, _ = kd.load_student(student_file)
+    frame = random_frame(*size)
+    output = kd.FrameSharpener(student, CPU, tile=64, overlap=32)(frame)
+    assert output.shape == frame.shape
+    assert output.dtype == np.uint8
+
+
+def test_strength_scales_the_correction(student_file, random_frame):
+    student, _ = kd.load_student(student_file)
+    frame = random_frame(48, 64)
+    none, half, full = (kd.FrameSharpener(student, CPU, strength=s)(frame).astype(int) for s in (0, 0.5, 1))
+    assert np.array_equal(none, frame)
+    inside = (full > 0) & (full < 255)
+    assert np.abs(half - (frame + full) / 2)[inside].max() <= 1
+    assert np.abs(full - frame).max() > 3
+
+
+def test_small_frame_is_its_own_patch_and_large_ones_are_sampled(random_frame):
+    small, large = random_frame(100, 200), random_frame(300, 600)
+    assert np.array_equal(kd.sample_patches(small)[0], small)
+    patches = kd.sample_patches(large)
+    assert patches.shape == (4, 128, 128, 3)
+    assert len({patch.tobytes() for patch in patches}) == 4
+
+
+def test_score_is_the_stated_protocol(photographs):
+    sharp = np.array(photographs["coffee"].crop((0, 0, 90, 70)))
+    blurred = np.array(kd.blurred_and_sharp(Image.fromarray(sharp), 2)[0])
+    psnr, _ = kd.score(blurred, sharp)
+    mse = np.mean((blurred / 255 - sharp / 255) ** 2)
+    assert psnr == pytest.approx(-10 * np.log10(mse))
+    assert psnr == pytest.approx(peak_signal_noise_ratio(sharp, blurred))
+    assert kd.score(sharp, sharp) == (np.inf, 1)
+
+
+@pytest.fixture
+def run_sharpen(student_file, capsys):
+    """`sharpen` with the small student; returns (exit status, standard error)."""
+
+    def run(*arguments):
+        status = kd.main(["sharpen", *map(str, arguments), "--checkpoint", str(student_file)])
+        return status, capsys.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "F", "LAB"])
+def test_every_mode_is_sharpened(tmp_path, run_sharpen, photographs, mode):
+    image = photographs["astronaut"].resize((40, 30))
+    if mode == "I;16":
+        image = Image.fromarray(np.array(image.convert("L")).astype(np.uint16) * 257)
+    elif mode == "F":
+        image = Image.fromarray(np.array(image.convert("L")).astype(np.float32) / 255)
+    elif mode == "LAB":
+        srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+        image = ImageCms.profileToProfile(image, srgb, lab, outputMode="LAB")
+    else:
+        image = image.convert(mode)
+    image.save(tmp_path / "in.tif")
+    assert run_sharpen(tmp_path / "in.tif", "-o", tmp_path / "out.png", "--strength", "0") == (0, "")
+    result = Image.open(tmp_path / "out.png")
+    greys = ("1", "L", "I;16", "F")
+    assert result.mode == ("L" if mode in greys else mode if mode in ("LA", "RGBA") else "RGB")
+    expected = kd.frame_array(image if mode != "LAB" else photographs["astronaut"].resize((40, 30)))
+    tolerance = 6 if mode == "LAB" else 1
+    assert np.abs(kd.frame_array(result).astype(int) - expected).max() <= tolerance
+
+
+def test_orientation_exif_profile_alpha_and_resolution_are_kept(tmp_path, run_sharpen, photographs):
+    image = photographs["astronaut"].resize((40, 30)).convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize((40, 30)))
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "camera"  # orientation: rotate by 90 degrees; maker
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    image.save(tmp_path / "in.png", exif=exif, icc_profile=profile, dpi=(300, 300))
+    assert run_sharpen(tmp_path / "in.png", "-o", tmp_path / "out.png")[0] == 0
+    result = Image.open(tmp_path / "out.png")
+    assert result.size == (30, 40)
+    assert result.mode == "RGBA"
+    assert np.array_equal(result.getchannel("A"), image.getchannel("A").rotate(-90, expand=True))
+    assert result.getexif().get(0x010F) == "camera"
+    assert result.getexif().get(0x0112, 1) == 1
+    assert result.info["icc_profile"] == profile
+    assert result.info["dpi"] == pytest.approx((300, 300), abs=0.1)
+
+
+def test_folders_keep_their_relative_paths(tmp_path, run_sharpen, sharp_folder):
+    assert run_sharpen(sharp_folder, "-o", tmp_path / "out")[0] == 0
+    written = sorted(p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*.*"))
+    assert written == sorted(p.relative_to(sharp_folder) for p in sharp_folder.rglob("*.png"))
+
+
+def test_default_output(tmp_path, run_sharpen, photographs, monkeypatch):
+    monkeypatch.setattr(kd, "SAMPLES", tmp_path / "samples")
+    photographs["camera"].resize((20, 20)).save(tmp_path / "call.jpg")
+    assert run_sharpen(tmp_path / "call.jpg")[0] == 0
+    assert Image.open(tmp_path / "samples/call_sharpened.png").mode == "L"
+
+
+def test_mistakes_are_named_and_nothing_is_written(tmp_path, run_sharpen, photographs):
+    picture = tmp_path / "a.png"
+    photographs["camera"].resize((20, 20)).convert("LA").save(picture)
+    (tmp_path / "a.jpg").write_bytes(b"no picture")
+    before = sorted(tmp_path.iterdir())
+    for arguments, named in (
+        ((tmp_path / "none.png",), "none.png: no such file"),
+        ((tmp_path / "a.jpg", "-o", tmp_path / "b.png"), "a.jpg: not a picture"),
+        ((picture, "-o", picture), "a.png: would be overwritten"),
+        ((picture, tmp_path / "a.jpg", "-o", tmp_path / "out"), "would both become"),
+        ((picture, "-o", tmp_path / "a.xyz"), "does not know the file type .xyz"),
+        ((picture, "-o", tmp_path / "b.jpg"), "b.jpg: cannot be written"),
+        ((picture, "--tile", "64", "--overlap", "64"), "--tile 64 --overlap 64"),
+        ((picture, "--tile", "-1"), "--tile -1: must be at least 0"),
+    ):
+        status, error = run_sharpen(*arguments)
+        assert status == 2
+        assert named in error
+        assert error.count("\n") == 1
+        assert sorted(tmp_path.iterdir()) == before
+    assert kd.main(["sharpen", str(picture), "--checkpoint", str(tmp_path / "none.pth")]) == 2
+    with pytest.raises(kd.UserError, match="no such file"):
+        kd.main(["sharpen", str(tmp_path / "none.png"), "--debug"])
+
+
+def test_a_broken_picture_does_not_stop_the_others(tmp_path, run_sharpen, photographs):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.png").write_bytes(b"no picture")
+    photographs["camera"].resize((20, 20)).save(tmp_path / "in/b.png")
+    status, error = run_sharpen(tmp_path / "in", "-o", tmp_path / "out")
+    assert status == 2
+    assert "a.png: not a picture" in error
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["b.png"]

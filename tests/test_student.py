@@ -1,0 +1,89 @@
+"""The student: its size, shapes, starting point, and gates."""
+
+import pytest
+import torch
+
+import sharpen_kd as kd
+
+
+def count(**options):
+    return sum(p.numel() for p in kd.StudentUNet(**options).parameters())
+
+
+def test_the_reports_student_has_the_reports_parameters():
+    assert round(count(base_channels=256, stem_stride=1) / 1e6, 2) == 25.52
+    assert kd.StudentUNet().stem_stride == 4
+
+
+def test_multiply_adds_worked_by_hand():
+    # one 3x3 convolution of 9*in*out a position, at 1, 1/4, 1/16 ... of the positions
+    widths, folded = (2, 3, 5, 7, 11), 12
+    inputs = (folded, *widths[:4])
+    encoder = sum(
+        9 * (i * w + w * w) / 4**level for level, (i, w) in enumerate(zip(inputs, widths, strict=True))
+    )
+    decoder = sum(9 * (2 * w * w + w * w) / 4**level for level, w in enumerate(widths[:4]))
+    up = sum(widths[level + 1] * w / 4**level for level, w in enumerate(widths[:4]))
+    by_hand = (encoder + decoder + up + folded * widths[0]) / 4
+    student = kd.StudentUNet(stem_stride=2, widths=widths)
+    gates = sum(2 * w * max(1, w // 8) for w in (*widths, *widths[:4]))  # once a frame
+    side = 16 * student.alignment
+    assert kd.multiply_adds_per_pixel(student) == pytest.approx(by_hand + gates / side**2)
+
+
+@pytest.mark.parametrize("stem_stride", [1, 2, 4])
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (17, 33), (64, 64), (50, 7)])
+def test_any_size(stem_stride, size):
+    student = kd.StudentUNet(stem_stride=stem_stride, widths=(4, 4, 6, 6, 8))
+    picture = torch.rand(2, 3, *size)
+    assert student(picture).shape == picture.shape
+    output, features = student(picture, features=True)
+    assert output.shape == picture.shape
+    assert {name: f.shape[1] for name, f in features.items()} == {"e2": 4, "e4": 6, "b": 8}
+    assert {name: f.shape[1] for name, f in features.items()} == student.feature_widths
+
+
+def test_untrained_student_returns_nearly_its_input_and_learns_at_once():
+    torch.manual_seed(0)
+    student = kd.StudentUNet(stem_stride=2, widths=(8, 8, 8, 8, 8))
+    picture = torch.rand(4, 3, 32, 32)
+    assert (student(picture) - picture).abs().max() < 0.05
+    target = (picture * 0.5).detach()
+    optimiser = torch.optim.Adam(student.parameters(), 3e-3)
+    losses = []
+    for _ in range(50):
+        loss = (student(picture) - target).abs().mean()
+        losses.append(loss.item())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_wrong_dimensions_are_refused():
+    for options in ({"widths": (1, 2, 3)}, {"stem_stride": 3}, {"out_channels": 1}):
+        with pytest.raises(ValueError, match="five stages|stem stride"):
+            kd.StudentUNet(**options)
+
+
+def test_gates_of_one_patch_are_the_plain_ones(student_file):
+    student, _ = kd.load_student(student_file)
+    picture = torch.rand(1, 3, 64, 96)
+    gates = student.frame_gates(picture)
+    assert [g.shape[1] for g in gates] == [8, 12, 16, 16, 24, 16, 16, 12, 8]
+    with torch.no_grad():
+        assert torch.equal(student(picture, gates), student(picture))
+        other = student.frame_gates(1 - picture)
+        assert not torch.allclose(student(picture, other), student(picture), atol=1e-4)
+
+
+def test_gates_are_the_mean_over_patches(student_file):
+    student, _ = kd.load_student(student_file)
+    patches = torch.rand(3, 3, 32, 32) * torch.tensor([0.2, 0.6, 1.0]).view(3, 1, 1, 1)
+    first = student.encoder[0]
+    with torch.no_grad():
+        folded = torch.nn.functional.pixel_unshuffle(patches, 2)
+        features = first.conv2(first.conv1(folded).relu()).relu()
+        expected = first.se(features).mean(0)
+    assert torch.allclose(student.frame_gates(patches)[0][0], expected, atol=1e-6)
+    assert not any(module._forward_hooks for module in student.modules())

@@ -1,0 +1,95 @@
+"""The frozen teacher: loading, taps, padding, what trains and what does not."""
+
+import pytest
+import torch
+from torch import nn
+
+import sharpen_kd as kd
+
+WIDTHS = {"e2": 5, "e4": 6, "b": 7}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dim": 8, "num_blocks": (1, 2, 1, 3), "num_refinement_blocks": 2, "heads": (1, 2, 2, 4)},
+        {"dim": 16, "num_blocks": (1, 1, 1, 1), "ffn_expansion_factor": 2.0, "bias": True},
+        {"dim": 16, "num_blocks": (1, 1, 1, 1), "LayerNorm_type": "BiasFree"},
+        {"dim": 48, "num_blocks": (1, 1, 1, 1)},
+    ],
+)
+def test_dimensions_are_read_from_the_weights(tmp_path, options):
+    torch.manual_seed(0)
+    network = kd.Restormer(**options).eval()
+    torch.save({"params": network.state_dict()}, tmp_path / "weights.pth")
+    loaded = kd.load_restormer(tmp_path / "weights.pth")
+    picture = torch.rand(1, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(loaded(picture), network(picture))
+
+
+def test_weights_that_do_not_fit_say_what_to_do(tmp_path, tiny_restormer):
+    missing = tmp_path / "missing.pth"
+    with pytest.raises(kd.UserError, match=r"missing.pth: no such file; get motion_deblurring.pth from"):
+        kd.load_restormer(missing)
+    (tmp_path / "text.pth").write_text("hello")
+    with pytest.raises(kd.UserError, match="text.pth: not a PyTorch weight file"):
+        kd.load_restormer(tmp_path / "text.pth")
+    state = tiny_restormer.state_dict()
+    for name, content in (
+        ("other.pth", {"params": nn.Linear(2, 2).state_dict()}),
+        ("cut.pth", {k: v for k, v in state.items() if k != "latent.0.attn.qkv.weight"}),
+        ("more.pth", state | {"extra.weight": torch.zeros(1)}),
+    ):
+        torch.save(content, tmp_path / name)
+        with pytest.raises(kd.UserError, match=f"{name}: not the weights of a Restormer"):
+            kd.load_restormer(tmp_path / name)
+    torch.save(
+        kd.Restormer(dim=8, num_blocks=(1,) * 4, inp_channels=6, dual_pixel_task=True).state_dict(), missing
+    )
+    with pytest.raises(kd.UserError, match="does not map RGB to RGB"):
+        kd.load_restormer(missing)
+
+
+@pytest.mark.parametrize("size", [(16, 24), (13, 9), (1, 1), (3, 50)])
+def test_any_size_and_the_features_of_the_named_layers(tiny_teacher, size):
+    teacher = kd.RestormerTeacherWrapper(kd.load_restormer(tiny_teacher), WIDTHS)
+    picture = torch.rand(2, 3, *size)
+    output, features = teacher(picture, features=True)
+    assert output.shape == picture.shape
+    rows, columns = (-(-side // 8) * 8 for side in size)
+    assert features["e2"].shape == (2, 5, rows // 2, columns // 2)
+    assert features["e4"].shape == (2, 6, rows // 4, columns // 4)
+    assert features["b"].shape == (2, 7, rows // 8, columns // 8)
+
+
+def test_padding_is_reflection_and_is_cut_off_again(tiny_teacher):
+    teacher = kd.RestormerTeacherWrapper(kd.load_restormer(tiny_teacher))
+    picture = torch.rand(1, 3, 13, 21)
+    padded = nn.functional.pad(picture, (0, 3, 0, 3), mode="reflect")
+    with torch.no_grad():
+        assert torch.equal(teacher(picture), teacher.restormer(padded)[..., :13, :21])
+    narrow = torch.arange(3.0).view(1, 1, 1, 3)
+    assert kd.pad_to_multiple(narrow, 8)[0, 0, 7].tolist() == [0, 1, 2, 1, 0, 1, 2, 1]
+
+
+def test_teacher_is_frozen_and_projections_train(tiny_teacher):
+    teacher = kd.RestormerTeacherWrapper(kd.load_restormer(tiny_teacher), WIDTHS).train()
+    assert not teacher.restormer.training
+    before = {name: p.clone() for name, p in teacher.named_parameters()}
+    trainable = {name for name, p in teacher.named_parameters() if p.requires_grad}
+    assert trainable == {f"proj_{tap}.{part}" for tap in WIDTHS for part in ("weight", "bias")}
+    output, features = teacher(torch.rand(1, 3, 16, 16, requires_grad=True), features=True)
+    assert not output.requires_grad
+    optimiser = torch.optim.Adam([p for p in teacher.parameters() if p.requires_grad], 0.1)
+    sum(f.square().mean() for f in features.values()).backward()
+    optimiser.step()
+    changed = {name for name, p in teacher.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == trainable
+
+
+def test_a_missing_tap_is_an_error(tiny_teacher):
+    restormer = kd.load_restormer(tiny_teacher)
+    del restormer.latent
+    with pytest.raises(AttributeError, match="latent"):
+        kd.RestormerTeacherWrapper(restormer, WIDTHS)

@@ -1,0 +1,250 @@
+"""The loop: order, accumulation, averaging, resuming, interruption, several processes."""
+
+import csv
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import sharpen_kd as kd
+
+SCRIPT = Path(kd.__file__)
+STUDENT = ["--stem-stride", "2", "--widths", "4", "6", "8", "8", "8"]
+
+
+@pytest.fixture
+def arguments(data_root, tiny_teacher):
+    """A `train` command of a few seconds a dozen steps, without its --run-dir."""
+    return [
+        *("train", "--data-root", str(data_root), "--teacher-weights", str(tiny_teacher), *STUDENT),
+        *("--image-size", "32", "--lambda-perceptual", "0", "--workers", "0", "--validation-fraction", "0.1"),
+    ]
+
+
+def weights(run, file="last.pth"):
+    content = torch.load(run / file, weights_only=True)
+    return content["params"] if "params" in content else content["objective"] | content["ema"]
+
+
+def read_log(run):
+    with (run / "log.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_epoch_sees_every_pair_and_counts_its_last_group():
+    config = kd.FitConfig(epochs=3, batch_size=1, gradient_accumulation_steps=4)
+    order = kd.CropOrder(10, config)
+    batches = list(order)
+    assert order.steps_per_epoch == 3
+    assert [order.batches_in_step(step) for step in range(6)] == [4, 4, 2, 4, 4, 2]
+    for epoch in range(3):
+        items = [item for batch in batches[10 * epoch : 10 * epoch + 10] for item in batch]
+        assert sorted(items) == [(epoch, index) for index in range(10)]
+    assert batches[:10] != [[(0, index)] for index in range(10)]
+    order.first_step = 4  # the second epoch's second group
+    assert list(order) == batches[14:]
+
+
+def test_processes_share_out_what_one_process_sees():
+    alone = kd.CropOrder(8, kd.FitConfig(epochs=2, batch_size=1, gradient_accumulation_steps=4))
+    config = kd.FitConfig(epochs=2, batch_size=1, gradient_accumulation_steps=2)
+    pair = [kd.CropOrder(8, config, rank, 2) for rank in (0, 1)]
+    assert pair[0].steps_per_epoch == alone.steps_per_epoch
+    one, two = np.array(list(alone)), np.array([list(order) for order in pair])
+    for step in range(4):
+        expected = {tuple(item) for item in one[4 * step : 4 * step + 4, 0]}
+        assert {tuple(item) for item in two[:, 2 * step : 2 * step + 2, 0].reshape(-1, 2)} == expected
+
+
+def test_ema_follows_its_formula_and_forgets_the_start():
+    ema, network = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+    nn.init.constant_(ema.weight, 1.0)
+    by_hand = 1.0
+    for step, value in enumerate([2.0, -3.0, 5.0]):
+        nn.init.constant_(network.weight, value)
+        kd.update_ema(ema, network, step, decay=0.2)
+        decay = min(0.2, (1 + step) / (10 + step))
+        by_hand = decay * by_hand + (1 - decay) * value
+        assert ema.weight.item() == pytest.approx(by_hand)
+    nn.init.constant_(ema.weight, 1.0)
+    nn.init.constant_(network.weight, 0.0)
+    for step in range(100):
+        kd.update_ema(ema, network, step, decay=0.999)
+    assert ema.weight.item() < 1e-6  # the initial weights' share, which a plain 0.999 leaves at 0.9
+
+
+def test_accumulated_gradient_is_the_mean_over_the_group(data_root, tmp_path):
+    pairs = kd.find_pairs(data_root / "train")[:3]
+    config = kd.TrainConfig(
+        run_dir=tmp_path, image_size=32, gradient_accumulation_steps=2, clip_norm=0,
+        validation_fraction=0, device="cpu", epochs=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    student = kd.StudentUNet(stem_stride=2, widths=(4, 4, 4, 4, 4))
+    loss = kd.DistillationLoss({"reconstruction": 1.0, "ssim": 10.0})
+    run = kd.Fit(config, kd.Distillation(student, None, loss), student.config, pairs, kd.FrameSharpener)
+    items = [item for batch in run.order for item in batch]
+    batches = iter([[t[None] for t in run.dataset[item]] for item in items])
+    seen = []
+    run.optimiser.step = lambda: seen.append(student.output.weight.grad.clone())
+    for _ in range(2):
+        run.optimise(batches)
+    expected = []
+    for item in items:
+        student.zero_grad()
+        blurred, sharp = (t[None] for t in run.dataset[item])
+        output = student(blurred)
+        ((output - sharp).abs().mean() + 10 * (1 - kd.ssim(output, sharp))).backward()
+        expected.append(student.output.weight.grad.clone())
+    assert torch.allclose(seen[0], (expected[0] + expected[1]) / 2, atol=1e-5)
+    assert torch.allclose(seen[1], expected[2], atol=1e-5)  # the last, partial group
+
+
+def test_resumed_run_reaches_the_same_weights(arguments, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert kd.main([*arguments, "--run-dir", str(whole), "--max-steps", "5"]) == 0
+    assert kd.main([*arguments, "--run-dir", str(parts), "--max-steps", "3"]) == 0
+    assert not all(torch.equal(t, weights(parts)[name]) for name, t in weights(whole).items())
+    # nothing but the folder is named: the run's settings are in last.pth
+    assert kd.main(["train", "--resume", "--run-dir", str(parts), "--max-steps", "5"]) == 0
+    first, second = weights(whole), weights(parts)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(name.startswith("teacher.proj_e2") for name in first)
+    strip = [{k: v for k, v in row.items() if not k.startswith("val_")} for row in read_log(whole)]
+    assert strip == [{k: v for k, v in r.items() if not k.startswith("val_")} for r in read_log(parts)]
+
+
+def test_log_holds_terms_shares_and_scores(arguments, tmp_path):
+    run = tmp_path / "run"
+    assert kd.main([*arguments, "--run-dir", str(run), "--max-steps", "3", "--log-gradients", "2"]) == 0
+    rows = read_log(run)
+    assert [row["step"] for row in rows] == ["1", "2", "3"]
+    terms = ("reconstruction", "feature", "kl", "ssim")
+    for row in rows:
+        assert float(row["loss"]) == pytest.approx(sum(float(row[name]) for name in terms), rel=1e-4)
+    assert sum(float(rows[0][f"gradient_{name}"]) for name in terms) == pytest.approx(1, abs=1e-4)
+    assert rows[1]["gradient_ssim"] == ""
+    assert float(rows[2]["val_psnr"]) > 10
+    assert (run / "curves.png").stat().st_size > 1000
+    best = torch.load(run / "best.pth", weights_only=True)
+    assert best["step"] == 3
+    assert f"{best['held_out']['psnr']:.6g}" == rows[2]["val_psnr"]
+
+
+def test_training_improves_held_out_pictures(data_root, tmp_path, capsys):
+    run = tmp_path / "run"
+    command = [
+        *("train", "--data-root", str(data_root), "--run-dir", str(run), *STUDENT, "--epochs", "120"),
+        *("--restart-epochs", "120", "--gradient-accumulation-steps", "1", "--image-size", "64"),
+        *("--learning-rate", "3e-3", "--blur-probability", "0", "--batch-size", "3", "--workers", "0"),
+        *("--lambda-perceptual", "0", "--lambda-feature", "0", "--lambda-kl", "0", "--cache"),
+        *("--validation-fraction", "0.25", "--validate-every", "120"),
+    ]
+    assert kd.main(command) == 0
+    before, after = capsys.readouterr().out.strip().splitlines()[-2:]
+    assert before.startswith("before: ")
+    assert after.startswith("after: ")
+    psnr_before, psnr_after = (float(line.split()[1]) for line in (before, after))
+    assert psnr_after > psnr_before + 0.3
+    assert float(after.split()[-1]) > float(before.split()[-1])
+
+
+def test_teacher_command_writes_weights_that_train_accepts(data_root, tmp_path):
+    command = ["teacher", "--data-root", str(data_root), "--run-dir", str(tmp_path / "run"), "--dim", "8"]
+    command += ["--num-blocks", "1", "1", "1", "2", "--heads", "1", "1", "2", "2", "--image-size", "32"]
+    assert kd.main([*command, "--max-steps", "2", "--batch-size", "2", "--workers", "0"]) == 0
+    restormer = kd.load_restormer(tmp_path / "run/best.pth")
+    assert len(restormer.latent) == 2
+    assert {float(r["reconstruction"]) for r in read_log(tmp_path / "run")} > {0.0}
+
+
+def test_bf16_training_stays_close_to_float32(arguments, tmp_path):
+    losses = []
+    for precision in ("float32", "bf16"):
+        run = tmp_path / precision
+        assert kd.main([*arguments, "--run-dir", str(run), "--max-steps", "2", "--precision", precision]) == 0
+        losses.append([float(row["loss"]) for row in read_log(run)])
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+def test_mistakes_are_named_before_anything_is_written(arguments, tmp_path, capsys):
+    run = tmp_path / "run"
+    for extra, named in (
+        (["--image-size", "40"], "--image-size 40: must be a multiple of 16"),
+        (["--learning-rate", "0"], "--learning-rate 0.0: must be above 0"),
+        (["--widths", "4", "4"], "--widths (4, 4): a student has five stages"),
+        (["--teacher-weights", str(tmp_path / "none.pth")], "none.pth: no such file; get motion_deblurring"),
+        (["--data-root", str(tmp_path)], "no blurred/sharp pairs"),
+        (["--resume"], "last.pth: no such file"),
+    ):
+        assert kd.main([*arguments, "--run-dir", str(run), *extra]) == 2
+        error = capsys.readouterr().err
+        assert named in error
+        assert error.count("\n") == 1
+        assert not run.exists()
+    assert kd.main([*arguments, "--run-dir", str(run), "--max-steps", "1"]) == 0
+    before = weights(run)
+    assert kd.main([*arguments, "--run-dir", str(run), "--max-steps", "2"]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(run).items())
+
+
+def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
+    file = tmp_path / "last.pth"
+    kd.save_atomically({"step": 1}, file)
+
+    def broken(content, path):
+        Path(path).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(OSError, match="disk full"):
+        kd.save_atomically({"step": 2}, file)
+    assert torch.load(file, weights_only=True) == {"step": 1}
+
+
+def test_ctrl_c_saves_and_the_run_continues_to_the_same_weights(arguments, tmp_path):
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    arguments = [*arguments, "--device", "cpu", "--threads", "1"]
+    command = [sys.executable, str(SCRIPT), *arguments, "--run-dir", str(run), "--workers", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not (run / "log.csv").is_file() or len(read_log(run)) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130
+    assert "Traceback" not in output
+    steps = torch.load(run / "last.pth", weights_only=True)["step"]
+    assert f"stopped after step {steps}" in output
+    steps = str(steps + 2)
+    for extra in (["train", "--resume", "--run-dir", str(run)], [*arguments, "--run-dir", str(whole)]):
+        done = subprocess.run([sys.executable, str(SCRIPT), *extra, "--max-steps", steps], check=False)
+        assert done.returncode == 0
+    first, second = weights(whole), weights(run)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_two_processes_match_one(arguments, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    common = [*arguments, "--max-steps", "3", "--device", "cpu", "--threads", "1"]
+    common += ["--validation-fraction", "0", "--lambda-ssim", "1"]
+    assert kd.main([*common, "--gradient-accumulation-steps", "4", "--run-dir", str(one)]) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, str(SCRIPT), *common, "--gradient-accumulation-steps", "2", "--run-dir", str(two)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = weights(one, "best.pth"), weights(two, "best.pth")
+    start = kd.StudentUNet(stem_stride=2, widths=(4, 6, 8, 8, 8))
+    assert not torch.allclose(first["output.weight"], start.output.weight, atol=1e-4)
+    for name in first:
+        assert torch.allclose(first[name], second[name], atol=2e-5), name
