@@ -59,6 +59,8 @@ OFFICIAL_TEACHER = HERE / "Restormer/Motion_Deblurring/pretrained_models/motion_
 COMPACT_TEACHER = HERE / "model_checkpoints/teacher.pth"
 SHIPPED_STUDENT = HERE / "model_checkpoints/student.pth"
 
+FrameFunction = Callable[[np.ndarray], np.ndarray]  # 8-bit RGB (H, W, 3) in and out
+
 # ---------------------------------------------------------------------------------------------------
 # Configuration: one dataclass a command; its fields are the command's flags (see `build_parser`)
 
@@ -201,20 +203,14 @@ class FpsConfig(DeviceConfig):
 
 
 def pick_device(config: DeviceConfig) -> torch.device:
-    """The device a command computes on; `auto` takes an accelerator where there is one."""
+    """The device a command computes on; `auto` takes an accelerator where PyTorch finds one."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "xpu": hasattr(torch, "xpu") and torch.xpu.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if config.device == "auto":
-        return torch.device(next(name for name, there in available.items() if there))
-    if not available[config.device]:
-        raise UserError(f"--device {config.device}: PyTorch finds none here; use --device auto")
-    return torch.device(config.device)
+    found = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    name = found if config.device == "auto" else config.device
+    if name not in (found, "cpu"):
+        raise UserError(f"--device {name}: PyTorch finds none here; use --device auto")
+    return torch.device(name)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1038,12 +1034,10 @@ def score(predicted: np.ndarray, sharp: np.ndarray) -> tuple[float, float]:
     return float(psnr), float(structural_similarity(sharp, predicted, channel_axis=2, data_range=1))
 
 
-def mean_score(
-    frames: Sequence[tuple[np.ndarray, np.ndarray]], sharpen: Callable[[np.ndarray], np.ndarray]
-) -> tuple[float, float]:
-    """Mean (PSNR, SSIM) of `sharpen` over (blurred, sharp) frames."""
+def mean_score(frames: Sequence[tuple[np.ndarray, np.ndarray]], sharpen: FrameFunction) -> list[float]:
+    """Mean [PSNR, SSIM] of `sharpen` over (blurred, sharp) frames."""
     scores = np.array([score(sharpen(blurred), sharp) for blurred, sharp in frames])
-    return tuple(scores.mean(axis=0).tolist())
+    return scores.mean(axis=0).tolist()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1230,7 +1224,7 @@ class Fit:
 
     def __init__(
         self, config: FitConfig, objective: Distillation, network_config: dict,
-        pairs: list[Pair], frame_function: Callable[[nn.Module, torch.device], Callable],
+        pairs: list[Pair], frame_function: Callable[[nn.Module, torch.device], FrameFunction],
     ) -> None:  # fmt: skip
         self.device, self.rank, processes = start_process(config)
         self.config, self.network_config, self.frame_function = config, network_config, frame_function
@@ -1363,6 +1357,8 @@ class Fit:
                 self.save_last()
                 if log:
                     plot_curves(config.run_dir / "log.csv", terms)
+        if dist.is_initialized():
+            dist.destroy_process_group()
         if interrupts:
             print(f"stopped after step {self.step}; continue with --resume --run-dir {config.run_dir}")
             raise KeyboardInterrupt
@@ -1377,7 +1373,7 @@ def train_teacher(config: TeacherConfig) -> None:
     dimensions = {name: getattr(config, name) for name in sizes}
     restormer = load_restormer(config.init) if config.init else Restormer(**dimensions)
 
-    def frame_function(network: Restormer, device: torch.device) -> Callable[[np.ndarray], np.ndarray]:
+    def frame_function(network: Restormer, device: torch.device) -> FrameFunction:
         return lambda frame: restore_whole(RestormerTeacherWrapper(network), frame, device)
 
     objective = Distillation(restormer, None, DistillationLoss({"reconstruction": 1.0}))
@@ -1429,13 +1425,11 @@ def train(config: TrainConfig) -> None:
     run = Fit(config, Distillation(student, teacher, loss), student.config, pairs, FrameSharpener)
     run.run()
     if run.rank == 0 and run.held_out:
-        before, after = (
-            mean_score(run.held_out, lambda frame: frame),
-            load_student(config.run_dir / "best.pth"),
-        )
+        before = mean_score(run.held_out, lambda frame: frame)
+        after = load_student(config.run_dir / "best.pth")[1]["held_out"]
         print(f"{len(run.held_out)} held-out pictures, {config.run_dir / 'best.pth'}")
         print(f"before: {before[0]:.2f} dB, SSIM {before[1]:.4f}")
-        print(f"after:  {after[1]['held_out']['psnr']:.2f} dB, SSIM {after[1]['held_out']['ssim']:.4f}")
+        print(f"after:  {after['psnr']:.2f} dB, SSIM {after['ssim']:.4f}")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1577,7 +1571,7 @@ def evaluate(config: EvalConfig) -> None:
     pairs = find_pairs(config.data_root / config.split)
     device = pick_device(config)
     student, _ = load_student(config.checkpoint)
-    methods: dict[str, Callable[[np.ndarray], np.ndarray]] = {"input": lambda frame: frame}
+    methods: dict[str, FrameFunction] = {"input": lambda frame: frame}
     if config.teacher:
         teacher = RestormerTeacherWrapper(load_restormer(config.teacher_weights)).to(
             device, memory_format=torch.channels_last
@@ -1647,7 +1641,7 @@ def test_frames(height: int, width: int) -> list[np.ndarray]:
 
 def milliseconds(function: Callable[[], object], device: torch.device, config: FpsConfig) -> list[float]:
     """Time of each call after the warm-up, waiting for the device on both ends."""
-    wait = getattr(torch, device.type).synchronize if device.type != "cpu" else lambda: None
+    wait = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
     times = []
     for _ in range(config.warmup + config.frames):
         wait()

@@ -52,7 +52,10 @@ def test_fps_rows(tmp_path, student_file, capsys):
     command = ["fps", "--checkpoint", str(student_file), "--frames", "2", "--warmup", "1"]
     assert kd.main([*command, "--json", str(tmp_path / "fps.json")]) == 0
     rows = json.loads((tmp_path / "fps.json").read_text())["rows"]
-    assert [(row["height"], row["width"], row["tiled"]) for row in rows] == [(512, 512, False), (1080, 1920, True)]
+    assert [(row["height"], row["width"], row["tiled"]) for row in rows] == [
+        (512, 512, False),
+        (1080, 1920, True),
+    ]
     for row in rows:
         assert set(row) == {
             *("checkpoint", "backend", "precision", "device", "threads", "height", "width", "tiled"),
@@ -61,7 +64,7 @@ def test_fps_rows(tmp_path, student_file, capsys):
         assert row["fps"] == pytest.approx(1000 / row["frame_ms"])
         multiply_adds = row["macs_per_pixel"] * row["height"] * row["width"]
         assert row["gflops"] == pytest.approx(2 * multiply_adds / (row["network_ms"] * 1e6))
-        assert 0 < row["network_ms"]
+        assert row["network_ms"] > 0
         assert row["frame_ms"] <= row["frame_ms_p95"]
     assert "multiply-adds a pixel" in capsys.readouterr().out
 

@@ -83,7 +83,7 @@ def test_to_tensor_takes_arrays_and_refuses_others():
     rgba = np.dstack([np.full((2, 2), v, np.uint8) for v in (0, 51, 255, 7)])
     assert torch.allclose(to_tensor(rgba)[:, 0, 0], torch.tensor([0, 0.2, 1]))
     for wrong in (np.full((4, 5), 2.0), np.zeros((4, 5, 7)), np.full((2, 2), np.nan)):
-        with pytest.raises(ValueError, match="picture has shape|pixels must be"):
+        with pytest.raises(ValueError, match=r"picture has shape|pixels must be"):
             to_tensor(wrong)
 
 

@@ -1,5 +1,7 @@
 """Tiles, frames and picture files."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -20,8 +22,8 @@ def test_tiles_cover_the_frame_and_share_the_overlap(tile, overlap, alignment):
         assert all(start % alignment == 0 for start in starts)
         assert starts[0] == 0
         assert starts[-1] + size == -(-length // alignment) * alignment
-        assert all(a + size - b >= overlap for a, b in zip(starts, starts[1:], strict=False))
-        assert all(a < b for a, b in zip(starts, starts[1:], strict=False))
+        assert all(a + size - b >= overlap for a, b in itertools.pairwise(starts))
+        assert all(a < b for a, b in itertools.pairwise(starts))
     assert kd.plan_side(1080, 0, overlap, alignment) == (1088, [0])
 
 

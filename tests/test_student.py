@@ -62,7 +62,7 @@ def test_untrained_student_returns_nearly_its_input_and_learns_at_once():
 
 def test_wrong_dimensions_are_refused():
     for options in ({"widths": (1, 2, 3)}, {"stem_stride": 3}, {"out_channels": 1}):
-        with pytest.raises(ValueError, match="five stages|stem stride"):
+        with pytest.raises(ValueError, match=r"five stages|stem stride"):
             kd.StudentUNet(**options)
 
 

@@ -33,7 +33,7 @@ def test_weights_that_do_not_fit_say_what_to_do(tmp_path, tiny_restormer):
     with pytest.raises(kd.UserError, match=r"missing.pth: no such file; get motion_deblurring.pth from"):
         kd.load_restormer(missing)
     (tmp_path / "text.pth").write_text("hello")
-    with pytest.raises(kd.UserError, match="text.pth: not a PyTorch weight file"):
+    with pytest.raises(kd.UserError, match=r"text.pth: not a PyTorch weight file"):
         kd.load_restormer(tmp_path / "text.pth")
     state = tiny_restormer.state_dict()
     for name, content in (
