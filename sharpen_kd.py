@@ -806,28 +806,23 @@ def positional_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tenso
     return divergence.mean() * temperature**2
 
 
-def standardise(features: Tensor) -> Tensor:
-    """Zero mean and unit variance over the positions of each (B, C, H, W) map."""
-    centred = features - features.mean((2, 3), keepdim=True)
-    return centred * torch.rsqrt(centred.square().mean((2, 3), keepdim=True) + 1e-8)
-
-
 def feature_loss(student: dict[str, Tensor], teacher: dict[str, Tensor]) -> Tensor:
     """L1 between student features and projected teacher features, mean over the taps.
 
-    The projections train too, so a plain L1 would be smallest with both sides at zero. Each map is
-    standardised first: scaling either side leaves the loss as it is, and its gradient along the scale
-    is zero, so there is nothing to win by shrinking. Teacher maps are resized to the student's.
+    The projections train too, so a plain L1 would be smallest with both sides at zero. Here each teacher
+    channel is standardised over batch and positions, so that no projection can shrink it; the student's
+    is only centred and has to come to that size. (Standardising both sides also wins nothing by
+    shrinking, but leaves ReLU channels free to die: 13 of 24 in e2 after 120 steps, against 4.)
+    Teacher maps are resized to the student's, which are (B, C, H, W) of another scale.
     """
     losses = []
     for name, features in student.items():
-        target = teacher[name]
-        if target.shape[-2:] != features.shape[-2:]:
-            # antialias averages over what a student position covers, where its scale is coarser
-            target = F.interpolate(
-                target, features.shape[-2:], mode="bilinear", align_corners=False, antialias=True
-            )
-        losses.append(F.l1_loss(standardise(features), standardise(target)))
+        features, target = features.float(), teacher[name].float()
+        if target.shape[-2:] != features.shape[-2:]:  # antialias: average over what a position covers
+            target = F.interpolate(target, features.shape[-2:], mode="bilinear", antialias=True)
+        features, target = (x - x.mean((0, 2, 3), keepdim=True) for x in (features, target))
+        target = target * torch.rsqrt(target.square().mean((0, 2, 3), keepdim=True) + 1e-8)
+        losses.append(F.l1_loss(features, target))
     return torch.stack(losses).mean()
 
 

@@ -13,8 +13,6 @@ sys.path.insert(0, str(ROOT))
 
 import sharpen_kd as kd  # noqa: E402
 
-torch.set_num_threads(2)
-
 
 @pytest.fixture(scope="session")
 def photographs() -> dict[str, Image.Image]:
