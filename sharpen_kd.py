@@ -50,7 +50,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
-from Restormer.basicsr.models.archs.restormer_arch import Restormer
+from Restormer.basicsr.models.archs.restormer_arch import Restormer, restormer_dimensions
 
 HERE = Path(__file__).resolve().parent
 DATASET = HERE / "GoPro_dataset"
@@ -134,9 +134,7 @@ class TrainConfig(FitConfig):
     lambda_kl: float = flag(0.01, "weight of KL divergence to the teacher's soft output", at_least=0)
     lambda_ssim: float = flag(10.0, "weight of 1 - SSIM to the sharp picture", at_least=0)
     temperature: float = flag(4.0, "T of the soft outputs", above=0)
-    log_gradients: int = flag(
-        0, "log each term's share of the gradient every N steps; 0 for never", at_least=0
-    )
+    log_gradients: int = flag(0, "log each term's share of the gradient every N steps; 0 for never", at_least=0)
 
 
 @dataclass
@@ -165,9 +163,7 @@ class SharpenConfig(InferenceConfig):
     """Sharpen pictures: files, or folders with everything in them."""
 
     inputs: tuple[Path, ...] = flag((), "pictures or folders", nargs="+")
-    output: Path | None = flag(
-        None, "file or folder (default: inference_samples/*_sharpened.png)", short=("-o",)
-    )
+    output: Path | None = flag(None, "file or folder (default: inference_samples/*_sharpened.png)", short=("-o",))
     strength: float = flag(1.0, "scale of the student's correction; 0 returns the input")
 
 
@@ -177,9 +173,7 @@ class EvalConfig(InferenceConfig):
 
     data_root: Path = flag(DATASET, "dataset folder")
     split: str = flag("test", "which half of the dataset to read", choices=("train", "test"))
-    resize: int = flag(
-        0, "first resize pairs to this square (the report: 512); 0: keep them whole", at_least=0
-    )
+    resize: int = flag(0, "first resize pairs to this square (the report: 512); 0: keep them whole", at_least=0)
     teacher: bool = flag(False, "score the teacher too")
     teacher_weights: Path | None = flag(None, "the teacher's weight file (default: as in train)")
     save_images: bool = flag(False, "write the student's pictures and a few side-by-side ones")
@@ -192,9 +186,7 @@ class FpsConfig(DeviceConfig):
     """Milliseconds a frame, on pictures: 512x512 whole and 1920x1080 in tiles."""
 
     checkpoint: Path | None = flag(None, "student checkpoint (default: the shipped one)")
-    base_channels: int = flag(
-        0, "time an untrained student of this size instead (the report: 256)", at_least=0
-    )
+    base_channels: int = flag(0, "time an untrained student of this size instead (the report: 256)", at_least=0)
     stem_stride: int = flag(4, "its stem stride", choices=(1, 2, 4))
     precision: str = flag("float32", "arithmetic of the network", choices=("float32", "bf16"))
     warmup: int = flag(3, "frames before timing starts", at_least=0)
@@ -232,8 +224,8 @@ def open_picture(path: Path) -> Image.Image:
 def rgb_array(image: Image.Image | np.ndarray) -> np.ndarray:
     """RGB (H, W, 3) from a PIL image or an array of any mode, without its alpha channel.
 
-    Arrays are (H, W) or (H, W, 1 to 4): uint8, uint16 (0 to 65535), bool, or float in [0, 1]; ValueError
-    for others. The result is uint8 where the source is, else float32 in [0, 1].
+    Arrays are (H, W) or (H, W, 1 to 4): uint8, uint16 (0 to 65535), bool, or float in [0, 1]; ValueError for
+    others. The result is uint8 where the source is, else float32 in [0, 1].
     """
     if isinstance(image, Image.Image):
         if image.mode[0] not in "IF":
@@ -266,13 +258,11 @@ class CustomToTensor:
         return tensor.float() / 255 if array.dtype == np.uint8 else tensor
 
 
-def blurred_and_sharp(
-    image: Image.Image, scale: float, sigma: float = 0.0
-) -> tuple[Image.Image, Image.Image]:
+def blurred_and_sharp(image: Image.Image, scale: float, sigma: float = 0.0) -> tuple[Image.Image, Image.Image]:
     """A pair by the xS protocol: shrunk by `scale` and enlarged again, both bicubic, on 8-bit RGB.
 
-    The sharp side is cut to even width and height at the right and the bottom; the small size is
-    rounded. `sigma` adds a Gaussian blur before shrinking.
+    The sharp side is cut to even width and height at the right and the bottom; the small size is rounded.
+    `sigma` adds a Gaussian blur before shrinking.
     """
     width, height = (max(side - side % 2, 1) for side in image.size)
     sharp = Image.fromarray(frame_array(image)).crop((0, 0, width, height))
@@ -296,9 +286,7 @@ class Pair:
     def load(self) -> tuple[np.ndarray, np.ndarray]:
         """(blurred, sharp), 8-bit RGB (H, W, 3); UserError for unreadable files."""
         sharp = open_picture(self.sharp)
-        blurred, sharp = (
-            (open_picture(self.blurred), sharp) if self.blurred else blurred_and_sharp(sharp, scale=2)
-        )
+        blurred, sharp = (open_picture(self.blurred), sharp) if self.blurred else blurred_and_sharp(sharp, scale=2)
         return frame_array(blurred), frame_array(sharp)
 
 
@@ -313,9 +301,9 @@ def list_pictures(folder: Path) -> list[Path]:
 def pair_side_and_key(relative: Path) -> tuple[str, str] | None:
     """Which side of a pair a file is on, and the key it shares with its partner.
 
-    The side is a folder's name, wherever it stands, so that `blurred/text/a_blur.png` ("text/a") and
-    the published `GOPR0372_07_00/blur/000047.png` ("GOPR0372_07_00/000047") follow one rule. Files
-    under neither (GoPro's `blur_gamma`) belong to no pair.
+    The side is a folder's name, wherever it stands, so that `blurred/text/a_blur.png` ("text/a") and the
+    published `GOPR0372_07_00/blur/000047.png` ("GOPR0372_07_00/000047") follow one rule. Files under neither
+    (GoPro's `blur_gamma`) belong to no pair.
     """
     sides = {"blurred": "blurred", "blur": "blurred", "sharp": "sharp"}
     for position, part in enumerate(relative.parts[:-1]):
@@ -338,8 +326,8 @@ def picture_size(path: Path) -> tuple[int, int] | None:
 def find_pairs(split_dir: Path) -> list[Pair]:
     """The pairs below a split's folder, sorted by key.
 
-    UserError if there are none, and for what would otherwise be dropped: files without a partner,
-    pairs of unequal size, unreadable files, two files for one side of a pair.
+    UserError if there are none, and for what would otherwise be dropped: files without a partner, pairs of
+    unequal size, unreadable files, two files for one side of a pair.
     """
     sides: dict[str, dict[str, Path]] = {"blurred": {}, "sharp": {}}
     problems = []
@@ -417,8 +405,8 @@ def hold_out(pairs: list[Pair], fraction: float, seed: int) -> tuple[list[Pair],
 class GoProSharpeningDataset(Dataset):
     """Blurred/sharp training crops as float RGB tensors, each (3, image_size, image_size).
 
-    An item is named by (epoch, index); its crop, flip and blur are drawn from (seed, epoch, index)
-    alone, so neither worker processes nor an interruption change what a run sees.
+    An item is named by (epoch, index); its crop, flip and blur are drawn from (seed, epoch, index) alone, so
+    neither worker processes nor an interruption change what a run sees.
     """
 
     def __init__(
@@ -452,9 +440,7 @@ class GoProSharpeningDataset(Dataset):
         if min(height, width) < size:
             grow = size / min(height, width)
             height, width = round(height * grow), round(width * grow)
-            images = [
-                np.array(Image.fromarray(image).resize((width, height), Image.BICUBIC)) for image in images
-            ]
+            images = [np.array(Image.fromarray(image).resize((width, height), Image.BICUBIC)) for image in images]
         top, left = rng.integers(height - size + 1), rng.integers(width - size + 1)
         return [image[top : top + size, left : left + size] for image in images]
 
@@ -519,41 +505,11 @@ def read_checkpoint(path: Path, remedy: str) -> dict:
     return content
 
 
-def restormer_dimensions(state: dict[str, Tensor]) -> dict:
-    """Restormer's constructor arguments, read from a state dict's names and shapes.
-
-    The expansion factor is known only through int(dim * factor) at each width; the middle of the
-    interval that explains all of them is taken. KeyError if `state` is no Restormer's.
-    """
-
-    def count(stage: str) -> int:
-        return len({name.split(".")[1] for name in state if name.startswith(f"{stage}.")})
-
-    levels = ("encoder_level1", "encoder_level2", "encoder_level3", "latent")
-    low, high = 0.0, math.inf
-    for level in levels:
-        weight = state[f"{level}.0.ffn.project_out.weight"]
-        width, hidden = weight.shape[:2]
-        low, high = max(low, hidden / width), min(high, (hidden + 1) / width)
-    return {
-        "inp_channels": state["patch_embed.proj.weight"].shape[1],
-        "out_channels": state["output.weight"].shape[0],
-        "dim": state["patch_embed.proj.weight"].shape[0],
-        "num_blocks": tuple(count(level) for level in levels),
-        "num_refinement_blocks": count("refinement"),
-        "heads": tuple(state[f"{level}.0.attn.temperature"].shape[0] for level in levels),
-        "ffn_expansion_factor": (low + high) / 2,
-        "bias": "output.bias" in state,
-        "LayerNorm_type": "WithBias" if "latent.0.norm1.body.bias" in state else "BiasFree",
-        "dual_pixel_task": "skip_conv.weight" in state,
-    }
-
-
 def load_restormer(weights: Path | None) -> Restormer:
     """A Restormer of whatever size the weight file holds; the official one by default.
 
-    Takes the official layout ({"params": state dict}), the `teacher` command's, and bare state dicts.
-    UserError if the file is missing or is not a Restormer for RGB pictures.
+    Takes the official layout ({"params": state dict}), the `teacher` command's, and bare state dicts. UserError
+    if the file is missing or is not a Restormer for RGB pictures.
     """
     path = weights or OFFICIAL_TEACHER
     remedy = (
@@ -577,10 +533,10 @@ def load_restormer(weights: Path | None) -> Restormer:
 class RestormerTeacherWrapper(nn.Module):
     """A frozen Restormer with feature taps and trainable 1x1 projections to the student's widths.
 
-    `forward` takes blurred pictures (B, 3, H, W) of any size in [0, 1] and returns the restored ones,
-    with the projected features where `features=True`: e2 at 1/2 of the size, e4 at 1/4, b at 1/8.
-    No gradient enters the Restormer; the projections train with the student. AttributeError if a tap
-    is missing from the network: a hook that silently is not there would be a term that silently is 0.
+    `forward` takes blurred pictures (B, 3, H, W) of any size in [0, 1] and returns the restored ones, with the
+    projected features where `features=True`: e2 at 1/2 of the size, e4 at 1/4, b at 1/8. No gradient enters the
+    Restormer; the projections train with the student. AttributeError if a tap is missing from the network: a
+    hook that silently is not there would be a term that silently is 0.
     """
 
     TAPS: typing.ClassVar = {"e2": "encoder_level2", "e4": "encoder_level3", "b": "latent"}
@@ -649,9 +605,9 @@ class StudentUNet(nn.Module):
     """The report's student; (B, 3, H, W) in [0, 1] to the same shape, any size from 1x1.
 
     Stage widths are c/4, c/2, c, 2c and a bottleneck of 3c for c = `base_channels`, or `widths`. With
-    `stem_stride` r the stages see the picture folded to 1/r of its size and 3 r^2 channels; r = 1 is
-    the report's literal network. It predicts a correction to its input: an untrained student
-    returns what it was given.
+    `stem_stride` r the stages see the picture folded to 1/r of its size and 3 r^2 channels; r = 1 is the
+    report's literal network. It predicts a correction to its input: an untrained student returns what it was
+    given.
     """
 
     def __init__(
@@ -665,7 +621,7 @@ class StudentUNet(nn.Module):
             raise UserError(f"--widths {widths}: a student has five stages, each 1 or wider")
         if in_channels != out_channels or stem_stride not in (1, 2, 4):
             raise ValueError("a student corrects its input (in = out) at a stem stride of 1, 2 or 4")
-        self.config = {"base_channels": c, "stem_stride": stem_stride, "widths": widths}
+        self.config = {"stem_stride": stem_stride, "widths": widths}
         self.stem_stride, self.widths = stem_stride, widths
         folded = in_channels * stem_stride**2
         self.encoder = nn.ModuleList(map(Stage, (folded, *widths[:3]), widths[:4]))
@@ -681,8 +637,8 @@ class StudentUNet(nn.Module):
     def initialise(self) -> None:
         """He initialisation; gates nearly open; a last layer near zero.
 
-        With PyTorch's default the signal fades through nine stages without a normalisation layer, and
-        the network stays at its input for hundreds of steps.
+        With PyTorch's default the signal fades through nine stages without a normalisation layer, and the
+        network stays at its input for hundreds of steps.
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -731,11 +687,10 @@ class StudentUNet(nn.Module):
     def frame_gates(self, patches: Tensor) -> list[Tensor]:
         """One gate a channel and stage, (1, C, 1, 1) each, for a whole frame seen in `patches`.
 
-        The plain SE block averages over its whole input, so every tile would have other gates than
-        the frame and its neighbours: seams. Instead a frame's gates are taken once, from patches
-        (N, 3, h, w) of about the training crop's size, so that their statistics are those the gates
-        were trained on, and all its tiles share them. With one patch that is the frame, these are
-        the plain SE gates.
+        The plain SE block averages over its whole input, so every tile would have other gates than the frame
+        and its neighbours: seams. Instead a frame's gates are taken once, from patches (N, 3, h, w) of about
+        the training crop's size, so that their statistics are those the gates were trained on, and all its
+        tiles share them. With one patch that is the frame, these are the plain SE gates.
         """
         gates: list[Tensor] = []
 
@@ -759,9 +714,7 @@ def load_student(path: Path) -> tuple[StudentUNet, dict]:
         student = StudentUNet(**content["network"])
         student.load_state_dict(content["params"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"{path}: not a student checkpoint of this script (best.pth of a run is one)"
-        ) from error
+        raise UserError(f"{path}: not a student checkpoint of this script (best.pth of a run is one)") from error
     return student.eval().to(memory_format=torch.channels_last), content
 
 
@@ -797,8 +750,8 @@ def ssim(first: Tensor, second: Tensor) -> Tensor:
 def positional_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """T^2 KL(teacher || student) of soft distributions over positions, one a channel, averaged.
 
-    The report takes "output distributions"; over three colour channels they would say nothing, so
-    this is channel-wise distillation (Shu et al., ICCV 2021, eq. 4) of (B, C, H, W) outputs.
+    The report takes "output distributions"; over three colour channels they would say nothing, so this is
+    channel-wise distillation (Shu et al., ICCV 2021, eq. 4) of (B, C, H, W) outputs.
     """
     log_student = (student.flatten(2) / temperature).log_softmax(-1)
     log_teacher = (teacher.flatten(2) / temperature).log_softmax(-1)
@@ -810,10 +763,10 @@ def feature_loss(student: dict[str, Tensor], teacher: dict[str, Tensor]) -> Tens
     """L1 between student features and projected teacher features, mean over the taps.
 
     The projections train too, so a plain L1 would be smallest with both sides at zero. Here each teacher
-    channel is standardised over batch and positions, so that no projection can shrink it; the student's
-    is only centred and has to come to that size. (Standardising both sides also wins nothing by
-    shrinking, but leaves ReLU channels free to die: 13 of 24 in e2 after 120 steps, against 4.)
-    Teacher maps are resized to the student's, which are (B, C, H, W) of another scale.
+    channel is standardised over batch and positions, so that no projection can shrink it; the student's is only
+    centred and has to come to that size. (Standardising both sides also wins nothing by shrinking, but leaves
+    ReLU channels free to die: 13 of 24 in e2 after 120 steps, against 4.) Teacher maps are resized to the
+    student's, which are (B, C, H, W) of another scale.
     """
     losses = []
     for name, features in student.items():
@@ -829,8 +782,8 @@ def feature_loss(student: dict[str, Tensor], teacher: dict[str, Tensor]) -> Tens
 class VGGFeatures(nn.Module):
     """VGG19 up to its last ReLU (relu5_4), on RGB (B, 3, H, W) in [0, 1]; frozen.
 
-    torchvision's ImageNet weights, from torch.hub's cache or downloaded into it; UserError where
-    they are neither there nor to be had.
+    torchvision's ImageNet weights, from torch.hub's cache or downloaded into it; UserError where they are
+    neither there nor to be had.
     """
 
     def __init__(self) -> None:
@@ -863,8 +816,8 @@ class VGGFeatures(nn.Module):
 class DistillationLoss(nn.Module):
     """The report's five terms; `forward` returns the weighted ones by name, to be summed.
 
-    A term of weight 0 is neither computed nor loaded, and with all three teacher terms at 0 no
-    teacher is needed (`needs_teacher`).
+    A term of weight 0 is neither computed nor loaded, and with all three teacher terms at 0 no teacher is
+    needed (`needs_teacher`).
     """
 
     def __init__(self, weights: dict[str, float], temperature: float = 4.0) -> None:
@@ -912,8 +865,8 @@ def to_frame(image: Tensor) -> np.ndarray:
 def plan_side(length: int, tile: int, overlap: int, alignment: int) -> tuple[int, list[int]]:
     """(size, starts) of equal tiles along one side of a frame, all multiples of `alignment`.
 
-    They cover `length`, rounded up to the alignment, and share at least `overlap` pixels; the last one
-    ends where the frame does. `tile` 0, or one that holds the frame, gives a single tile.
+    They cover `length`, rounded up to the alignment, and share at least `overlap` pixels; the last one ends
+    where the frame does. `tile` 0, or one that holds the frame, gives a single tile.
     """
     padded, tile, overlap = (math.ceil(side / alignment) * alignment for side in (length, tile, overlap))
     if not 0 < tile < padded:
@@ -968,10 +921,9 @@ def sample_patches(frame: np.ndarray, side: int = 128, count: int = 4) -> np.nda
 class FrameSharpener:
     """A student applied to 8-bit RGB frames (H, W, 3) of any size; returns frames alike.
 
-    Tiles overlap and are blended by smooth weights. The accumulator and the weight map are one row of
-    tiles high, so memory does not grow with the picture beyond the picture itself. A frame's gates
-    are taken once (`StudentUNet.frame_gates`), so tiled and whole outputs agree. `strength` scales
-    the correction.
+    Tiles overlap and are blended by smooth weights. The accumulator and the weight map are one row of tiles
+    high, so memory does not grow with the picture beyond the picture itself. A frame's gates are taken once
+    (`StudentUNet.frame_gates`), so tiled and whole outputs agree. `strength` scales the correction.
     """
 
     def __init__(
@@ -1062,8 +1014,8 @@ class Distillation(nn.Module):
 class CropOrder(Sampler[list[tuple[int, int]]]):
     """The (epoch, index) batches of one process over a whole run, from `first_step` on.
 
-    Each epoch is a fresh permutation, wrapped around to fill the last batch of every process, and
-    dealt out so that N processes at 1/N of the accumulation see, step by step, what one would.
+    Each epoch is a fresh permutation, wrapped around to fill the last batch of every process, and dealt out so
+    that N processes at 1/N of the accumulation see, step by step, what one would.
     """
 
     def __init__(self, count: int, config: FitConfig, rank: int = 0, processes: int = 1) -> None:
@@ -1092,8 +1044,8 @@ class CropOrder(Sampler[list[tuple[int, int]]]):
 def update_ema(ema: nn.Module, network: nn.Module, step: int, decay: float) -> None:
     """Move the averaged weights towards the network's.
 
-    The decay grows from 0.1 at the first step to `decay`, so that a short run does not return its
-    initial weights.
+    The decay grows from 0.1 at the first step to `decay`, so that a short run does not return its initial
+    weights.
     """
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - decay)
@@ -1115,46 +1067,31 @@ def save_atomically(content: dict, path: Path) -> None:
     temporary.replace(path)
 
 
-class RunLog:
-    """A run's CSV, one row an optimiser step; a resumed run drops the rows it will write again."""
-
-    def __init__(self, path: Path, columns: list[str], first_step: int) -> None:
-        kept = []
-        if first_step and path.is_file():
-            with path.open(newline="") as file:
-                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= first_step]
-        self.file = path.open("w", newline="")
-        self.writer = csv.DictWriter(self.file, columns, extrasaction="ignore")
-        self.writer.writeheader()
-        self.writer.writerows(kept)
-
-    def write(self, row: dict) -> None:
-        self.writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-        self.file.flush()
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """One line a row, the columns in the order of their first appearance."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
-def plot_curves(log: Path, terms: Iterable[str]) -> None:
-    """curves.png beside a run's log, where matplotlib is installed."""
+def plot_curves(path: Path, rows: list[dict], terms: Iterable[str]) -> None:
+    """A run's losses and held-out scores as a picture, where matplotlib is installed."""
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+        from matplotlib.figure import Figure
     except ImportError:
-        print("no curves.png: `pip install matplotlib` would draw it")
+        print(f"no {path.name}: `pip install matplotlib` would draw it")
         return
-    with log.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    scored = [row for row in rows if row["val_psnr"]]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
-    for name in terms:
-        left.plot([int(r["step"]) for r in rows], [float(r[name]) for r in rows], label=name, lw=0.8)
+    figure = Figure(figsize=(11, 4))
+    left, right = figure.subplots(1, 2)
+    for axes, names in ((left, terms), (right, ["val_psnr"])):
+        for name in names:
+            points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
+            axes.plot(*zip(*points, strict=True), label=name, lw=0.8, marker="." if axes is right else "")
     left.set(xlabel="step", title="weighted loss terms", yscale="log")
     left.legend()
-    right.plot([int(r["step"]) for r in scored], [float(r["val_psnr"]) for r in scored], marker=".")
     right.set(xlabel="step", title="held-out PSNR of the averaged weights, dB")
-    figure.savefig(log.with_name("curves.png"), dpi=110, bbox_inches="tight")
-    pyplot.close(figure)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
 @contextlib.contextmanager
@@ -1236,13 +1173,11 @@ class Fit:
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(
             self.optimiser, config.restart_epochs, T_mult=2, eta_min=config.min_learning_rate
         )
-        self.step, self.best = 0, -math.inf
+        self.step, self.best, self.rows = 0, -math.inf, []  # the rows of log.csv
         if config.resume:
             self.load_last()
         self.order.first_step = self.step
-        self.parallel = (
-            nn.parallel.DistributedDataParallel(self.objective) if processes > 1 else self.objective
-        )
+        self.parallel = nn.parallel.DistributedDataParallel(self.objective) if processes > 1 else self.objective
         low = config.precision == "bf16" or (config.precision == "auto" and self.device.type == "cuda")
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=low)
 
@@ -1254,7 +1189,7 @@ class Fit:
                 parameter.data.copy_(state["objective"][name])
             self.ema.load_state_dict(state["ema"])
             self.optimiser.load_state_dict(state["optimiser"])
-            self.step, self.best = state["step"], state["best"]
+            self.step, self.best, self.rows = state["step"], state["best"], state["rows"]
         except (KeyError, RuntimeError, ValueError) as error:
             raise UserError(f"{path}: does not fit this run's network and loss terms ({error})") from error
 
@@ -1268,8 +1203,10 @@ class Fit:
             "config": config, "network": self.network_config, "ema": self.ema.state_dict(),
             "objective": {name: p.detach() for name, p in self.trained.items()},
             "optimiser": self.optimiser.state_dict(), "step": self.step, "best": self.best,
+            "rows": self.rows,
         }  # fmt: skip
         save_atomically(content, self.config.run_dir / "last.pth")
+        write_csv(self.config.run_dir / "log.csv", self.rows)
 
     def validate(self) -> dict[str, float]:
         """Score the averaged weights on the held-out pictures; keep them if they are the best so far."""
@@ -1315,7 +1252,7 @@ class Fit:
 
     def run(self) -> None:
         """Train to the end, or to the first interruption; writes last.pth, best.pth, log.csv, curves.png."""
-        config, order, log = self.config, self.order, None
+        config, order = self.config, self.order
         total = min(config.epochs * order.steps_per_epoch, config.max_steps or sys.maxsize)
         loader = DataLoader(
             self.dataset, batch_sampler=order, num_workers=config.workers,
@@ -1340,18 +1277,14 @@ class Fit:
                 ended, within = divmod(self.step, order.steps_per_epoch)
                 if self.step == total or (not within and ended % config.validate_every == 0):
                     row |= self.validate()
-                if log is None:
-                    columns = [*row, *(f"gradient_{name}" for name in terms), "val_psnr", "val_ssim"]
-                    log = RunLog(config.run_dir / "log.csv", list(dict.fromkeys(columns)), order.first_step)
-                log.write(row)
-                if time.monotonic() - saved > 120:
+                self.rows.append(row)
+                if time.monotonic() - saved > 60:
                     self.save_last()
                     saved = time.monotonic()
             bar.close()
             if self.rank == 0:
                 self.save_last()
-                if log:
-                    plot_curves(config.run_dir / "log.csv", terms)
+                plot_curves(config.run_dir / "curves.png", self.rows, self.objective.loss.weights)
         if dist.is_initialized():
             dist.destroy_process_group()
         if interrupts:
@@ -1385,19 +1318,6 @@ EMBEDDED_RUN = {
 }  # fmt: skip
 
 
-def make_student(config: TrainConfig) -> StudentUNet:
-    """The student that the flags describe, with `--init`'s weights if given."""
-    student = StudentUNet(
-        base_channels=config.base_channels, stem_stride=config.stem_stride, widths=config.widths
-    )
-    if config.init:
-        source, _ = load_student(config.init)
-        if (source.widths, source.stem_stride) != (student.widths, student.stem_stride):
-            raise UserError(f"--init {config.init}: a student of other dimensions, {source.config}")
-        student.load_state_dict(source.state_dict())
-    return student
-
-
 def train(config: TrainConfig) -> None:
     """The `train` command; its last lines are the held-out scores before and after."""
     check_fit(config)
@@ -1410,7 +1330,12 @@ def train(config: TrainConfig) -> None:
     else:
         pairs = find_pairs(config.data_root / "train")
     torch.manual_seed(config.seed)
-    student = make_student(config)
+    student = StudentUNet(base_channels=config.base_channels, stem_stride=config.stem_stride, widths=config.widths)
+    if config.init:
+        source, _ = load_student(config.init)
+        if source.config != student.config:
+            raise UserError(f"--init {config.init}: a student of other dimensions, {source.config}")
+        student.load_state_dict(source.state_dict())
     terms = ("reconstruction", "perceptual", "feature", "kl", "ssim")
     weights = {name: getattr(config, f"lambda_{name}") for name in terms}
     loss, teacher = DistillationLoss(weights, config.temperature), None
@@ -1595,10 +1520,7 @@ def evaluate(config: EvalConfig) -> None:
         row |= {f"{name}_psnr": psnr for name, (psnr, _) in scores.items()}
         rows.append(row | {f"{name}_ssim": ssim for name, (_, ssim) in scores.items()})
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    with (config.output_dir / "scores.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(config.output_dir / "scores.csv", rows)
     averages = average_scores(rows, list(methods))
     print(f"{'PSNR / SSIM':<12}" + "".join(f"{method:>18}" for method in methods))
     for category, means in averages.items():
@@ -1731,9 +1653,7 @@ def check_bounds(config: object) -> None:
         at_least, above = item.metadata["bounds"]
         value = getattr(config, item.name)
         for number in value if isinstance(value, tuple) else (value,):
-            if (at_least is not None and not number >= at_least) or (
-                above is not None and not number > above
-            ):
+            if (at_least is not None and not number >= at_least) or (above is not None and not number > above):
                 bound = f"at least {at_least}" if above is None else f"above {above}"
                 raise UserError(f"--{item.name.replace('_', '-')} {number}: must be {bound}")
 

@@ -23,8 +23,7 @@ def test_eval_scores_and_pictures(tmp_path, data_root, student_file, tiny_teache
     assert scores["text"]["input"] == pytest.approx(by_hand[4:].mean(0).tolist())
     # the saved pictures are what was scored
     saved = [
-        kd.score(kd.frame_array(Image.open(tmp_path / "out" / f"{pair.key}.png")), pair.load()[1])
-        for pair in pairs
+        kd.score(kd.frame_array(Image.open(tmp_path / "out" / f"{pair.key}.png")), pair.load()[1]) for pair in pairs
     ]
     assert scores["all"]["student"] == pytest.approx(np.mean(saved, 0).tolist())
     with (tmp_path / "out/scores.csv").open(newline="") as file:

@@ -52,9 +52,7 @@ def test_nothing_is_dropped_silently(tmp_path, spoil, named):
         kd.find_pairs(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I;16", "I", "F"]
-)
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I;16", "I", "F"])
 def test_to_tensor_takes_every_mode(mode):
     grey = np.tile(np.linspace(0, 255, 12).astype(np.uint8), (5, 1))
     image = Image.fromarray(grey)
@@ -126,9 +124,7 @@ def test_crops_share_their_geometry_and_are_drawn_by_seed_epoch_and_index(data_r
         blurred, sharp = same[(epoch, 1)]
         assert blurred.shape == (3, 32, 32)
         assert torch.equal(blurred, sharp)
-    assert torch.equal(
-        same[(2, 1)][0], kd.GoProSharpeningDataset(pairs, 32, 0.0, seed=5, cache=True)[(2, 1)][0]
-    )
+    assert torch.equal(same[(2, 1)][0], kd.GoProSharpeningDataset(pairs, 32, 0.0, seed=5, cache=True)[(2, 1)][0])
     assert not torch.equal(same[(2, 1)][0], same[(1, 1)][0])
     assert not torch.equal(same[(2, 1)][0], kd.GoProSharpeningDataset(pairs, 32, 0.0, seed=6)[(2, 1)][0])
 
@@ -156,9 +152,7 @@ def test_small_images_are_enlarged_and_large_ones_cropped(tmp_path):
     assert np.array_equal(first, second)
     dataset.image_size = 8
     (crop, _) = dataset.random_crop(images, np.random.default_rng(0))
-    places = [
-        (y, x) for y in range(9) for x in range(17) if np.array_equal(images[0][y : y + 8, x : x + 8], crop)
-    ]
+    places = [(y, x) for y in range(9) for x in range(17) if np.array_equal(images[0][y : y + 8, x : x + 8], crop)]
     assert len(places) == 1
 
 

@@ -31,9 +31,7 @@ def test_kl_is_over_positions_of_each_channel():
     def soft(x):
         return np.exp(x.ravel() / 4) / np.exp(x.ravel() / 4).sum()
 
-    expected = np.mean(
-        [entropy(soft(teacher[b, c]), soft(student[b, c])) * 16 for b in range(2) for c in range(3)]
-    )
+    expected = np.mean([entropy(soft(teacher[b, c]), soft(student[b, c])) * 16 for b in range(2) for c in range(3)])
     result = kd.positional_kl(torch.tensor(student), torch.tensor(teacher), 4.0)
     assert result.item() == pytest.approx(expected)
     brighter = torch.tensor(teacher) + 1  # a distribution over positions does not see an offset
@@ -77,9 +75,7 @@ def test_training_on_features_alone_does_not_collapse(tiny_teacher, photographs)
         _, projected = teacher(picture, features=True)
         loss = kd.feature_loss(features, projected)
         losses.append(loss.item())
-        spreads.append(
-            [f.detach().std((2, 3)).mean().item() for f in (*features.values(), *projected.values())]
-        )
+        spreads.append([f.detach().std((2, 3)).mean().item() for f in (*features.values(), *projected.values())])
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

@@ -19,9 +19,7 @@ def test_multiply_adds_worked_by_hand():
     # one 3x3 convolution of 9*in*out a position, at 1, 1/4, 1/16 ... of the positions
     widths, folded = (2, 3, 5, 7, 11), 12
     inputs = (folded, *widths[:4])
-    encoder = sum(
-        9 * (i * w + w * w) / 4**level for level, (i, w) in enumerate(zip(inputs, widths, strict=True))
-    )
+    encoder = sum(9 * (i * w + w * w) / 4**level for level, (i, w) in enumerate(zip(inputs, widths, strict=True)))
     decoder = sum(9 * (2 * w * w + w * w) / 4**level for level, w in enumerate(widths[:4]))
     up = sum(widths[level + 1] * w / 4**level for level, w in enumerate(widths[:4]))
     by_hand = (encoder + decoder + up + folded * widths[0]) / 4

@@ -44,9 +44,7 @@ def test_weights_that_do_not_fit_say_what_to_do(tmp_path, tiny_restormer):
         torch.save(content, tmp_path / name)
         with pytest.raises(kd.UserError, match=f"{name}: not the weights of a Restormer"):
             kd.load_restormer(tmp_path / name)
-    torch.save(
-        kd.Restormer(dim=8, num_blocks=(1,) * 4, inp_channels=6, dual_pixel_task=True).state_dict(), missing
-    )
+    torch.save(kd.Restormer(dim=8, num_blocks=(1,) * 4, inp_channels=6, dual_pixel_task=True).state_dict(), missing)
     with pytest.raises(kd.UserError, match="does not map RGB to RGB"):
         kd.load_restormer(missing)
 

@@ -10,6 +10,8 @@ Parameter names and shapes are those of the official release, so that its weight
 convolution read memory in order.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -155,10 +157,7 @@ class Restormer(nn.Module):
 
         def blocks(count: int, width: int, head_count: int) -> nn.Sequential:
             return nn.Sequential(
-                *(
-                    TransformerBlock(width, head_count, ffn_expansion_factor, bias, LayerNorm_type)
-                    for _ in range(count)
-                )
+                *(TransformerBlock(width, head_count, ffn_expansion_factor, bias, LayerNorm_type) for _ in range(count))
             )
 
         self.patch_embed = OverlapPatchEmbed(inp_channels, dim)
@@ -205,3 +204,33 @@ class Restormer(nn.Module):
         if self.dual_pixel_task:
             return self.output(x + self.skip_conv(embedded))
         return self.output(x) + image
+
+
+def restormer_dimensions(state: dict[str, Tensor]) -> dict:
+    """Restormer's constructor arguments, read from a state dict's names and shapes.
+
+    The expansion factor is known only through int(dim * factor) at each width; the middle of the
+    interval that explains all of them is taken. KeyError if `state` is no Restormer's.
+    """
+
+    def count(stage: str) -> int:
+        return len({name.split(".")[1] for name in state if name.startswith(f"{stage}.")})
+
+    levels = ("encoder_level1", "encoder_level2", "encoder_level3", "latent")
+    low, high = 0.0, math.inf
+    for level in levels:
+        weight = state[f"{level}.0.ffn.project_out.weight"]
+        width, hidden = weight.shape[:2]
+        low, high = max(low, hidden / width), min(high, (hidden + 1) / width)
+    return {
+        "inp_channels": state["patch_embed.proj.weight"].shape[1],
+        "out_channels": state["output.weight"].shape[0],
+        "dim": state["patch_embed.proj.weight"].shape[0],
+        "num_blocks": tuple(count(level) for level in levels),
+        "num_refinement_blocks": count("refinement"),
+        "heads": tuple(state[f"{level}.0.attn.temperature"].shape[0] for level in levels),
+        "ffn_expansion_factor": (low + high) / 2,
+        "bias": "output.bias" in state,
+        "LayerNorm_type": "WithBias" if "latent.0.norm1.body.bias" in state else "BiasFree",
+        "dual_pixel_task": "skip_conv.weight" in state,
+    }
