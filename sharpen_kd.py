@@ -905,7 +905,7 @@ class TilePlan:
         return side(self.height, top, self.tops)[:, None] * side(self.width, left, self.lefts)
 
 
-def sample_patches(frame: np.ndarray, side: int = 128, count: int = 4) -> np.ndarray:
+def sample_patches(frame: np.ndarray, side: int = 128, count: int = 8) -> np.ndarray:
     """(N, h, w, 3): evenly spaced patches that stand for the frame; a small frame stands for itself."""
     height, width = frame.shape[:2]
     if height * width <= side * side * count:
@@ -1002,13 +1002,14 @@ class Distillation(nn.Module):
         self.network, self.teacher, self.loss = network, teacher, loss
 
     def forward(self, blurred: Tensor, sharp: Tensor, autocast: torch.autocast) -> dict[str, Tensor]:
-        with autocast:
+        features, taught, taught_features = None, None, None
+        with autocast:  # the networks only: SSIM's variances need float32
             if "feature" in self.loss.weights:
                 output, features = self.network(blurred, features=True)
-                return self.loss(output, sharp, features, *self.teacher(blurred, features=True))
-            output = self.network(blurred)
-            taught = self.teacher(blurred) if self.teacher else None
-        return self.loss(output, sharp, teacher_output=taught)
+                taught, taught_features = self.teacher(blurred, features=True)
+            else:
+                output, taught = self.network(blurred), self.teacher(blurred) if self.teacher else None
+        return self.loss(output, sharp, features, taught, taught_features)
 
 
 class CropOrder(Sampler[list[tuple[int, int]]]):
@@ -1359,11 +1360,12 @@ def train(config: TrainConfig) -> None:
 def split_picture(image: Image.Image) -> tuple[np.ndarray, Image.Image | None, bytes | None]:
     """(8-bit RGB frame, alpha channel or None, ICC profile that fits the frame or None)."""
     icc = image.info.get("icc_profile")
-    if image.mode == "LAB" or (image.mode == "CMYK" and icc):  # a profile of these does not fit RGB
-        srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
-        source = io.BytesIO(icc) if icc else ImageCms.createProfile("LAB")
-        image = ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
-        icc = srgb.tobytes()
+    if image.mode in ("CMYK", "LAB"):
+        source = ImageCms.ImageCmsProfile(io.BytesIO(icc) if icc else ImageCms.createProfile("LAB"))
+        icc = None  # it does not describe RGB
+        if source.profile.xcolor_space.strip() == {"CMYK": "CMYK", "LAB": "Lab"}[image.mode]:
+            srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+            image, icc = ImageCms.profileToProfile(image, source, srgb, outputMode="RGB"), srgb.tobytes()
     alpha = None
     if "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
         image = image.convert("RGBA")

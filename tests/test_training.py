@@ -152,8 +152,8 @@ def test_training_improves_held_out_pictures(data_root, tmp_path, capsys):
     assert before.startswith("before: ")
     assert after.startswith("after: ")
     psnr_before, psnr_after = (float(line.split()[1]) for line in (before, after))
-    assert psnr_after > psnr_before + 0.3
-    assert float(after.split()[-1]) > float(before.split()[-1])
+    assert psnr_after > psnr_before + 0.1
+    assert float(after.split()[-1]) > float(before.split()[-1]) + 0.01
 
 
 def test_teacher_command_writes_weights_that_train_accepts(data_root, tmp_path):
@@ -162,7 +162,9 @@ def test_teacher_command_writes_weights_that_train_accepts(data_root, tmp_path):
     assert kd.main([*command, "--max-steps", "2", "--batch-size", "2", "--workers", "0"]) == 0
     restormer = kd.load_restormer(tmp_path / "run/best.pth")
     assert len(restormer.latent) == 2
-    assert {float(r["reconstruction"]) for r in read_log(tmp_path / "run")} > {0.0}
+    rows = read_log(tmp_path / "run")
+    assert len(rows) == 2
+    assert all(row["loss"] == row["reconstruction"] and float(row["loss"]) > 0 for row in rows)
 
 
 def test_bf16_training_stays_close_to_float32(arguments, tmp_path):
