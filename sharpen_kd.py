@@ -39,6 +39,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import skimage.data
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -285,8 +286,9 @@ class Pair:
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
         """(blurred, sharp), 8-bit RGB (H, W, 3); UserError for unreadable files."""
-        sharp = open_picture(self.sharp)
-        blurred, sharp = (open_picture(self.blurred), sharp) if self.blurred else blurred_and_sharp(sharp, scale=2)
+        blurred, sharp = self.blurred and open_picture(self.blurred), open_picture(self.sharp)
+        if blurred is None:
+            blurred, sharp = blurred_and_sharp(sharp, scale=2)
         return frame_array(blurred), frame_array(sharp)
 
 
@@ -355,14 +357,12 @@ def find_pairs(split_dir: Path) -> list[Pair]:
     return pairs
 
 
-# Photographs and pages that scikit-image carries in its wheel (scikit-image.org, data/README.txt).
-EMBEDDED = {
-    "animals": ("chelsea.png", "horse.png"),
-    "people": ("astronaut.png", "camera.png"),
-    "nature": ("coffee.png", "rocket.jpg", "moon.png", "hubble_deep_field.jpg", "grass.png",
-               "gravel.png", "brick.png", "motorcycle_left.png"),
-    "text": ("page.png", "text.png"),
-}  # fmt: skip
+# Photographs and pages that scikit-image carries in its wheel (its data/README.txt names their sources).
+EMBEDDED = (
+    *("animals/chelsea.png", "animals/horse.png", "people/astronaut.png", "people/camera.png", "text/page.png"),
+    *("text/text.png", "nature/coffee.png", "nature/rocket.jpg", "nature/moon.png", "nature/grass.png"),
+    *("nature/gravel.png", "nature/brick.png", "nature/hubble_deep_field.jpg", "nature/motorcycle_left.png"),
+)
 
 
 def uses_embedded_sample(config: TrainConfig) -> bool:
@@ -372,15 +372,9 @@ def uses_embedded_sample(config: TrainConfig) -> bool:
 
 def embedded_pairs() -> list[Pair]:
     """scikit-image's own pictures as pairs, blurred on the fly."""
-    import skimage.data
-
     folder = Path(skimage.data.__file__).parent
-    return [
-        Pair(f"{category}/{Path(name).stem}", folder / name)
-        for category, names in EMBEDDED.items()
-        for name in names
-        if (folder / name).is_file()
-    ]
+    pictures = [(name, folder / Path(name).name) for name in EMBEDDED]
+    return [Pair(str(Path(name).with_suffix("")), file) for name, file in pictures if file.is_file()]
 
 
 def hold_out(pairs: list[Pair], fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:
@@ -905,12 +899,12 @@ class TilePlan:
         return side(self.height, top, self.tops)[:, None] * side(self.width, left, self.lefts)
 
 
-def sample_patches(frame: np.ndarray, side: int = 128, count: int = 8) -> np.ndarray:
+def sample_patches(frame: np.ndarray, side: int = 128, count: int = 4) -> np.ndarray:
     """(N, h, w, 3): evenly spaced patches that stand for the frame; a small frame stands for itself."""
     height, width = frame.shape[:2]
     if height * width <= side * side * count:
         return frame[None]
-    columns = min(count, max(1, round(math.sqrt(count * width / height))))
+    columns = min(count, max(1, int(math.sqrt(count * width / height))))
     rows = max(1, count // columns)
     h, w = min(side, height), min(side, width)
     tops = np.linspace(0, height - h, rows + 2)[1:-1].astype(int)
@@ -1386,7 +1380,8 @@ def sharpen_picture(sharpener: FrameSharpener, image: Image.Image) -> Image.Imag
         result = result.convert("L")
     if alpha:
         result.putalpha(alpha)
-    kept = {"exif": image.getexif().tobytes(), "icc_profile": icc, "dpi": image.info.get("dpi")}
+    exif = image.getexif()
+    kept = {"exif": exif.tobytes() if exif else None, "icc_profile": icc, "dpi": image.info.get("dpi")}
     result.info = {name: value for name, value in kept.items() if value}
     return result
 
@@ -1396,8 +1391,7 @@ def save_picture(image: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     kind = Image.registered_extensions()[path.suffix.lower()]
-    best = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {}
-    best |= {"quality": 95} if kind == "WEBP" else {}
+    best = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95}}.get(kind, {})
     try:
         image.save(temporary, format=kind, **image.info, **best)
         temporary.replace(path)
@@ -1551,7 +1545,7 @@ def multiply_adds_per_pixel(student: StudentUNet) -> float:
     return sum(counts) / side**2
 
 
-def test_frames(height: int, width: int) -> list[np.ndarray]:
+def sample_frames(height: int, width: int) -> list[np.ndarray]:
     """Three of scikit-image's photographs at this size, blurred by the x2 protocol."""
     sharp = [p.sharp for p in embedded_pairs() if p.sharp.stem in ("astronaut", "coffee", "chelsea")]
     frames = [ImageOps.fit(open_picture(path), (width, height)) for path in sharp]
@@ -1581,11 +1575,8 @@ def time_frames(sharpener: FrameSharpener, frames: list[np.ndarray], config: Fps
     batches = [to_batch(tiles.cut(frames[0], *place), device) for place in places]
     network = milliseconds(lambda: [sharpener.restore(batch, gates) for batch in batches], device, config)
     whole = milliseconds(lambda: sharpener(next(turns)), device, config)
-    return {
-        "network_ms": statistics.median(network),
-        "frame_ms": statistics.median(whole),
-        "frame_ms_p95": float(np.percentile(whole, 95)),
-    }
+    median, late = statistics.median(whole), float(np.percentile(whole, 95))
+    return {"network_ms": statistics.median(network), "frame_ms": median, "frame_ms_p95": late}
 
 
 def measure_fps(config: FpsConfig) -> None:
@@ -1611,7 +1602,7 @@ def measure_fps(config: FpsConfig) -> None:
     for height, width, tile in ((512, 512, 0), (1080, 1920, 512)):
         sharpener = FrameSharpener(student, device, tile, precision=precision)
         row = common | {"height": height, "width": width, "tiled": bool(tile)}
-        row |= time_frames(sharpener, test_frames(height, width), config)
+        row |= time_frames(sharpener, sample_frames(height, width), config)
         row |= {"fps": 1000 / row["frame_ms"], "macs_per_pixel": macs}
         row["gflops"] = 2 * macs * height * width / row["network_ms"] / 1e6
         rows.append(row)

@@ -69,7 +69,7 @@ def test_fps_rows(tmp_path, student_file, capsys):
 
 
 def test_frames_are_pictures():
-    frames = kd.test_frames(90, 160)
+    frames = kd.sample_frames(90, 160)
     assert len(frames) == 3
     assert all(frame.shape == (90, 160, 3) and frame.std() > 20 for frame in frames)
 

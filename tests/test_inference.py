@@ -48,8 +48,8 @@ def test_tiles_of_a_local_operation_join_without_a_trace(student_file, random_fr
     assert np.abs(sharpener(frame).astype(int) - (255 - frame)).max() <= 1
 
 
-def test_tiled_and_whole_agree_at_1080p(student_file, photographs):
-    student, _ = kd.load_student(student_file)
+def test_tiled_and_whole_agree_at_1080p(photographs):
+    student, _ = kd.load_student(kd.SHIPPED_STUDENT)
     frame = np.array(photographs["coffee"].resize((1920, 1080), Image.BICUBIC))
     whole = kd.FrameSharpener(student, CPU, tile=0)(frame).astype(int)
     tiled = kd.FrameSharpener(student, CPU, tile=512, overlap=64)(frame).astype(int)
@@ -82,8 +82,8 @@ def test_small_frame_is_its_own_patch_and_large_ones_are_sampled(random_frame):
     small, large = random_frame(100, 200), random_frame(400, 700)
     assert np.array_equal(kd.sample_patches(small)[0], small)
     patches = kd.sample_patches(large)
-    assert patches.shape == (8, 128, 128, 3)
-    assert len({patch.tobytes() for patch in patches}) == 8
+    assert patches.shape == (4, 128, 128, 3)
+    assert len({patch.tobytes() for patch in patches}) == 4
 
 
 def test_score_is_the_stated_protocol(photographs):
