@@ -407,10 +407,8 @@ class GoProSharpeningDataset(Dataset):
         self, pairs: Sequence[Pair], image_size: int, blur_probability: float = 1.0,
         seed: int = 0, cache: bool = False,
     ) -> None:  # fmt: skip
-        self.pairs, self.image_size, self.seed = list(pairs), image_size, seed
-        self.blur_probability = blur_probability
-        self.decoded = [pair.load() for pair in self.pairs] if cache else None
-        self.to_tensor = CustomToTensor()
+        self.pairs, self.image_size, self.blur_probability, self.seed = pairs, image_size, blur_probability, seed
+        self.to_tensor, self.decoded = CustomToTensor(), [pair.load() for pair in self.pairs] if cache else None
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -473,7 +471,7 @@ def prepare(config: PrepareConfig) -> None:
 def reflected(length: int, padded: int) -> Tensor:
     """Positions that extend `length` pixels to `padded` ones by reflection, as often as needed."""
     position = torch.arange(padded) % max(2 * (length - 1), 1)
-    return torch.minimum(position, 2 * (length - 1) - position) if length > 1 else position * 0
+    return torch.minimum(position, 2 * (length - 1) - position)
 
 
 def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
@@ -641,9 +639,8 @@ class StudentUNet(nn.Module):
             elif isinstance(module, nn.ConvTranspose2d):  # each output pixel has `in` inputs, no ReLU
                 nn.init.normal_(module.weight, std=module.in_channels**-0.5)
                 nn.init.zeros_(module.bias)
-        for module in self.modules():
-            if isinstance(module, SEBlock):
-                nn.init.constant_(module.excite.bias, 2.0)
+        for stage in (*self.encoder, self.bottleneck, *self.decoder):
+            nn.init.constant_(stage.se.excite.bias, 2.0)
         nn.init.normal_(self.output.weight, std=1e-3)
 
     @property
@@ -1128,10 +1125,7 @@ def check_fit(config: FitConfig) -> None:
     if max(config.ema_decay, config.validation_fraction) >= 1:
         raise UserError("--ema-decay and --validation-fraction must be below 1")
     if (config.run_dir / "last.pth").exists() and not config.resume and not config.overwrite:
-        raise UserError(
-            f"{config.run_dir} holds a run already: continue it with --resume, replace it with "
-            "--overwrite, or name another --run-dir"
-        )
+        raise UserError(f"{config.run_dir} holds a run already: add --resume or --overwrite, or name another --run-dir")
 
 
 def start_process(config: FitConfig) -> tuple[torch.device, int, int]:
@@ -1190,10 +1184,7 @@ class Fit:
 
     def save_last(self) -> None:
         """Everything that continues the run to the same weights."""
-        config = {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in dataclasses.asdict(self.config).items()
-        }
+        config = {name: str(v) if isinstance(v, Path) else v for name, v in vars(self.config).items()}
         content = {
             "config": config, "network": self.network_config, "ema": self.ema.state_dict(),
             "objective": {name: p.detach() for name, p in self.trained.items()},
@@ -1317,10 +1308,8 @@ def train(config: TrainConfig) -> None:
     """The `train` command; its last lines are the held-out scores before and after."""
     check_fit(config)
     if uses_embedded_sample(config):
-        print(
-            f"No pictures under {config.data_root / 'train'}: training on those that scikit-image carries, "
-            f"with --lambda-perceptual {config.lambda_perceptual:g} and {config.teacher_weights} as teacher."
-        )
+        print(f"No pictures under {config.data_root / 'train'}: training on those that scikit-image carries.")
+        print(f"--lambda-perceptual is {config.lambda_perceptual:g}, the teacher {config.teacher_weights}.")
         pairs = embedded_pairs()
     else:
         pairs = find_pairs(config.data_root / "train")
@@ -1498,10 +1487,9 @@ def evaluate(config: EvalConfig) -> None:
     for pair in tqdm(pairs, "eval"):
         blurred, sharp = pair.load()
         if config.resize:
-            blurred, sharp = (
-                np.array(Image.fromarray(image).resize((config.resize, config.resize), Image.BICUBIC))
-                for image in (blurred, sharp)
-            )
+            size = (config.resize, config.resize)
+            pair_of_images = (Image.fromarray(blurred), Image.fromarray(sharp))
+            blurred, sharp = (np.array(image.resize(size, Image.BICUBIC)) for image in pair_of_images)
         if min(sharp.shape[:2]) < 7:
             raise UserError(f"{pair.sharp}: SSIM needs at least 7x7 pixels")
         outputs = {name: method(blurred) for name, method in methods.items()}
