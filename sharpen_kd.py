@@ -374,7 +374,7 @@ def embedded_pairs() -> list[Pair]:
     """scikit-image's own pictures as pairs, blurred on the fly."""
     folder = Path(skimage.data.__file__).parent
     pictures = [(name, folder / Path(name).name) for name in EMBEDDED]
-    return [Pair(str(Path(name).with_suffix("")), file) for name, file in pictures if file.is_file()]
+    return [Pair(Path(name).with_suffix("").as_posix(), file) for name, file in pictures if file.is_file()]
 
 
 def hold_out(pairs: list[Pair], fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:
@@ -1074,8 +1074,7 @@ def plot_curves(path: Path, rows: list[dict], terms: Iterable[str]) -> None:
     except ImportError:
         print(f"no {path.name}: `pip install matplotlib` would draw it")
         return
-    figure = Figure(figsize=(11, 4))
-    left, right = figure.subplots(1, 2)
+    left, right = (figure := Figure(figsize=(11, 4))).subplots(1, 2)
     for axes, names in ((left, terms), (right, ["val_psnr"])):
         for name in names:
             points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
@@ -1246,7 +1245,7 @@ class Fit:
         )  # fmt: skip
         config.run_dir.mkdir(parents=True, exist_ok=True)
         bar = tqdm(total=total, initial=self.step, disable=self.rank > 0, unit="step")
-        with deferred_interrupts() as interrupts:
+        with bar, deferred_interrupts() as interrupts:
             batches, saved = iter(loader), time.monotonic()
             while self.step < total and not any_process(bool(interrupts), self.device):
                 epoch = self.step / order.steps_per_epoch
@@ -1267,10 +1266,9 @@ class Fit:
                 if time.monotonic() - saved > 60:
                     self.save_last()
                     saved = time.monotonic()
-            bar.close()
-            if self.rank == 0:
-                self.save_last()
-                plot_curves(config.run_dir / "curves.png", self.rows, self.objective.loss.weights)
+        if self.rank == 0:
+            self.save_last()
+            plot_curves(config.run_dir / "curves.png", self.rows, self.objective.loss.weights)
         if dist.is_initialized():
             dist.destroy_process_group()
         if interrupts:
@@ -1285,7 +1283,7 @@ def train_teacher(config: TeacherConfig) -> None:
     torch.manual_seed(config.seed)
     sizes = ("dim", "num_blocks", "num_refinement_blocks", "heads", "ffn_expansion_factor")
     dimensions = {name: getattr(config, name) for name in sizes}
-    restormer = load_restormer(config.init) if config.init else Restormer(**dimensions)
+    restormer = load_restormer(config.init) if config.init and not config.resume else Restormer(**dimensions)
 
     def frame_function(network: Restormer, device: torch.device) -> FrameFunction:
         return lambda frame: restore_whole(RestormerTeacherWrapper(network), frame, device)
@@ -1315,7 +1313,7 @@ def train(config: TrainConfig) -> None:
         pairs = find_pairs(config.data_root / "train")
     torch.manual_seed(config.seed)
     student = StudentUNet(base_channels=config.base_channels, stem_stride=config.stem_stride, widths=config.widths)
-    if config.init:
+    if config.init and not config.resume:
         source, _ = load_student(config.init)
         if source.config != student.config:
             raise UserError(f"--init {config.init}: a student of other dimensions, {source.config}")
@@ -1689,7 +1687,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         if debug:
             raise
-        print("sharpen_kd: error:", " ".join(str(error).split()), file=sys.stderr)
+        message = str(error).rsplit("UserError: ", 1)[-1]  # a loader process wraps it in its own traceback
+        print("sharpen_kd: error:", " ".join(message.split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -137,7 +137,7 @@ def test_blur_touches_the_blurred_side_only(data_root):
     for index in range(len(pairs)):
         (blurred, sharp), (_, untouched) = always[(0, index)], never[(0, index)]
         assert torch.equal(sharp, untouched)
-        assert blurred.std() <= sharp.std()
+        assert blurred.std() <= sharp.std() + 1e-6
         differences.append((blurred - sharp).abs().max())
     assert max(differences) > 0.05
 

@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -197,6 +198,18 @@ def test_mistakes_are_named_before_anything_is_written(arguments, tmp_path, caps
     assert kd.main([*arguments, "--run-dir", str(run), "--max-steps", "2"]) == 2
     assert "holds a run already" in capsys.readouterr().err
     assert all(torch.equal(before[name], tensor) for name, tensor in weights(run).items())
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_picture_that_breaks_off_is_named(arguments, data_root, tmp_path, capfd, workers):
+    root = tmp_path / "data"
+    shutil.copytree(data_root, root)
+    for broken in (root / "train/sharp").rglob("*_[0-3].png"):
+        broken.write_bytes(broken.read_bytes()[:2000])  # the header, and so the size, is whole
+    command = [*arguments, "--run-dir", str(tmp_path / "run"), "--validation-fraction", "0"]
+    assert kd.main([*command, "--data-root", str(root), "--workers", workers]) == 2
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert re.match(r"sharpen_kd: error: \S+/train/sharp/\w+/\w+_\d.png: not a picture that Pillow can read", error)
 
 
 def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
