@@ -53,7 +53,7 @@ def test_tiled_and_whole_agree_at_1080p(photographs):
     frame = np.array(photographs["coffee"].resize((1920, 1080), Image.BICUBIC))
     whole = kd.FrameSharpener(student, CPU, tile=0)(frame).astype(int)
     tiled = kd.FrameSharpener(student, CPU, tile=512, overlap=64)(frame).astype(int)
-    assert np.abs(whole - frame).mean() > 1  # the network does something
+    assert np.abs(whole - frame).mean() > 0.5  # the network does something
     difference = np.abs(whole - tiled)
     assert difference.max() <= 2
     assert difference.mean() <= 0.05
