@@ -186,7 +186,7 @@ class EvalConfig(InferenceConfig):
 class FpsConfig(DeviceConfig):
     """Milliseconds a frame, on pictures: 512x512 whole and 1920x1080 in tiles."""
 
-    checkpoint: Path | None = flag(None, "student checkpoint (default: the shipped one)")
+    checkpoint: Path = flag(SHIPPED_STUDENT, "student checkpoint")
     base_channels: int = flag(0, "time an untrained student of this size instead (the report: 256)", at_least=0)
     stem_stride: int = flag(4, "its stem stride", choices=(1, 2, 4))
     precision: str = flag("float32", "arithmetic of the network", choices=("float32", "bf16"))
@@ -371,10 +371,9 @@ def uses_embedded_sample(config: TrainConfig) -> bool:
 
 
 def embedded_pairs() -> list[Pair]:
-    """scikit-image's own pictures as pairs, blurred on the fly."""
+    """scikit-image's own pictures as pairs, blurred on the fly; one that is not there is an error when it is read."""
     folder = Path(skimage.data.__file__).parent
-    pictures = [(name, folder / Path(name).name) for name in EMBEDDED]
-    return [Pair(Path(name).with_suffix("").as_posix(), file) for name, file in pictures if file.is_file()]
+    return [Pair(Path(name).with_suffix("").as_posix(), folder / Path(name).name) for name in EMBEDDED]
 
 
 def hold_out(pairs: list[Pair], fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:
@@ -1572,8 +1571,7 @@ def measure_fps(config: FpsConfig) -> None:
         student = StudentUNet(base_channels=config.base_channels, stem_stride=config.stem_stride)
         name = f"untrained, base_channels={config.base_channels}, stem_stride={config.stem_stride}"
     else:
-        path = config.checkpoint or SHIPPED_STUDENT
-        student, name = load_student(path)[0], path.name
+        student, name = load_student(config.checkpoint)[0], config.checkpoint.name
     macs = multiply_adds_per_pixel(student)
     parameters = sum(p.numel() for p in student.parameters())
     precision = {"float32": torch.float32, "bf16": torch.bfloat16}[config.precision]
