@@ -88,7 +88,8 @@ def test_to_tensor_takes_arrays_and_refuses_others():
 @pytest.mark.parametrize(("scale", "small"), [(2, (15, 10)), (3, (10, 7)), (4, (8, 5))])
 def test_protocol(photographs, scale, small):
     image = photographs["coffee"].crop((10, 10, 41, 31))  # 31x21: cut to 30x20
-    blurred, sharp = kd.blurred_and_sharp(image, scale)
+    sharp = kd.even_sized(image)
+    blurred = kd.PROTOCOLS[f"x{scale}"](sharp)
     expected = image.crop((0, 0, 30, 20))
     assert np.array_equal(sharp, expected)
     assert np.array_equal(blurred, expected.resize(small, Image.BICUBIC).resize((30, 20), Image.BICUBIC))

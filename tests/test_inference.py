@@ -88,7 +88,7 @@ def test_small_frame_is_its_own_patch_and_large_ones_are_sampled(random_frame):
 
 def test_score_is_the_stated_protocol(photographs):
     sharp = np.array(photographs["coffee"].crop((0, 0, 90, 70)))
-    blurred = np.array(kd.blurred_and_sharp(Image.fromarray(sharp), 2)[0])
+    blurred = np.array(kd.PROTOCOLS["x2"](Image.fromarray(sharp)))
     psnr, _ = kd.score(blurred, sharp)
     mse = np.mean((blurred / 255 - sharp / 255) ** 2)
     assert psnr == pytest.approx(-10 * np.log10(mse))

@@ -28,6 +28,19 @@ def test_dimensions_are_read_from_the_weights(tmp_path, options):
         assert torch.equal(loaded(picture), network(picture))
 
 
+def test_a_stem_folds_the_picture_for_an_unchanged_restormer(tmp_path):
+    torch.manual_seed(0)
+    inner = kd.Restormer(12, 12, dim=8, num_blocks=(1,) * 4, num_refinement_blocks=1, heads=(1, 1, 1, 1)).eval()
+    torch.save(inner.state_dict(), tmp_path / "folded.pth")
+    restormer = kd.load_restormer(tmp_path / "folded.pth")
+    picture = torch.rand(1, 3, 32, 48)
+    folded = torch.cat([picture[:, c : c + 1, i::2, j::2] for c in range(3) for i in (0, 1) for j in (0, 1)], 1)
+    with torch.no_grad():
+        output, corner = restormer(picture), inner(folded)[:, 5]  # green, second row and second column: 1*4 + 1
+        assert torch.equal(output[:, 1, 0::2, 1::2], corner)
+        assert kd.RestormerTeacherWrapper(restormer)(picture[..., :21, :37]).shape == (1, 3, 21, 37)
+
+
 def test_weights_that_do_not_fit_say_what_to_do(tmp_path, tiny_restormer):
     missing = tmp_path / "missing.pth"
     with pytest.raises(kd.UserError, match=r"missing.pth: no such file; get motion_deblurring.pth from"):

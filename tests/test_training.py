@@ -145,8 +145,8 @@ def test_training_improves_held_out_pictures(data_root, tmp_path, capsys):
         *("train", "--data-root", str(data_root), "--run-dir", str(run), *STUDENT, "--epochs", "120"),
         *("--restart-epochs", "120", "--gradient-accumulation-steps", "1", "--image-size", "64"),
         *("--learning-rate", "3e-3", "--blur-probability", "0", "--batch-size", "3", "--workers", "0"),
-        *("--lambda-perceptual", "0", "--lambda-feature", "0", "--lambda-kl", "0", "--cache"),
-        *("--validation-fraction", "0.25", "--validate-every", "120"),
+        *("--lambda-perceptual", "0", "--lambda-feature", "0", "--lambda-kl", "0", "--lambda-ssim", "1", "--cache"),
+        *("--lambda-reconstruction", "10", "--validation-fraction", "0.25", "--validate-every", "120"),
     ]
     assert kd.main(command) == 0
     before, after = capsys.readouterr().out.strip().splitlines()[-2:]

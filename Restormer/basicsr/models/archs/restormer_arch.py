@@ -62,8 +62,13 @@ class Attention(nn.Module):
             rearrange(part, "b (head c) h w -> b head c (h w)", head=heads)
             for part in self.qkv_dwconv(self.qkv(x)).chunk(3, dim=1)
         )
-        query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
-        attention = (query @ key.transpose(-2, -1) * self.temperature).softmax(dim=-1)
+        # Cosines: the small product is divided by the norms, not each long row before it.
+        query_norm, key_norm = (
+            torch.linalg.vector_norm(part, dim=-1, keepdim=True, dtype=torch.float32).clamp_min(1e-12)
+            for part in (query, key)
+        )
+        cosines = (query @ key.transpose(-2, -1)) / (query_norm * key_norm.transpose(-2, -1))
+        attention = (cosines * self.temperature).softmax(dim=-1)
         mixed = rearrange(attention @ value, "b head c (h w) -> b (head c) h w", h=height, w=width)
         return self.project_out(mixed.contiguous(memory_format=torch.channels_last))
 
