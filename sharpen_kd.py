@@ -21,6 +21,7 @@ import copy
 import csv
 import dataclasses
 import functools
+import hashlib
 import io
 import itertools
 import json
@@ -138,7 +139,10 @@ class TrainConfig(FitConfig):
     lambda_feature: float = flag(1.0, "weight of L1 to the teacher's projected features", at_least=0)
     lambda_kl: float = flag(0.01, "weight of KL divergence to the teacher's soft output", at_least=0)
     lambda_ssim: float = flag(10.0, "weight of 1 - SSIM to the sharp picture", at_least=0)
+    lambda_output: float = flag(0.0, "weight of L1 to the teacher's output, which the report has not", at_least=0)
     temperature: float = flag(4.0, "T of the soft outputs", above=0)
+    teacher_cache: Path | None = flag(None, "folder for the teacher's results: computed once, then read")
+    cache_variants: int = flag(4, "flips and degradations of each picture in the cache", at_least=1)
     log_gradients: int = flag(0, "log each term's share of the gradient every N steps; 0 for never", at_least=0)
 
 
@@ -179,6 +183,10 @@ class EvalConfig(InferenceConfig):
 
     data_root: Path = flag(DATASET, "dataset folder")
     split: str = flag("test", "which half of the dataset to read", choices=("train", "test"))
+    protocol: tuple[str, ...] = flag(
+        (), "degrade the sharp pictures by these, instead of reading blurred ones",
+        type=str, choices=("x2", "x3", "x4", "x2-jpeg50", "sharp"),
+    )  # fmt: skip
     resize: int = flag(0, "first resize pairs to this square (the report: 512); 0: keep them whole", at_least=0)
     teacher: bool = flag(False, "score the teacher too")
     teacher_weights: Path | None = flag(None, "the teacher's weight file (default: as in train)")
@@ -474,36 +482,38 @@ class GoProSharpeningDataset(Dataset):
         self.mixed, self.to_tensor = mixed, CustomToTensor()
         self.decoded = [self.load(pair) for pair in pairs] if cache else None
 
-    def load(self, pair: Pair) -> tuple[np.ndarray, ...]:
-        return (np.array(even_sized(open_picture(pair.sharp))),) if self.mixed else pair.load()
-
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, item: int | tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, item: int | tuple[int, int]) -> dict[str, Tensor]:
         epoch, index = item if isinstance(item, tuple) else (0, item)
-        images = self.decoded[index] if self.decoded else self.load(self.pairs[index])
-        rng = np.random.default_rng((self.seed, epoch, index))
-        images = self.random_crop(images, rng)
+        images, rng = self.images(index), np.random.default_rng((self.seed, epoch, index))
+        top, left = (2 * rng.integers((side - self.image_size) // 2 + 1) for side in images[0].shape[:2])
+        return self.example([image[top:, left:][: self.image_size, : self.image_size] for image in images], rng)
+
+    def images(self, index: int) -> list[np.ndarray]:
+        """The pair's pictures, or the sharp one; enlarged where they are smaller than a crop."""
+        return self.decoded[index] if self.decoded else self.load(self.pairs[index])
+
+    def load(self, pair: Pair) -> list[np.ndarray]:
+        images = [np.array(even_sized(open_picture(pair.sharp)))] if self.mixed else list(pair.load())
+        shape, grow = images[0].shape[:2], self.image_size / min(images[0].shape[:2])
+        if grow <= 1:
+            return images
+        size = tuple(round(side * grow) for side in reversed(shape))
+        return [np.array(Image.fromarray(image).resize(size, Image.BICUBIC)) for image in images]
+
+    def example(self, images: Sequence[np.ndarray], rng: np.random.Generator) -> dict[str, Tensor]:
+        """Flipped and blurred at random: {"blurred", "sharp"} of (3, H, W) each."""
         if rng.random() < 0.5:
             images = [image[:, ::-1] for image in images]
         if self.mixed:
-            images = [np.array(Degradation.draw(rng)(Image.fromarray(images[0]))), *images]
+            images = [Degradation.draw(rng)(Image.fromarray(images[0])), *images]
         blurred, sharp = map(self.to_tensor, images)
         sigma = rng.uniform(0.1, 2.0)
         if not self.mixed and rng.random() < self.blur_probability:
             blurred = TF.gaussian_blur(blurred, 3, sigma)
-        return blurred, sharp
-
-    def random_crop(self, images: Sequence[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
-        """The same crop of every image; one that is too small is first enlarged, bicubic."""
-        (height, width), size = images[0].shape[:2], self.image_size
-        if min(height, width) < size:
-            grow = size / min(height, width)
-            height, width = round(height * grow), round(width * grow)
-            images = [np.array(Image.fromarray(image).resize((width, height), Image.BICUBIC)) for image in images]
-        top, left = (2 * rng.integers((side - size) // 2 + 1) for side in (height, width))
-        return [image[top : top + size, left : left + size] for image in images]
+        return {"blurred": blurred, "sharp": sharp}
 
 
 def prepare(config: PrepareConfig) -> None:
@@ -551,6 +561,13 @@ def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
         return image
     rows, columns = reflected(height, rows), reflected(width, columns)
     return image[..., rows.to(image.device), :][..., columns.to(image.device)]
+
+
+def save_atomically(content: dict, path: Path) -> None:
+    """Write to a temporary file and rename it: an interruption leaves the old file whole."""
+    temporary = path.with_suffix(".tmp")
+    torch.save(content, temporary)
+    temporary.replace(path)
 
 
 def read_checkpoint(path: Path, remedy: str) -> dict:
@@ -610,10 +627,10 @@ def load_restormer(weights: Path | None) -> StemmedRestormer:
 class RestormerTeacherWrapper(nn.Module):
     """A frozen Restormer with feature taps and trainable 1x1 projections to the student's widths.
 
-    `forward` takes blurred pictures (B, 3, H, W) of any size in [0, 1] and returns the restored ones, with the
-    projected features where `features=True`: e2 at 1/2 of its folded size, e4 at 1/4, b at 1/8. No gradient enters
-    the Restormer; the projections train with the student. AttributeError if a tap is missing from the network: a
-    hook that silently is not there would be a term that silently is 0.
+    `forward` takes blurred pictures (B, 3, H, W) of any size in [0, 1] and returns the restored ones; `tapped` then
+    holds their features, e2 at 1/2 of the folded size, e4 at 1/4, b at 1/8, and `project` brings those to the
+    student's widths. No gradient enters the Restormer; the projections train with the student. AttributeError if
+    a tap is missing from the network: a hook that silently is not there would be a term that silently is 0.
     """
 
     TAPS: typing.ClassVar = {"e2": "encoder_level2", "e4": "encoder_level3", "b": "latent"}
@@ -622,11 +639,17 @@ class RestormerTeacherWrapper(nn.Module):
         super().__init__()
         self.restormer = restormer.requires_grad_(False).eval()
         self.tapped: dict[str, Tensor] = {}
-        for name, layer in self.TAPS.items() if student_widths else ():
+        for name, layer in self.TAPS.items():
             module = restormer.get_submodule(layer)
-            width = module[0].norm1.body.weight.shape[0]
             module.register_forward_hook(functools.partial(self.keep, name))
-            self.add_module(f"proj_{name}", nn.Conv2d(width, student_widths[name], 1))
+            if student_widths:
+                width = module[0].norm1.body.weight.shape[0]
+                self.add_module(f"proj_{name}", nn.Conv2d(width, student_widths[name], 1))
+
+    @property
+    def alignment(self) -> int:
+        """Pictures whose sides are multiples of this need no padding, and all feature grids begin there."""
+        return 8 * self.restormer.stem_stride
 
     def keep(self, name: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:
         self.tapped[name] = output
@@ -636,15 +659,90 @@ class RestormerTeacherWrapper(nn.Module):
         self.restormer.eval()
         return self
 
-    def forward(self, blurred: Tensor, features: bool = False) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    @torch.no_grad()
+    def forward(self, blurred: Tensor) -> Tensor:
         height, width = blurred.shape[-2:]
-        with torch.no_grad():
-            padded = pad_to_multiple(blurred, 8 * self.restormer.stem_stride)
-            output = self.restormer(padded)[..., :height, :width]
-        if not features:
-            return output
-        projected = {name: self.get_submodule(f"proj_{name}")(self.tapped.pop(name)) for name in self.TAPS}
-        return output, projected
+        return self.restormer(pad_to_multiple(blurred, self.alignment))[..., :height, :width]
+
+    def project(self, tapped: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tapped features, from this network or from a cache, at the student's widths."""
+        return {name: self.get_submodule(f"proj_{name}")(tapped[name].float()) for name in self.TAPS}
+
+
+def fingerprint(*parts: object) -> str:
+    """A SHA-256 of state dicts by their tensors, of files by their content, of anything else by its repr."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Path):
+            digest.update(part.read_bytes())
+        elif isinstance(part, dict):
+            for name, tensor in part.items():
+                digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        else:
+            digest.update(repr(part).encode())
+    return digest.hexdigest()
+
+
+class TeacherCache(Dataset):
+    """Crops like `GoProSharpeningDataset`'s, with what the teacher made of the whole picture.
+
+    The teacher is frozen and a step with it costs several without, so it runs once, over each picture of `dataset`
+    in `variants` flips and degradations. Every result is one file, mapped into memory: tensors (H, W, C) in half
+    precision. Crops start where the teacher's coarsest feature grid does. UserError for a cache that was made by
+    another teacher, from other pictures, or with other settings.
+    """
+
+    def __init__(
+        self, folder: Path, dataset: GoProSharpeningDataset, teacher: RestormerTeacherWrapper,
+        variants: int, autocast: torch.autocast,
+    ) -> None:  # fmt: skip
+        self.folder, self.dataset, self.variants, self.alignment = folder, dataset, variants, teacher.alignment
+        if dataset.image_size % self.alignment:
+            raise UserError(
+                f"--image-size {dataset.image_size}: this teacher's cache needs a multiple of {self.alignment}"
+            )
+        files = [path for pair in dataset.pairs for path in (pair.sharp, pair.blurred) if path]
+        settings = (variants, dataset.image_size, dataset.mixed, dataset.blur_probability, dataset.seed)
+        key, stamp = fingerprint(teacher.restormer.state_dict(), settings, *files), folder / "key"
+        if not stamp.exists():  # it is written last
+            self.build(teacher, autocast)
+            stamp.write_text(key)
+        elif stamp.read_text() != key:
+            reason = "holds another teacher's results, or other pictures' or settings'"
+            raise UserError(f"--teacher-cache {folder}: {reason}; remove it or name another folder")
+
+    def file(self, index: int, variant: int) -> Path:
+        return self.folder / f"{index:06}_{variant}.pt"
+
+    @torch.no_grad()
+    def build(self, teacher: RestormerTeacherWrapper, autocast: torch.autocast) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        device = next(teacher.parameters()).device
+        for index, variant in tqdm(list(itertools.product(range(len(self)), range(self.variants))), "teacher cache"):
+            rng = np.random.default_rng((self.dataset.seed, variant, index))
+            example = self.dataset.example(self.dataset.images(index), rng)
+            example = {name: pad_to_multiple(image[None].to(device), self.alignment) for name, image in example.items()}
+            with autocast:
+                example |= {"output": teacher(example["blurred"])} | teacher.tapped
+            example = {name: t[0].permute(1, 2, 0).half().contiguous().cpu() for name, t in example.items()}
+            save_atomically(example, self.file(index, variant))
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, item: tuple[int, int]) -> dict[str, Tensor]:
+        """{"blurred", "sharp", "output"} (3, size, size) and the taps, all of one crop, as float tensors."""
+        (epoch, index), size = item, self.dataset.image_size
+        rng = np.random.default_rng((self.dataset.seed, epoch, index))
+        maps = torch.load(self.file(index, rng.integers(self.variants)), mmap=True, weights_only=True)
+        height, width = maps["sharp"].shape[:2]
+        top, left = (self.alignment * rng.integers((side - size) // self.alignment + 1) for side in (height, width))
+        crops = {}
+        for name, grid in maps.items():
+            step = height // grid.shape[0]
+            crop = grid[top // step : (top + size) // step, left // step : (left + size) // step]
+            crops[name] = crop.permute(2, 0, 1).float()
+        return crops
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -893,9 +991,9 @@ class VGGFeatures(nn.Module):
 
 
 class DistillationLoss(nn.Module):
-    """The report's five terms; `forward` returns the weighted ones by name, to be summed.
+    """The report's five terms, and L1 to the teacher's output; `forward` returns the weighted ones by name.
 
-    A term of weight 0 is neither computed nor loaded, and with all three teacher terms at 0 no teacher is
+    A term of weight 0 is neither computed nor loaded, and with all teacher terms at 0 no teacher is
     needed (`needs_teacher`).
     """
 
@@ -907,7 +1005,7 @@ class DistillationLoss(nn.Module):
 
     @property
     def needs_teacher(self) -> bool:
-        return not self.weights.keys().isdisjoint({"perceptual", "feature", "kl"})
+        return not self.weights.keys().isdisjoint({"perceptual", "feature", "kl", "output"})
 
     def forward(
         self,
@@ -923,6 +1021,7 @@ class DistillationLoss(nn.Module):
             "feature": lambda: feature_loss(features, teacher_features),
             "kl": lambda: positional_kl(output, teacher_output, self.temperature),
             "ssim": lambda: 1 - ssim(output, sharp),
+            "output": lambda: F.l1_loss(output, teacher_output),
         }
         return {name: weight * terms[name]() for name, weight in self.weights.items()}
 
@@ -1080,15 +1179,16 @@ class Distillation(nn.Module):
         super().__init__()
         self.network, self.teacher, self.loss = network, teacher, loss
 
-    def forward(self, blurred: Tensor, sharp: Tensor, autocast: torch.autocast) -> dict[str, Tensor]:
-        features, taught, taught_features = None, None, None
+    def forward(self, batch: dict[str, Tensor], autocast: torch.autocast) -> dict[str, Tensor]:
+        wanted, features, projected = "feature" in self.loss.weights, None, None
         with autocast:  # the networks only: SSIM's variances need float32
-            if "feature" in self.loss.weights:
-                output, features = self.network(blurred, features=True)
-                taught, taught_features = self.teacher(blurred, features=True)
-            else:
-                output, taught = self.network(blurred), self.teacher(blurred) if self.teacher else None
-        return self.loss(output, sharp, features, taught, taught_features)
+            output = self.network(batch["blurred"], **({"features": True} if wanted else {}))
+            if self.teacher and "output" not in batch:  # they are there where they come from a cache
+                batch = batch | {"output": self.teacher(batch["blurred"])} | self.teacher.tapped
+            if wanted:
+                output, features = output
+                projected = self.teacher.project(batch)
+        return self.loss(output, batch["sharp"], features, batch.get("output"), projected)
 
 
 class CropOrder(Sampler[list[tuple[int, int]]]):
@@ -1138,13 +1238,6 @@ def gradient_shares(terms: dict[str, Tensor], parameters: list[Tensor]) -> dict[
         gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
         norms[name] = math.sqrt(sum(float(g.square().sum()) for g in gradients if g is not None))
     return {f"gradient_{name}": norm / sum(norms.values()) for name, norm in norms.items()}
-
-
-def save_atomically(content: dict, path: Path) -> None:
-    """Write to a temporary file and rename it: an interruption leaves the old file whole."""
-    temporary = path.with_suffix(".tmp")
-    torch.save(content, temporary)
-    temporary.replace(path)
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
@@ -1244,6 +1337,10 @@ class Fit:
         )
         self.order = CropOrder(len(training), config, self.rank, processes)
         self.objective = objective.to(self.device, memory_format=torch.channels_last)
+        low = config.precision == "bf16" or (config.precision == "auto" and self.device.type == "cuda")
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=low)
+        if getattr(config, "teacher_cache", None):
+            self.dataset = self.cached_teacher(config)
         self.ema = copy.deepcopy(objective.network).eval().requires_grad_(False)
         self.trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         self.optimiser = torch.optim.Adam(list(self.trained.values()), config.learning_rate)
@@ -1255,8 +1352,18 @@ class Fit:
             self.load_last()
         self.order.first_step = self.step
         self.parallel = nn.parallel.DistributedDataParallel(self.objective) if processes > 1 else self.objective
-        low = config.precision == "bf16" or (config.precision == "auto" and self.device.type == "cuda")
-        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=low)
+
+    def cached_teacher(self, config: TrainConfig) -> TeacherCache:
+        """The cache, built by the first process while the others wait."""
+        if not self.objective.teacher:
+            raise UserError("--teacher-cache: every teacher term has weight 0")
+        arguments = (config.teacher_cache, self.dataset, self.objective.teacher, config.cache_variants, self.autocast)
+        if self.rank:
+            dist.barrier()
+        cache = TeacherCache(*arguments)
+        if dist.is_initialized() and not self.rank:
+            dist.barrier()
+        return cache
 
     def load_last(self) -> None:
         path = self.config.run_dir / "last.pth"
@@ -1302,13 +1409,14 @@ class Fit:
         share_every = getattr(self.config, "log_gradients", 0)
         means: dict[str, float] = {}
         for remaining in reversed(range(group)):
-            blurred, sharp = (
-                t.to(self.device, non_blocking=True, memory_format=torch.channels_last) for t in next(batches)
-            )
+            batch = {
+                name: tensor.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+                for name, tensor in next(batches).items()
+            }
             # DistributedDataParallel averages gradients over the processes once, after the last batch
             hold = remaining and self.parallel is not self.objective
             with self.parallel.no_sync() if hold else contextlib.nullcontext():
-                terms = self.parallel(blurred, sharp, self.autocast)
+                terms = self.parallel(batch, self.autocast)
                 if share_every and self.step % share_every == 0 and not remaining:
                     means |= gradient_shares(terms, list(self.objective.network.parameters()))
                 (sum(terms.values()) / group).backward()
@@ -1419,7 +1527,7 @@ def train(config: TrainConfig) -> None:
         if source.config != student.config:
             raise UserError(f"--init {config.init}: a student of other dimensions, {source.config}")
         student.load_state_dict(source.state_dict())
-    terms = ("reconstruction", "perceptual", "feature", "kl", "ssim")
+    terms = ("reconstruction", "perceptual", "feature", "kl", "ssim", "output")
     weights = {name: getattr(config, f"lambda_{name}") for name in terms}
     loss, teacher = DistillationLoss(weights, config.temperature), None
     if loss.needs_teacher:
@@ -1544,15 +1652,35 @@ def sharpen(config: SharpenConfig) -> None:
 # Evaluation
 
 
-def side_by_side(panels: dict[str, np.ndarray]) -> Image.Image:
-    """The frames next to each other, each under its name."""
+def side_by_side(panels: dict[str, np.ndarray], detail: int = 48) -> Image.Image:
+    """The frames next to each other, each under its name and above the same detail of it, magnified.
+
+    The detail is the square in which the first and the last panel differ most.
+    """
     height, width = next(iter(panels.values())).shape[:2]
-    sheet = Image.new("RGB", (len(panels) * (width + 4) - 4, height + 24), "white")
+    side = min(detail, height, width)
+    first, *_, last = panels.values()
+    change = np.square(first.astype(float) - last).sum(2)
+    blocks = change[: height // side * side, : width // side * side].reshape(height // side, side, -1, side).sum((1, 3))
+    top, left = (side * int(index) for index in np.unravel_index(blocks.argmax(), blocks.shape))
+    sheet = Image.new("RGB", (len(panels) * (width + 4) - 4, height + width + 28), "white")
     draw = ImageDraw.Draw(sheet)
     for column, (name, frame) in enumerate(panels.items()):
-        sheet.paste(Image.fromarray(frame), (column * (width + 4), 24))
-        draw.text((column * (width + 4) + 4, 4), name, fill="black", font_size=15)
+        x = column * (width + 4)
+        magnified = Image.fromarray(frame[top : top + side, left : left + side]).resize((width, width), Image.NEAREST)
+        sheet.paste(Image.fromarray(frame), (x, 24))
+        sheet.paste(magnified, (x, height + 28))
+        draw.text((x + 4, 4), name, fill="black", font_size=15)
+        draw.rectangle((x + left, 24 + top, x + left + side - 1, 24 + top + side - 1), outline="red")
     return sheet
+
+
+def mean_psnr(values: Sequence[float]) -> float:
+    """Mean of PSNRs in dB; where a picture equals its reference, which is infinite, that of the mean squared error."""
+    if math.isfinite(mean := statistics.fmean(values)):
+        return mean
+    error = statistics.fmean(10 ** (-value / 10) for value in values)
+    return -10 * math.log10(error) if error else math.inf
 
 
 def average_scores(rows: list[dict], methods: Sequence[str]) -> dict[str, dict[str, list[float]]]:
@@ -1561,18 +1689,44 @@ def average_scores(rows: list[dict], methods: Sequence[str]) -> dict[str, dict[s
     for row in rows:
         if row["category"] != "all":
             groups.setdefault(row["category"], []).append(row)
-    return {
-        category: {
-            method: [statistics.fmean(row[f"{method}_{kind}"] for row in group) for kind in ("psnr", "ssim")]
-            for method in methods
-        }
-        for category, group in sorted(groups.items(), key=lambda item: (item[0] != "all", item[0]))
-    }
+
+    def means(group: list[dict], method: str) -> list[float]:
+        psnr, similarity = ([row[f"{method}_{kind}"] for row in group] for kind in ("psnr", "ssim"))
+        return [mean_psnr(psnr), statistics.fmean(similarity)]
+
+    ordered = sorted(groups.items(), key=lambda item: (item[0] != "all", item[0]))
+    return {category: {method: means(group, method) for method in methods} for category, group in ordered}
+
+
+def score_pairs(
+    config: EvalConfig, pairs: list[Pair], methods: dict[str, FrameFunction], pictures_dir: Path
+) -> list[dict]:
+    """One row a picture, with every method's PSNR and SSIM; on request the student's pictures and some sheets."""
+    rows: list[dict] = []
+    for pair in tqdm(pairs, "eval"):
+        blurred, sharp = pair.load()
+        if config.resize:
+            size = (config.resize, config.resize)
+            blurred, sharp = (np.array(Image.fromarray(x).resize(size, Image.BICUBIC)) for x in (blurred, sharp))
+        if min(sharp.shape[:2]) < 7:
+            raise UserError(f"{pair.sharp}: SSIM needs at least 7x7 pixels")
+        outputs = {name: method(blurred) for name, method in methods.items()}
+        row = {"picture": pair.key, "category": pair.category}
+        for name, output in outputs.items():
+            row[f"{name}_psnr"], row[f"{name}_ssim"] = score(output, sharp)
+        if config.save_images:
+            save_picture(Image.fromarray(outputs["student"]), pictures_dir / f"{pair.key}.png")
+            if pair.category not in {row["category"] for row in rows}:  # the first of each category
+                sheet = side_by_side({"blurred": outputs.pop("input"), **outputs, "sharp": sharp})
+                save_picture(sheet, pictures_dir / "side_by_side" / f"{pair.category}.png")
+        rows.append(row)
+    return rows
 
 
 def evaluate(config: EvalConfig) -> None:
     """The `eval` command: a table on the terminal, scores.csv, and on request JSON and pictures."""
-    pairs = find_pairs(config.data_root / config.split)
+    split = config.data_root / config.split
+    data = {name: find_sharp(split, name) for name in config.protocol} or {"": find_pairs(split)}
     device = pick_device(config)
     student, _ = load_student(config.checkpoint)
     methods: dict[str, FrameFunction] = {"input": lambda frame: frame}
@@ -1582,34 +1736,19 @@ def evaluate(config: EvalConfig) -> None:
         )
         methods["teacher"] = lambda frame: restore_whole(teacher, frame, device)
     methods["student"] = FrameSharpener(student, device, config.tile, config.overlap)
-    rows: list[dict] = []
-    for pair in tqdm(pairs, "eval"):
-        blurred, sharp = pair.load()
-        if config.resize:
-            size = (config.resize, config.resize)
-            pair_of_images = (Image.fromarray(blurred), Image.fromarray(sharp))
-            blurred, sharp = (np.array(image.resize(size, Image.BICUBIC)) for image in pair_of_images)
-        if min(sharp.shape[:2]) < 7:
-            raise UserError(f"{pair.sharp}: SSIM needs at least 7x7 pixels")
-        outputs = {name: method(blurred) for name, method in methods.items()}
-        scores = {name: score(output, sharp) for name, output in outputs.items()}
-        if config.save_images:
-            save_picture(Image.fromarray(outputs["student"]), config.output_dir / f"{pair.key}.png")
-            if pair.category not in {row["category"] for row in rows}:  # the first of each category
-                outputs = {"blurred": outputs.pop("input"), **outputs, "sharp": sharp}
-                file = config.output_dir / "side_by_side" / f"{pair.category}.png"
-                save_picture(side_by_side(outputs), file)
-        row = {"picture": pair.key, "category": pair.category}
-        row |= {f"{name}_psnr": psnr for name, (psnr, _) in scores.items()}
-        rows.append(row | {f"{name}_ssim": ssim for name, (_, ssim) in scores.items()})
+    tables, rows = {}, []
+    for protocol, pairs in data.items():
+        scored = score_pairs(config, pairs, methods, config.output_dir / protocol)
+        rows += [{"protocol": protocol} | row if protocol else row for row in scored]
+        averages = average_scores(scored, list(methods))
+        print(f"{protocol or 'PSNR / SSIM':<12}" + "".join(f"{method:>18}" for method in methods))
+        for category, means in averages.items():
+            print(f"{category:<12}" + "".join(f"{means[m][0]:>9.2f} / {means[m][1]:.4f}" for m in methods))
+        tables[protocol] = averages | {"images": len(scored)}
     config.output_dir.mkdir(parents=True, exist_ok=True)
     write_csv(config.output_dir / "scores.csv", rows)
-    averages = average_scores(rows, list(methods))
-    print(f"{'PSNR / SSIM':<12}" + "".join(f"{method:>18}" for method in methods))
-    for category, means in averages.items():
-        print(f"{category:<12}" + "".join(f"{means[m][0]:>9.2f} / {means[m][1]:.4f}" for m in methods))
     if config.json:
-        config.json.write_text(json.dumps(averages | {"images": len(rows)}, indent=1) + "\n")
+        config.json.write_text(json.dumps(tables.get("", tables), indent=1) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------

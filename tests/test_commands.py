@@ -31,7 +31,7 @@ def test_eval_scores_and_pictures(tmp_path, data_root, student_file, tiny_teache
     assert [row["picture"] for row in rows] == [pair.key for pair in pairs]
     assert float(rows[3]["student_psnr"]) == pytest.approx(saved[3][0])
     assert {"teacher_psnr", "teacher_ssim"} <= rows[0].keys()
-    assert Image.open(tmp_path / "out/side_by_side/photo.png").size == (4 * 100 - 4, 96 + 24)
+    assert Image.open(tmp_path / "out/side_by_side/photo.png").size == (4 * 100 - 4, 24 + 96 + 4 + 96)
     assert f"{scores['all']['student'][0]:.2f}" in capsys.readouterr().out
 
 
@@ -45,6 +45,43 @@ def test_eval_resize_is_the_reports_protocol(tmp_path, data_root, student_file):
     ]
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["all"]["input"] == pytest.approx(np.mean(expected, 0).tolist())
+
+
+def test_eval_degrades_sharp_pictures_by_protocol(tmp_path, sharp_folder, student_file, capsys):
+    (tmp_path / "test").symlink_to(sharp_folder)
+    command = ["eval", "--data-root", str(tmp_path), "--checkpoint", str(student_file), "--output-dir", str(tmp_path)]
+    assert kd.main([*command, "--protocol", "x3", "sharp", "--json", str(tmp_path / "scores.json")]) == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert list(scores) == ["x3", "sharp"]
+    expected = []
+    for path in sorted(sharp_folder.rglob("*.png")):
+        sharp = Image.open(path)
+        blurred = sharp.resize((32, 32), Image.BICUBIC).resize((96, 96), Image.BICUBIC)
+        expected.append(kd.score(np.array(blurred), np.array(sharp)))
+    assert scores["x3"]["all"]["input"] == pytest.approx(np.mean(expected, 0).tolist())
+    assert scores["sharp"]["all"]["input"] == [float("inf"), 1.0]
+    assert 10 < scores["sharp"]["all"]["student"][0] < 60
+    with (tmp_path / "scores.csv").open(newline="") as file:
+        assert [row["protocol"] for row in csv.DictReader(file)] == ["x3"] * 8 + ["sharp"] * 8
+    assert "sharp" in capsys.readouterr().out
+
+
+def test_an_equal_picture_does_not_make_the_mean_infinite():
+    assert kd.mean_psnr([30.0, 20.0]) == 25.0
+    assert kd.mean_psnr([float("inf"), 20.0]) == pytest.approx(10 * np.log10(2 / 0.01))
+    assert kd.mean_psnr([float("inf")] * 2) == float("inf")
+
+
+def test_the_sheet_magnifies_what_changed_most():
+    blurred = np.full((100, 120, 3), 90, np.uint8)
+    sharp = blurred.copy()
+    sharp[50:60, 96:106] = 250  # inside the block that starts at row 48, column 48 or 96
+    sheet = np.array(kd.side_by_side({"blurred": blurred, "sharp": sharp}, detail=24))
+    assert sheet.shape == (24 + 100 + 4 + 120, 2 * 124 - 4, 3)
+    assert (sheet[128:, :120] == 90).all()
+    magnified = sheet[128:, 124:]
+    assert (magnified == 250).all(2).sum() == 50 * 50  # ten pixels at five to one
+    assert (magnified[10:60, 0:50] == 250).all()
 
 
 def test_fps_rows(tmp_path, student_file, capsys):

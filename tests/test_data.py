@@ -1,5 +1,7 @@
 """Pairs, transforms, the xS protocol and the held-out part."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -122,12 +124,14 @@ def test_crops_share_their_geometry_and_are_drawn_by_seed_epoch_and_index(data_r
     pairs = [kd.Pair(p.key, p.sharp, p.sharp) for p in kd.find_pairs(data_root / "train")]
     same = kd.GoProSharpeningDataset(pairs, 32, blur_probability=0.0, seed=5)
     for epoch in range(3):
-        blurred, sharp = same[(epoch, 1)]
+        blurred, sharp = same[(epoch, 1)].values()
         assert blurred.shape == (3, 32, 32)
         assert torch.equal(blurred, sharp)
-    assert torch.equal(same[(2, 1)][0], kd.GoProSharpeningDataset(pairs, 32, 0.0, seed=5, cache=True)[(2, 1)][0])
-    assert not torch.equal(same[(2, 1)][0], same[(1, 1)][0])
-    assert not torch.equal(same[(2, 1)][0], kd.GoProSharpeningDataset(pairs, 32, 0.0, seed=6)[(2, 1)][0])
+    assert torch.equal(
+        same[(2, 1)]["sharp"], kd.GoProSharpeningDataset(pairs, 32, 0.0, seed=5, cache=True)[(2, 1)]["sharp"]
+    )
+    assert not torch.equal(same[(2, 1)]["sharp"], same[(1, 1)]["sharp"])
+    assert not torch.equal(same[(2, 1)]["sharp"], kd.GoProSharpeningDataset(pairs, 32, 0.0, seed=6)[(2, 1)]["sharp"])
 
 
 def test_blur_touches_the_blurred_side_only(data_root):
@@ -136,25 +140,75 @@ def test_blur_touches_the_blurred_side_only(data_root):
     never = kd.GoProSharpeningDataset(pairs, 64, blur_probability=0.0)
     differences = []
     for index in range(len(pairs)):
-        (blurred, sharp), (_, untouched) = always[(0, index)], never[(0, index)]
+        (blurred, sharp), untouched = always[(0, index)].values(), never[(0, index)]["sharp"]
         assert torch.equal(sharp, untouched)
         assert blurred.std() <= sharp.std() + 1e-6
         differences.append((blurred - sharp).abs().max())
     assert max(differences) > 0.05
 
 
-def test_small_images_are_enlarged_and_large_ones_cropped(tmp_path):
-    save(tmp_path / "blurred/a.png", (24, 16))
-    save(tmp_path / "sharp/a.png", (24, 16))
-    dataset = kd.GoProSharpeningDataset(kd.find_pairs(tmp_path), 48, blur_probability=0.0)
-    images = [np.arange(16 * 24 * 3, dtype=np.uint8).reshape(16, 24, 3)] * 2
-    first, second = dataset.random_crop(images, np.random.default_rng(0))
-    assert first.shape == (48, 48, 3)  # 24x16 grew to 72x48, keeping its proportions
-    assert np.array_equal(first, second)
-    dataset.image_size = 8
-    (crop, _) = dataset.random_crop(images, np.random.default_rng(0))
-    places = [(y, x) for y in range(9) for x in range(17) if np.array_equal(images[0][y : y + 8, x : x + 8], crop)]
-    assert len(places) == 1
+def test_small_images_are_enlarged_and_large_ones_cropped_at_even_pixels(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)
+    for side in ("blurred", "sharp"):
+        (tmp_path / side).mkdir()
+        Image.fromarray(pixels).save(tmp_path / side / "a.png")
+    pairs = kd.find_pairs(tmp_path)
+    dataset = kd.GoProSharpeningDataset(pairs, 48, blur_probability=0.0)
+    assert dataset.images(0)[0].shape == (48, 72, 3)  # keeping its proportions
+    assert all(image.shape == (3, 48, 48) for image in dataset[(0, 0)].values())
+    dataset = kd.GoProSharpeningDataset(pairs, 8, blur_probability=0.0)
+    starts = set()
+    for epoch in range(30):
+        crop = (dataset[(epoch, 0)]["sharp"] * 255).round().permute(1, 2, 0).numpy()
+        either = (crop, crop[:, ::-1])
+        places = [(y, x) for y in range(9) for x in range(17) for c in either if (pixels[y:, x:][:8, :8] == c).all()]
+        assert len(places) == 1
+        starts |= set(places)
+    assert len(starts) > 15
+    assert all(y % 2 == x % 2 == 0 for y, x in starts)
+
+
+def test_mixed_crops_come_from_the_sharp_picture_alone(data_root, sharp_folder):
+    pairs = kd.find_sharp(data_root / "train")
+    assert [p.key for p in pairs] == [p.key for p in kd.find_sharp(sharp_folder)]
+    assert all(p.blurred is None for p in pairs)
+    dataset = kd.GoProSharpeningDataset(pairs, 64, seed=1, mixed=True)
+    crops = [dataset[(epoch, 0)] for epoch in range(60)]
+    differences = [float((c["blurred"] - c["sharp"]).abs().mean()) for c in crops]
+    assert 1 <= differences.count(0.0) <= 15  # 8 % untouched
+    assert len(set(differences)) > 40
+    again = kd.GoProSharpeningDataset(pairs, 64, seed=1, mixed=True, cache=True)[(7, 0)]
+    assert all(torch.equal(again[name], crops[7][name]) for name in again)
+
+
+def test_the_mixture_holds_what_it_promises():
+    rng = np.random.default_rng(0)
+    drawn = [kd.Degradation.draw(rng) for _ in range(4000)]
+    shares = {
+        "untouched": [d == kd.Degradation(1) for d in drawn],
+        "twice": [d.scale == 2 for d in drawn],
+        "jpeg": [d.quality > 0 for d in drawn],
+    }
+    assert {name: round(float(np.mean(flags)), 1) for name, flags in shares.items()} == {
+        "untouched": 0.1, "twice": 0.5, "jpeg": 0.2,
+    }  # fmt: skip
+    others = [d.scale for d in drawn if d.scale not in (1, 2)]
+    assert 1.5 <= min(others) < 1.6
+    assert 3.9 < max(others) <= 4
+    assert {d.quality for d in drawn} == {0, *range(30, 96)}
+    assert {d.early for d in drawn if d.quality} == {True, False}
+
+
+def test_jpeg_before_and_after_enlarging(photographs):
+    sharp = kd.even_sized(photographs["coffee"].crop((0, 0, 80, 64)))
+    file = io.BytesIO()
+    sharp.resize((40, 32), Image.BICUBIC).save(file, "JPEG", quality=40)
+    early = Image.open(file).convert("RGB").resize((80, 64), Image.BICUBIC)
+    assert np.array_equal(kd.Degradation(2, quality=40, early=True)(sharp), early)
+    file = io.BytesIO()
+    kd.PROTOCOLS["x2"](sharp).save(file, "JPEG", quality=50)
+    assert np.array_equal(kd.PROTOCOLS["x2-jpeg50"](sharp), Image.open(file).convert("RGB"))
+    assert np.array_equal(kd.PROTOCOLS["sharp"](sharp), sharp)
 
 
 def test_hold_out_keeps_sequences_whole():

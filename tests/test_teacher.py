@@ -66,7 +66,8 @@ def test_weights_that_do_not_fit_say_what_to_do(tmp_path, tiny_restormer):
 def test_any_size_and_the_features_of_the_named_layers(tiny_teacher, size):
     teacher = kd.RestormerTeacherWrapper(kd.load_restormer(tiny_teacher), WIDTHS)
     picture = torch.rand(2, 3, *size)
-    output, features = teacher(picture, features=True)
+    output = teacher(picture)
+    features = teacher.project(teacher.tapped)
     assert output.shape == picture.shape
     rows, columns = (-(-side // 8) * 8 for side in size)
     assert features["e2"].shape == (2, 5, rows // 2, columns // 2)
@@ -90,7 +91,8 @@ def test_teacher_is_frozen_and_projections_train(tiny_teacher):
     before = {name: p.clone() for name, p in teacher.named_parameters()}
     trainable = {name for name, p in teacher.named_parameters() if p.requires_grad}
     assert trainable == {f"proj_{tap}.{part}" for tap in WIDTHS for part in ("weight", "bias")}
-    output, features = teacher(torch.rand(1, 3, 16, 16, requires_grad=True), features=True)
+    output = teacher(torch.rand(1, 3, 16, 16, requires_grad=True))
+    features = teacher.project(teacher.tapped)
     assert not output.requires_grad
     optimiser = torch.optim.Adam([p for p in teacher.parameters() if p.requires_grad], 0.1)
     sum(f.square().mean() for f in features.values()).backward()
@@ -104,3 +106,87 @@ def test_a_missing_tap_is_an_error(tiny_teacher):
     del restormer.latent
     with pytest.raises(AttributeError, match="latent"):
         kd.RestormerTeacherWrapper(restormer, WIDTHS)
+
+
+def losses(teacher, batch) -> dict[str, float]:
+    """Every teacher term of a fresh student on one batch."""
+    torch.manual_seed(3)
+    student = kd.StudentUNet(stem_stride=2, widths=(4, 5, 6, 6, 7))
+    terms = kd.DistillationLoss({"reconstruction": 1.0, "feature": 1.0, "kl": 1.0, "output": 1.0})
+    objective = kd.Distillation(student, teacher, terms)
+    return {name: term.item() for name, term in objective(batch, FLOAT32).items()}
+
+
+FLOAT32 = torch.autocast("cpu", enabled=False)
+
+
+@pytest.fixture
+def cached(tmp_path, data_root, tiny_teacher):
+    """(teacher, dataset, a function that makes their cache), for crops as large as the pictures."""
+    pairs = kd.find_sharp(data_root / "train")[:2]
+    torch.manual_seed(0)
+    teacher = kd.RestormerTeacherWrapper(kd.load_restormer(tiny_teacher), {"e2": 5, "e4": 6, "b": 7})
+    dataset = kd.GoProSharpeningDataset(pairs, 96, seed=4, mixed=True)
+    return teacher, dataset, lambda: kd.TeacherCache(tmp_path / "cache", dataset, teacher, 2, FLOAT32)
+
+
+def test_the_cache_gives_the_losses_of_the_online_teacher(cached):
+    teacher, _, make = cached
+    cache = make()
+    for epoch in range(3):
+        batch = {name: tensor[None] for name, tensor in cache[(epoch, 1)].items()}
+        assert batch["e2"].shape == (1, 16, 48, 48)
+        online = losses(teacher, {name: batch[name] for name in ("blurred", "sharp")})
+        assert losses(teacher, batch) == pytest.approx(online, rel=1e-2)
+        assert all(value > 0 for value in online.values())
+
+
+def test_cached_crops_are_windows_of_the_whole_picture(cached):
+    _, dataset, make = cached
+    cache = make()
+    dataset.image_size = 32
+    starts, variants = set(), set()
+    for epoch in range(40):
+        crop = cache[(epoch, 0)]
+        for variant in range(2):
+            maps = torch.load(cache.file(0, variant), weights_only=True)
+            for top in range(0, 65, 8):
+                for left in range(0, 65, 8):
+                    if torch.equal(maps["blurred"][top:, left:][:32, :32].permute(2, 0, 1).float(), crop["blurred"]):
+                        window = maps["b"][top // 8 :, left // 8 :][:4, :4]
+                        assert torch.equal(window.permute(2, 0, 1).float(), crop["b"])
+                        starts.add((top, left))
+                        variants.add(variant)
+    assert len(starts) > 15
+    assert variants == {0, 1}
+
+
+def test_a_stale_cache_is_refused(cached):
+    teacher, dataset, make = cached
+    first = make()[(0, 0)]
+    assert torch.equal(make()[(0, 0)]["b"], first["b"])
+    with torch.no_grad():
+        weight = next(teacher.restormer.parameters())
+        weight += 1e-3
+    with pytest.raises(kd.UserError, match="another teacher's"):
+        make()
+    with torch.no_grad():
+        weight -= 1e-3
+    dataset.pairs = dataset.pairs[::-1]
+    with pytest.raises(kd.UserError, match="remove it or name another"):
+        make()
+
+
+def test_training_reads_the_cache(data_root, tiny_teacher, tmp_path):
+    command = [
+        *("train", "--data-root", str(data_root), "--run-dir", str(tmp_path / "run"), "--max-steps", "2"),
+        *("--teacher-weights", str(tiny_teacher), "--teacher-cache", str(tmp_path / "cache"), "--stem-stride", "2"),
+        *("--widths", "4", "4", "4", "4", "4", "--image-size", "32", "--lambda-perceptual", "0", "--workers", "0"),
+    ]
+    assert kd.main([*command, "--degradation", "mixed"]) == 0
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+    assert len(files) == 4 * 7 + 1  # four variants of the seven pictures that are not held out, and the key
+    assert kd.main([*command, "--degradation", "mixed", "--overwrite"]) == 0
+    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+    assert kd.main([*command, "--overwrite"]) == 2
+    assert kd.main([*command, "--overwrite", "--lambda-feature", "0", "--lambda-kl", "0"]) == 2

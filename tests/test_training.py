@@ -91,16 +91,16 @@ def test_accumulated_gradient_is_the_mean_over_the_group(data_root, tmp_path):
     loss = kd.DistillationLoss({"reconstruction": 1.0, "ssim": 10.0})
     run = kd.Fit(config, kd.Distillation(student, None, loss), student.config, pairs, kd.FrameSharpener)
     items = [item for batch in run.order for item in batch]
-    batches = iter([[t[None] for t in run.dataset[item]] for item in items])
+    examples = [{name: image[None] for name, image in run.dataset[item].items()} for item in items]
+    batches = iter(examples)
     seen = []
     run.optimiser.step = lambda: seen.append(student.output.weight.grad.clone())
     for _ in range(2):
         run.optimise(batches)
     expected = []
-    for item in items:
+    for example in examples:
         student.zero_grad()
-        blurred, sharp = (t[None] for t in run.dataset[item])
-        output = student(blurred)
+        output, sharp = student(example["blurred"]), example["sharp"]
         ((output - sharp).abs().mean() + 10 * (1 - kd.ssim(output, sharp))).backward()
         expected.append(student.output.weight.grad.clone())
     assert torch.allclose(seen[0], (expected[0] + expected[1]) / 2, atol=1e-5)
