@@ -52,7 +52,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
-from Restormer.basicsr.models.archs.restormer_arch import Restormer, restormer_dimensions
+from Restormer.basicsr.models.archs.restormer_arch import StemmedRestormer, restormer_dimensions
 
 HERE = Path(__file__).resolve().parent
 DATASET = HERE / "GoPro_dataset"
@@ -219,6 +219,11 @@ def pick_device(config: DeviceConfig) -> torch.device:
     return torch.device(name)
 
 
+def process_rank() -> tuple[int, int]:
+    """(rank, processes): torchrun's, or (0, 1)."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 # ---------------------------------------------------------------------------------------------------
 # Pictures and datasets
 
@@ -370,37 +375,41 @@ def pair_side_and_key(relative: Path) -> tuple[str, str] | None:
     return None
 
 
-def picture_size(path: Path) -> tuple[int, int] | None:
-    """(width, height) from the header alone; None if Pillow does not know the file."""
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except READABLE:
-        return None
+def size_problems(pair: Pair) -> list[str]:
+    """What is wrong with a pair's files, read from their headers alone."""
+    problems, sizes = [], set()
+    for path in (pair.blurred, pair.sharp):
+        try:
+            with Image.open(path) as image:
+                sizes.add(image.size)
+        except READABLE:
+            problems.append(f"{path} is unreadable")
+    return problems + [f"{pair.blurred} has another size than {pair.sharp}"] * (len(sizes) == 2)
 
 
-def find_pairs(split_dir: Path) -> list[Pair]:
-    """The pairs below a split's folder, sorted by key; a folder of sharp pictures alone gives pairs to degrade.
+def find_pairs(split_dir: Path, protocol: str = "") -> list[Pair]:
+    """The pairs below a split's folder, sorted by key; with a `protocol`, sharp pictures to be degraded by it.
 
-    UserError if there are none, and for what would otherwise be dropped: files without a partner, pairs of
-    unequal size, unreadable files, two files for one side of a pair.
+    The sharp pictures are those of the pairs, or, in a folder that knows no sides, all. UserError if there is
+    nothing, and for what would otherwise be dropped: files without a partner, pairs of unequal size, unreadable
+    files, two files for one side of a pair.
     """
     sides: dict[str, dict[str, Path]] = {"blurred": {}, "sharp": {}}
-    problems = []
-    pictures = list_pictures(split_dir)
+    problems, pictures = [], list_pictures(split_dir)
     for path in pictures:
         side, key = pair_side_and_key(path.relative_to(split_dir)) or (None, None)
         if side and sides[side].setdefault(key, path) != path:
             problems.append(f"{path} and {sides[side][key]} are the {side} side of one pair")
     blurred, sharp = sides["blurred"], sides["sharp"]
-    problems += [f"{blurred[key]} has no sharp partner" for key in sorted(blurred.keys() - sharp.keys())]
-    problems += [f"{sharp[key]} has no blurred partner" for key in sorted(sharp.keys() - blurred.keys())]
-    pairs = [Pair(key, sharp[key], blurred[key]) for key in sorted(sharp.keys() & blurred.keys())]
-    for pair in pairs:
-        sizes = {path: picture_size(path) for path in (pair.blurred, pair.sharp)}
-        problems += [f"{path} is unreadable" for path, size in sizes.items() if size is None]
-        if len({size for size in sizes.values() if size}) == 2:
-            problems.append(f"{pair.blurred} has another size than {pair.sharp}")
+    if protocol:
+        if not blurred and not sharp:
+            sharp = {path.relative_to(split_dir).with_suffix("").as_posix(): path for path in pictures}
+        pairs = [Pair(key, path, degradation=PROTOCOLS[protocol]) for key, path in sorted(sharp.items())]
+    else:
+        problems += [f"{blurred[key]} has no sharp partner" for key in sorted(blurred.keys() - sharp.keys())]
+        problems += [f"{sharp[key]} has no blurred partner" for key in sorted(sharp.keys() - blurred.keys())]
+        pairs = [Pair(key, sharp[key], blurred[key]) for key in sorted(sharp.keys() & blurred.keys())]
+        problems += [problem for pair in pairs for problem in size_problems(pair)]
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise UserError("; ".join(problems[:5]) + more + ". Mend or remove them.")
@@ -410,21 +419,6 @@ def find_pairs(split_dir: Path) -> list[Pair]:
             f"prepare FOLDER --split {split_dir.name}`, or see README.md for GoPro"
         )
     return pairs
-
-
-def find_sharp(split_dir: Path, protocol: str = "x2") -> list[Pair]:
-    """The sharp pictures below a split's folder, each to be degraded when it is read; UserError if there are none.
-
-    The sharp sides of pairs, or, in a folder that knows no sides, every picture.
-    """
-    pictures = list_pictures(split_dir)
-    named = [(path, pair_side_and_key(path.relative_to(split_dir))) for path in pictures]
-    sharp = {key_of_side[1]: path for path, key_of_side in named if key_of_side and key_of_side[0] == "sharp"}
-    if not any(key_of_side for _, key_of_side in named):
-        sharp = {path.relative_to(split_dir).with_suffix("").as_posix(): path for path in pictures}
-    if not sharp:
-        raise UserError(f"{split_dir}: no sharp pictures; put some there, or see README.md for GoPro")
-    return [Pair(key, path, degradation=PROTOCOLS[protocol]) for key, path in sorted(sharp.items())]
 
 
 # Photographs and pages that scikit-image carries in its wheel (its data/README.txt names their sources).
@@ -583,22 +577,6 @@ def read_checkpoint(path: Path, remedy: str) -> dict:
     return content
 
 
-class StemmedRestormer(Restormer):
-    """A Restormer that sees the picture folded to 1/r of its size, as the student does.
-
-    r follows from its input channels, 3 r^2; with 3 it is the published network. At r = 2 a compact one trains
-    three times as fast: on a CPU its full-resolution layers wait for memory.
-    """
-
-    @property
-    def stem_stride(self) -> int:
-        return math.isqrt(self.patch_embed.proj.in_channels // 3)
-
-    def forward(self, image: Tensor) -> Tensor:
-        folded = super().forward(F.pixel_unshuffle(image, self.stem_stride))
-        return F.pixel_shuffle(folded, self.stem_stride)
-
-
 def load_restormer(weights: Path | None) -> StemmedRestormer:
     """A Restormer of whatever size the weight file holds; the official one by default.
 
@@ -669,20 +647,6 @@ class RestormerTeacherWrapper(nn.Module):
         return {name: self.get_submodule(f"proj_{name}")(tapped[name].float()) for name in self.TAPS}
 
 
-def fingerprint(*parts: object) -> str:
-    """A SHA-256 of state dicts by their tensors, of files by their content, of anything else by its repr."""
-    digest = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, Path):
-            digest.update(part.read_bytes())
-        elif isinstance(part, dict):
-            for name, tensor in part.items():
-                digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-        else:
-            digest.update(repr(part).encode())
-    return digest.hexdigest()
-
-
 class TeacherCache(Dataset):
     """Crops like `GoProSharpeningDataset`'s, with what the teacher made of the whole picture.
 
@@ -701,24 +665,29 @@ class TeacherCache(Dataset):
             raise UserError(
                 f"--image-size {dataset.image_size}: this teacher's cache needs a multiple of {self.alignment}"
             )
-        files = [path for pair in dataset.pairs for path in (pair.sharp, pair.blurred) if path]
         settings = (variants, dataset.image_size, dataset.mixed, dataset.blur_probability, dataset.seed)
-        key, stamp = fingerprint(teacher.restormer.state_dict(), settings, *files), folder / "key"
-        if not stamp.exists():  # it is written last
+        digest = hashlib.sha256(repr(settings).encode())
+        for tensor in teacher.restormer.state_dict().values():
+            digest.update(tensor.cpu().numpy().tobytes())
+        for path in (path for pair in dataset.pairs for path in (pair.sharp, pair.blurred) if path):
+            digest.update(path.read_bytes())
+        stamp = folder / "key"
+        if not stamp.exists():  # it is written when all files are
             self.build(teacher, autocast)
-            stamp.write_text(key)
-        elif stamp.read_text() != key:
+            stamp.write_text(digest.hexdigest())
+        elif stamp.read_text() != digest.hexdigest():
             reason = "holds another teacher's results, or other pictures' or settings'"
             raise UserError(f"--teacher-cache {folder}: {reason}; remove it or name another folder")
 
     def file(self, index: int, variant: int) -> Path:
         return self.folder / f"{index:06}_{variant}.pt"
 
-    @torch.no_grad()
     def build(self, teacher: RestormerTeacherWrapper, autocast: torch.autocast) -> None:
+        """Write every file; processes that train together share them out."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        device = next(teacher.parameters()).device
-        for index, variant in tqdm(list(itertools.product(range(len(self)), range(self.variants))), "teacher cache"):
+        device, (rank, processes) = next(teacher.parameters()).device, process_rank()
+        places = list(itertools.product(range(len(self)), range(self.variants)))[rank::processes]
+        for index, variant in tqdm(places, "teacher cache", disable=rank > 0):
             rng = np.random.default_rng((self.dataset.seed, variant, index))
             example = self.dataset.example(self.dataset.images(index), rng)
             example = {name: pad_to_multiple(image[None].to(device), self.alignment) for name, image in example.items()}
@@ -726,6 +695,8 @@ class TeacherCache(Dataset):
                 example |= {"output": teacher(example["blurred"])} | teacher.tapped
             example = {name: t[0].permute(1, 2, 0).half().contiguous().cpu() for name, t in example.items()}
             save_atomically(example, self.file(index, variant))
+        if processes > 1:
+            dist.barrier()
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -773,8 +744,13 @@ class Stage(nn.Module):
         self.se = SEBlock(channels)
 
     def forward(self, x: Tensor, gate: Tensor | None) -> Tensor:
-        x = F.relu(self.conv2(F.relu(self.conv1(x))))
-        return x * (self.se(x) if gate is None else gate)
+        x = F.relu_(self.conv1(x))
+        if gate is None:
+            x = F.relu_(self.conv2(x))
+            return x * self.se(x)
+        # A gate is positive, so it passes through ReLU into the weights, where it costs nothing.
+        gate = gate.flatten()
+        return F.relu_(F.conv2d(x, self.conv2.weight * gate.view(-1, 1, 1, 1), self.conv2.bias * gate, padding=1))
 
 
 class StudentUNet(nn.Module):
@@ -1272,16 +1248,13 @@ def deferred_interrupts() -> Iterator[list[int]]:
     received: list[int] = []
 
     def note(number: int, frame: types.FrameType | None) -> None:
-        if received:
-            raise KeyboardInterrupt
         received.append(number)
+        signal.signal(number, before[number])
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    yield received
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def ignore_interrupts(worker: int) -> None:
@@ -1308,16 +1281,15 @@ def check_fit(config: FitConfig) -> None:
         raise UserError(f"{config.run_dir} holds a run already: add --resume or --overwrite, or name another --run-dir")
 
 
-def start_process(config: FitConfig) -> tuple[torch.device, int, int]:
-    """(device, rank, processes); under torchrun, after joining the process group."""
-    device = pick_device(config)
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+def start_process(config: FitConfig) -> torch.device:
+    """The device; under torchrun, after joining the process group."""
+    device, (_, processes) = pick_device(config), process_rank()
     if processes > 1:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device, rank, processes
+    return device
 
 
 class Fit:
@@ -1327,7 +1299,7 @@ class Fit:
         self, config: FitConfig, objective: Distillation, network_config: dict,
         pairs: list[Pair], frame_function: Callable[[nn.Module, torch.device], FrameFunction],
     ) -> None:  # fmt: skip
-        self.device, self.rank, processes = start_process(config)
+        self.device, (self.rank, processes) = start_process(config), process_rank()
         self.config, self.network_config, self.frame_function = config, network_config, frame_function
         training, held_out = hold_out(pairs, config.validation_fraction, config.seed)
         self.held_out = [pair.load() for pair in held_out]
@@ -1340,7 +1312,10 @@ class Fit:
         low = config.precision == "bf16" or (config.precision == "auto" and self.device.type == "cuda")
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=low)
         if getattr(config, "teacher_cache", None):
-            self.dataset = self.cached_teacher(config)
+            if not objective.teacher:
+                raise UserError("--teacher-cache: every teacher term has weight 0")
+            variants, teacher = config.cache_variants, self.objective.teacher
+            self.dataset = TeacherCache(config.teacher_cache, self.dataset, teacher, variants, self.autocast)
         self.ema = copy.deepcopy(objective.network).eval().requires_grad_(False)
         self.trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         self.optimiser = torch.optim.Adam(list(self.trained.values()), config.learning_rate)
@@ -1352,18 +1327,6 @@ class Fit:
             self.load_last()
         self.order.first_step = self.step
         self.parallel = nn.parallel.DistributedDataParallel(self.objective) if processes > 1 else self.objective
-
-    def cached_teacher(self, config: TrainConfig) -> TeacherCache:
-        """The cache, built by the first process while the others wait."""
-        if not self.objective.teacher:
-            raise UserError("--teacher-cache: every teacher term has weight 0")
-        arguments = (config.teacher_cache, self.dataset, self.objective.teacher, config.cache_variants, self.autocast)
-        if self.rank:
-            dist.barrier()
-        cache = TeacherCache(*arguments)
-        if dist.is_initialized() and not self.rank:
-            dist.barrier()
-        return cache
 
     def load_last(self) -> None:
         path = self.config.run_dir / "last.pth"
@@ -1474,8 +1437,7 @@ class Fit:
 
 
 def training_pairs(config: FitConfig) -> list[Pair]:
-    find = find_sharp if config.degradation == "mixed" else find_pairs
-    return find(config.data_root / "train")
+    return find_pairs(config.data_root / "train", "x2" if config.degradation == "mixed" else "")
 
 
 def train_teacher(config: TeacherConfig) -> None:
@@ -1726,7 +1688,7 @@ def score_pairs(
 def evaluate(config: EvalConfig) -> None:
     """The `eval` command: a table on the terminal, scores.csv, and on request JSON and pictures."""
     split = config.data_root / config.split
-    data = {name: find_sharp(split, name) for name in config.protocol} or {"": find_pairs(split)}
+    data = {name: find_pairs(split, name) for name in config.protocol or ("",)}
     device = pick_device(config)
     student, _ = load_student(config.checkpoint)
     methods: dict[str, FrameFunction] = {"input": lambda frame: frame}

@@ -43,9 +43,9 @@ def data_root(tmp_path_factory, sharp_folder) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_restormer() -> kd.Restormer:
+def tiny_restormer() -> kd.StemmedRestormer:
     torch.manual_seed(0)
-    return kd.Restormer(dim=8, num_blocks=(1, 1, 1, 1), num_refinement_blocks=1, heads=(1, 1, 2, 2))
+    return kd.StemmedRestormer(dim=8, num_blocks=(1, 1, 1, 1), num_refinement_blocks=1, heads=(1, 1, 2, 2))
 
 
 @pytest.fixture(scope="session")

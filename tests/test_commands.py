@@ -88,10 +88,7 @@ def test_fps_rows(tmp_path, student_file, capsys):
     command = ["fps", "--checkpoint", str(student_file), "--frames", "2", "--warmup", "1"]
     assert kd.main([*command, "--json", str(tmp_path / "fps.json")]) == 0
     rows = json.loads((tmp_path / "fps.json").read_text())["rows"]
-    assert [(row["height"], row["width"], row["tiled"]) for row in rows] == [
-        (512, 512, False),
-        (1080, 1920, True),
-    ]
+    assert [(row["height"], row["width"], row["tiled"]) for row in rows] == [(512, 512, False), (1080, 1920, True)]
     for row in rows:
         assert set(row) == {
             *("checkpoint", "backend", "precision", "device", "threads", "height", "width", "tiled"),

@@ -169,8 +169,8 @@ def test_small_images_are_enlarged_and_large_ones_cropped_at_even_pixels(tmp_pat
 
 
 def test_mixed_crops_come_from_the_sharp_picture_alone(data_root, sharp_folder):
-    pairs = kd.find_sharp(data_root / "train")
-    assert [p.key for p in pairs] == [p.key for p in kd.find_sharp(sharp_folder)]
+    pairs = kd.find_pairs(data_root / "train", "x2")
+    assert [p.key for p in pairs] == [p.key for p in kd.find_pairs(sharp_folder, "x2")]
     assert all(p.blurred is None for p in pairs)
     dataset = kd.GoProSharpeningDataset(pairs, 64, seed=1, mixed=True)
     crops = [dataset[(epoch, 0)] for epoch in range(60)]

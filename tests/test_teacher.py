@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import sharpen_kd as kd
+from Restormer.basicsr.models.archs.restormer_arch import Restormer
 
 WIDTHS = {"e2": 5, "e4": 6, "b": 7}
 
@@ -20,7 +21,7 @@ WIDTHS = {"e2": 5, "e4": 6, "b": 7}
 )
 def test_dimensions_are_read_from_the_weights(tmp_path, options):
     torch.manual_seed(0)
-    network = kd.Restormer(**options).eval()
+    network = Restormer(**options).eval()
     torch.save({"params": network.state_dict()}, tmp_path / "weights.pth")
     loaded = kd.load_restormer(tmp_path / "weights.pth")
     picture = torch.rand(1, 3, 16, 16)
@@ -30,7 +31,7 @@ def test_dimensions_are_read_from_the_weights(tmp_path, options):
 
 def test_a_stem_folds_the_picture_for_an_unchanged_restormer(tmp_path):
     torch.manual_seed(0)
-    inner = kd.Restormer(12, 12, dim=8, num_blocks=(1,) * 4, num_refinement_blocks=1, heads=(1, 1, 1, 1)).eval()
+    inner = Restormer(12, 12, dim=8, num_blocks=(1,) * 4, num_refinement_blocks=1, heads=(1, 1, 1, 1)).eval()
     torch.save(inner.state_dict(), tmp_path / "folded.pth")
     restormer = kd.load_restormer(tmp_path / "folded.pth")
     picture = torch.rand(1, 3, 32, 48)
@@ -57,7 +58,7 @@ def test_weights_that_do_not_fit_say_what_to_do(tmp_path, tiny_restormer):
         torch.save(content, tmp_path / name)
         with pytest.raises(kd.UserError, match=f"{name}: not the weights of a Restormer"):
             kd.load_restormer(tmp_path / name)
-    torch.save(kd.Restormer(dim=8, num_blocks=(1,) * 4, inp_channels=6, dual_pixel_task=True).state_dict(), missing)
+    torch.save(Restormer(dim=8, num_blocks=(1,) * 4, inp_channels=6, dual_pixel_task=True).state_dict(), missing)
     with pytest.raises(kd.UserError, match="does not map RGB to RGB"):
         kd.load_restormer(missing)
 
@@ -123,7 +124,7 @@ FLOAT32 = torch.autocast("cpu", enabled=False)
 @pytest.fixture
 def cached(tmp_path, data_root, tiny_teacher):
     """(teacher, dataset, a function that makes their cache), for crops as large as the pictures."""
-    pairs = kd.find_sharp(data_root / "train")[:2]
+    pairs = kd.find_pairs(data_root / "train", "x2")[:2]
     torch.manual_seed(0)
     teacher = kd.RestormerTeacherWrapper(kd.load_restormer(tiny_teacher), {"e2": 5, "e4": 6, "b": 7})
     dataset = kd.GoProSharpeningDataset(pairs, 96, seed=4, mixed=True)
