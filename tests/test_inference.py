@@ -14,30 +14,38 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("alignment", [32, 64])
-@pytest.mark.parametrize(("tile", "overlap"), [(512, 64), (128, 32), (100, 10), (64, 0)])
+@pytest.mark.parametrize(("tile", "overlap"), [(1024, 64), (512, 64), (128, 32), (100, 10), (64, 0)])
 def test_tiles_cover_the_frame_and_share_the_overlap(tile, overlap, alignment):
     for length in (1, 31, 64, 100, 127, 129, 513, 720, 1080, 1920):
-        size, starts = kd.plan_side(length, tile, overlap, alignment)
-        assert size % alignment == 0
-        assert all(start % alignment == 0 for start in starts)
-        assert starts[0] == 0
-        assert starts[-1] + size == -(-length // alignment) * alignment
-        assert all(a + size - b >= overlap for a, b in itertools.pairwise(starts))
-        assert all(a < b for a, b in itertools.pairwise(starts))
-    assert kd.plan_side(1080, 0, overlap, alignment) == (1088, [0])
+        side = kd.TileSide(length, tile, overlap, alignment)
+        assert side.size % alignment == 0
+        assert all(start % alignment == 0 for start in side.starts)
+        assert side.starts[0] == 0
+        assert side.starts[-1] + side.size == len(side.source) == -(-length // alignment) * alignment
+        assert all(a + side.size - b >= overlap for a, b in itertools.pairwise(side.starts))
+        assert all(a < b for a, b in itertools.pairwise(side.starts))
+        assert side.size <= max(1.5 * tile, tile + alignment) + alignment
+    whole = kd.TileSide(1080, 0, overlap, alignment)
+    assert (whole.size, whole.starts) == (1088, [0])
 
 
-def test_blending_weights_add_up_smoothly():
-    plan = kd.TilePlan((300, 200), 128, 32, 32)
-    total = torch.zeros(320, 224)
-    for top in plan.tops:
-        for left in plan.lefts:
-            window = plan.window(top, left)
-            total[top : top + plan.height, left : left + plan.width] += window
-            assert window.min() > 0
-            assert window.diff(dim=0).abs().max() < 0.06
-    assert total.min() > 0.9
-    assert plan.window(plan.tops[0], plan.lefts[0])[0, 0] == 1  # full weight at the frame's own corner
+def test_a_1080p_frame_in_tiles_is_little_more_than_the_frame():
+    rows, columns = (kd.TileSide(length, kd.TILE, kd.OVERLAP, 32) for length in (1080, 1920))
+    computed = len(rows.starts) * rows.size * len(columns.starts) * columns.size
+    assert len(rows.starts) * len(columns.starts) > 1
+    assert computed / (1080 * 1920) < 1.05
+
+
+def test_blending_weights_add_up_to_one_smoothly():
+    side = kd.TileSide(300, 128, 32, 32)
+    total = torch.zeros(320)
+    for start, window in zip(side.starts, side.windows, strict=True):
+        total[start : start + side.size] += window
+        assert window.min() >= 0
+        assert window.diff().abs().max() < 0.06
+    assert torch.allclose(total, torch.ones(320))
+    assert len(side.starts) == 3
+    assert side.windows[0][0] == 1  # full weight at the frame's own edge
 
 
 def test_tiles_of_a_local_operation_join_without_a_trace(student_file, random_frame):
@@ -52,11 +60,11 @@ def test_tiled_and_whole_agree_at_1080p(photographs):
     student, _ = kd.load_student(kd.SHIPPED_STUDENT)
     frame = np.array(photographs["coffee"].resize((1920, 1080), Image.BICUBIC))
     whole = kd.FrameSharpener(student, CPU, tile=0)(frame).astype(int)
-    tiled = kd.FrameSharpener(student, CPU, tile=512, overlap=64)(frame).astype(int)
     assert np.abs(whole - frame).mean() > 0.5  # the network does something
-    difference = np.abs(whole - tiled)
-    assert difference.max() <= 2
-    assert difference.mean() <= 0.05
+    for tile in (512, kd.TILE):
+        difference = np.abs(whole - kd.FrameSharpener(student, CPU, tile, overlap=64)(frame))
+        assert difference.max() <= 2
+        assert difference.mean() <= 0.05
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (7, 5), (64, 64), (129, 257)])
