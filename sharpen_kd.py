@@ -124,6 +124,7 @@ class FitConfig(DeviceConfig):
     validate_every: int = flag(5, "epochs between validations", at_least=1)
     precision: str = flag("auto", "auto: bf16 on CUDA, else float32", choices=("auto", "float32", "bf16"))
     workers: int = flag(2, "processes that load pictures", at_least=0)
+    balance: bool = flag(False, "show every category as often as the largest, by repeating its pictures")
     cache: bool = flag(False, "decode every picture once and keep it in memory")
     seed: int = flag(0, "seed of the initial weights, order and crops")
 
@@ -459,6 +460,15 @@ def hold_out(pairs: list[Pair], fraction: float, seed: int) -> tuple[list[Pair],
             break
         held += [pair for pair in pairs if group(pair) == groups[index]]
     return [pair for pair in pairs if pair not in held], held
+
+
+def balanced(pairs: list[Pair]) -> list[Pair]:
+    """Every category repeated to the size of the largest."""
+    groups: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        groups.setdefault(pair.category, []).append(pair)
+    largest = max(map(len, groups.values()))
+    return [pair for group in groups.values() for pair in itertools.islice(itertools.cycle(group), largest)]
 
 
 class GoProSharpeningDataset(Dataset):
@@ -1292,6 +1302,7 @@ class Fit:
         self.device, (self.rank, processes) = start_process(config), process_rank()
         self.config, self.network_config, self.frame_function = config, network_config, frame_function
         training, held_out = hold_out(pairs, config.validation_fraction, config.seed)
+        training = balanced(training) if config.balance else training
         self.held_out = [pair.load() for pair in held_out]
         mixed = config.degradation == "mixed"
         self.dataset = GoProSharpeningDataset(

@@ -224,6 +224,12 @@ def test_hold_out_keeps_sequences_whole():
     assert kd.hold_out(pairs[:1], 0.5, seed=0) == (pairs[:1], [])
 
 
+def test_balanced_categories_are_equally_large():
+    pairs = [kd.Pair(f"{name}/{i}", None) for name, count in (("a", 5), ("b", 2), ("c", 1)) for i in range(count)]
+    counts = [kd.balanced(pairs).count(pair) for pair in pairs]
+    assert counts == [1, 1, 1, 1, 1, 3, 2, 5]
+
+
 def test_embedded_pictures_come_from_the_wheel():
     pairs = kd.embedded_pairs()
     assert len(pairs) >= 10
