@@ -33,7 +33,6 @@ import signal
 import statistics
 import sys
 import time
-import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -49,6 +48,7 @@ from PIL import Image, ImageCms, ImageDraw, ImageFilter, ImageOps
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
@@ -275,9 +275,7 @@ class CustomToTensor:
     """PIL image or array of any mode to a float RGB tensor (3, H, W) in [0, 1]."""
 
     def __call__(self, image: Image.Image | np.ndarray) -> Tensor:
-        array = rgb_array(image)
-        tensor = torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)
-        return tensor.float() / 255 if array.dtype == np.uint8 else tensor
+        return TF.to_tensor(np.ascontiguousarray(rgb_array(image)))  # which divides 8-bit values by 255
 
 
 @dataclass(frozen=True)
@@ -432,9 +430,9 @@ EMBEDDED = (
 )
 
 
-def uses_embedded_sample(config: TrainConfig) -> bool:
-    """Whether `train` has no dataset: no other --data-root, and no pictures under this one."""
-    return config.data_root == DATASET and not list_pictures(config.data_root / "train")
+def uses_embedded_sample(config: FitConfig) -> bool:
+    """Whether this is `train` without a dataset: no other --data-root, and no pictures under this one."""
+    return isinstance(config, TrainConfig) and config.data_root == DATASET and not list_pictures(DATASET / "train")
 
 
 def embedded_pairs() -> list[Pair]:
@@ -448,17 +446,15 @@ def hold_out(pairs: list[Pair], fraction: float, seed: int) -> tuple[list[Pair],
 
     At least one group is held out when there are two or more and `fraction` is above 0.
     """
-
-    def group(pair: Pair) -> str:
+    groups: dict[str, list[Pair]] = {}
+    for pair in pairs:
         sequence = re.search(r"GOPR\d+_\d+_\d+", pair.key)
-        return sequence.group() if sequence else pair.key
-
-    groups = sorted({group(pair) for pair in pairs})
-    held: list[Pair] = []
-    for index in np.random.default_rng(seed).permutation(len(groups))[:-1]:
+        groups.setdefault(sequence.group() if sequence else pair.key, []).append(pair)
+    names, held = sorted(groups), []
+    for index in np.random.default_rng(seed).permutation(len(names))[:-1]:
         if len(held) >= fraction * len(pairs):
             break
-        held += [pair for pair in pairs if group(pair) == groups[index]]
+        held += groups[names[index]]
     return [pair for pair in pairs if pair not in held], held
 
 
@@ -503,11 +499,9 @@ class GoProSharpeningDataset(Dataset):
 
     def load(self, pair: Pair) -> list[np.ndarray]:
         images = [np.array(even_sized(open_picture(pair.sharp)))] if self.mixed else list(pair.load())
-        shape, grow = images[0].shape[:2], self.image_size / min(images[0].shape[:2])
-        if grow <= 1:
+        if min(images[0].shape[:2]) >= self.image_size:
             return images
-        size = tuple(round(side * grow) for side in reversed(shape))
-        return [np.array(Image.fromarray(image).resize(size, Image.BICUBIC)) for image in images]
+        return [np.array(ImageOps.cover(Image.fromarray(image), (self.image_size,) * 2)) for image in images]
 
     def example(self, images: Sequence[np.ndarray], rng: np.random.Generator) -> dict[str, Tensor]:
         """Flipped and blurred at random: {"blurred", "sharp"} of (3, H, W) each."""
@@ -553,20 +547,12 @@ def prepare(config: PrepareConfig) -> None:
 # Teacher: a frozen Restormer, its features read by forward hooks
 
 
-def reflected(length: int, padded: int) -> Tensor:
-    """Positions that extend `length` pixels to `padded` ones by reflection, as often as needed."""
-    position = torch.arange(padded) % max(2 * (length - 1), 1)
-    return torch.minimum(position, 2 * (length - 1) - position)
-
-
 def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
-    """(B, C, H, W) reflected at the right and the bottom to multiples of `multiple`."""
-    height, width = image.shape[-2:]
-    rows, columns = (math.ceil(side / multiple) * multiple for side in (height, width))
-    if (rows, columns) == (height, width):
-        return image
-    rows, columns = reflected(height, rows), reflected(width, columns)
-    return image[..., rows.to(image.device), :][..., columns.to(image.device)]
+    """(B, C, H, W) reflected at the right and the bottom to multiples of `multiple`, as often as needed."""
+    if all(side % multiple == 0 for side in image.shape[-2:]):
+        return image  # as F.pad cannot: it reflects once only
+    rows, columns = (np.pad(np.arange(side), (0, -side % multiple), "reflect") for side in image.shape[-2:])
+    return image[..., torch.tensor(rows, device=image.device), :][..., torch.tensor(columns, device=image.device)]
 
 
 def save_atomically(content: dict, path: Path) -> None:
@@ -674,9 +660,7 @@ class TeacherCache(Dataset):
     ) -> None:  # fmt: skip
         self.folder, self.dataset, self.variants, self.alignment = folder, dataset, variants, teacher.alignment
         if dataset.image_size % self.alignment:
-            raise UserError(
-                f"--image-size {dataset.image_size}: this teacher's cache needs a multiple of {self.alignment}"
-            )
+            raise UserError(f"--image-size {dataset.image_size}: the cache needs a multiple of {self.alignment}")
         settings = (variants, dataset.image_size, dataset.mixed, dataset.blur_probability, dataset.seed)
         digest = hashlib.sha256(repr(settings).encode())
         for tensor in teacher.restormer.state_dict().values():
@@ -953,29 +937,20 @@ class VGGFeatures(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        url = torchvision.models.VGG19_Weights.IMAGENET1K_V1.url
-        path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
-        remedy = f"put {path.name} from {url} there, or turn the term off with --lambda-perceptual 0"
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                torch.hub.download_url_to_file(url, str(path), hash_prefix="dcbb9e9d")
-            except (OSError, RuntimeError) as error:
-                raise UserError(f"{path}: no VGG19 weights and no download ({error}); {remedy}") from error
-        state = read_checkpoint(path, remedy)
+        weights = torchvision.models.VGG19_Weights.IMAGENET1K_V1
+        path = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+        remedy = f"put {path.name} from {weights.url} there, or turn the term off with --lambda-perceptual 0"
         self.features = torchvision.models.vgg19(weights=None).features[:36]
         try:
-            self.features.load_state_dict(
-                {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
-            )
-        except RuntimeError as error:
-            raise UserError(f"{path}: not VGG19's weights; {remedy}") from error
+            state = weights.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
+            state = {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
+            self.features.load_state_dict(state)
+        except Exception as error:  # no download, or whatever a damaged file happens to cause
+            raise UserError(f"{path}: no VGG19 weights and no download ({error!r:.100}); {remedy}") from error
         self.requires_grad_(False).eval()
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.features((image - self.mean) / self.std)
+        return self.features(TF.normalize(image, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
 
 
 class DistillationLoss(nn.Module):
@@ -996,13 +971,9 @@ class DistillationLoss(nn.Module):
         return not self.weights.keys().isdisjoint({"perceptual", "feature", "kl", "output"})
 
     def forward(
-        self,
-        output: Tensor,
-        sharp: Tensor,
-        features: dict[str, Tensor] | None = None,
-        teacher_output: Tensor | None = None,
-        teacher_features: dict[str, Tensor] | None = None,
-    ) -> dict[str, Tensor]:
+        self, output: Tensor, sharp: Tensor, features: dict[str, Tensor] | None = None,
+        teacher_output: Tensor | None = None, teacher_features: dict[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:  # fmt: skip
         terms = {
             "reconstruction": lambda: F.l1_loss(output, sharp),
             "perceptual": lambda: F.l1_loss(self.vgg(output), self.vgg(teacher_output)),
@@ -1040,7 +1011,7 @@ class TileSide:
         count = max(1, round((padded - overlap) / max(tile - overlap, alignment))) if tile else 1
         self.size = math.ceil(((padded - overlap) / count + overlap) / alignment) * alignment if count > 1 else padded
         self.starts = sorted({min(i * (self.size - overlap), padded - self.size) for i in range(count)})
-        self.source = reflected(length, padded).numpy()  # the frame's pixel at each position
+        self.source = np.pad(np.arange(length), (0, padded - length), "reflect")  # the frame's pixel at each position
         fade = torch.sin(torch.pi / 2 * (torch.arange(self.size) + 0.5).clamp(max=overlap) / max(overlap, 1)) ** 2
         flat, total = torch.ones(self.size), torch.zeros(padded)
         self.windows = [
@@ -1121,10 +1092,10 @@ class FrameSharpener:
         return result
 
 
-@torch.inference_mode()
-def restore_whole(network: nn.Module, frame: np.ndarray, device: torch.device) -> np.ndarray:
-    """A teacher applied to a whole 8-bit RGB frame (H, W, 3)."""
-    return to_frame(network(to_batch(frame[None], device))[0])
+def teacher_frames(restormer: StemmedRestormer, device: torch.device) -> FrameFunction:
+    """A function that applies a teacher to whole 8-bit RGB frames (H, W, 3)."""
+    teacher = RestormerTeacherWrapper(restormer).to(device, memory_format=torch.channels_last)
+    return lambda frame: to_frame(teacher(to_batch(frame[None], device))[0])
 
 
 def score(predicted: np.ndarray, sharp: np.ndarray) -> tuple[float, float]:
@@ -1247,7 +1218,7 @@ def deferred_interrupts() -> Iterator[list[int]]:
     """A list that a first Ctrl-C or termination signal is put into; a second one acts at once."""
     received: list[int] = []
 
-    def note(number: int, frame: types.FrameType | None) -> None:
+    def note(number: int, frame: object) -> None:
         received.append(number)
         signal.signal(number, before[number])
 
@@ -1271,14 +1242,20 @@ def any_process(flag: bool, device: torch.device) -> bool:
     return bool(votes)
 
 
-def check_fit(config: FitConfig) -> None:
-    """UserError for what no run can honour."""
+def start_run(config: FitConfig) -> list[Pair]:
+    """Seeds the initial weights and returns the pairs; UserError for what no run can honour."""
     if config.image_size % 16:
         raise UserError(f"--image-size {config.image_size}: must be a multiple of 16")
     if max(config.ema_decay, config.validation_fraction) >= 1:
         raise UserError("--ema-decay and --validation-fraction must be below 1")
     if (config.run_dir / "last.pth").exists() and not config.resume and not config.overwrite:
         raise UserError(f"{config.run_dir} holds a run already: add --resume or --overwrite, or name another --run-dir")
+    torch.manual_seed(config.seed)
+    if not uses_embedded_sample(config):
+        return find_pairs(config.data_root / "train", "x2" if config.degradation == "mixed" else "")
+    print(f"No pictures under {config.data_root / 'train'}: training on those that scikit-image carries.")
+    print(f"--lambda-perceptual is {config.lambda_perceptual:g}, the teacher {config.teacher_weights}.")
+    return embedded_pairs()
 
 
 def start_process(config: FitConfig) -> torch.device:
@@ -1373,10 +1350,8 @@ class Fit:
         share_every = getattr(self.config, "log_gradients", 0)
         means: dict[str, float] = {}
         for remaining in reversed(range(group)):
-            batch = {
-                name: tensor.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-                for name, tensor in next(batches).items()
-            }
+            batch = next(batches).items()
+            batch = {name: t.to(self.device, non_blocking=True, memory_format=torch.channels_last) for name, t in batch}
             # DistributedDataParallel averages gradients over the processes once, after the last batch
             hold = remaining and self.parallel is not self.objective
             with self.parallel.no_sync() if hold else contextlib.nullcontext():
@@ -1417,8 +1392,7 @@ class Fit:
                 bar.update()
                 if self.rank:
                     continue
-                rate = self.optimiser.param_groups[0]["lr"]
-                row = {"step": self.step, "epoch": epoch, "learning_rate": rate}
+                row = {"step": self.step, "epoch": epoch, "learning_rate": self.schedule.get_last_lr()[0]}
                 row |= {"loss": sum(means[name] for name in terms)} | means
                 ended, within = divmod(self.step, order.steps_per_epoch)
                 if self.step == total or (not within and ended % config.validate_every == 0):
@@ -1437,31 +1411,20 @@ class Fit:
             raise KeyboardInterrupt
 
 
-def training_pairs(config: FitConfig) -> list[Pair]:
-    return find_pairs(config.data_root / "train", "x2" if config.degradation == "mixed" else "")
-
-
 def train_teacher(config: TeacherConfig) -> None:
     """The `teacher` command."""
-    check_fit(config)
-    pairs = training_pairs(config)
-    torch.manual_seed(config.seed)
-    sizes = ("dim", "num_blocks", "num_refinement_blocks", "heads", "ffn_expansion_factor")
-    dimensions = {name: getattr(config, name) for name in sizes}
-    dimensions |= dict.fromkeys(("inp_channels", "out_channels"), 3 * config.stem_stride**2)
-    restormer = StemmedRestormer(**dimensions)
+    pairs = start_run(config)
     if config.resume:
-        dimensions = read_checkpoint(config.run_dir / "last.pth", "start the run without --resume")["network"]
-        restormer = StemmedRestormer(**dimensions)
+        last = read_checkpoint(config.run_dir / "last.pth", "start the run without --resume")
+        restormer = StemmedRestormer(**last["network"])
     elif config.init:  # of whatever size it is
         restormer = load_restormer(config.init)
-        dimensions = restormer_dimensions(restormer.state_dict())
-
-    def frame_function(network: StemmedRestormer, device: torch.device) -> FrameFunction:
-        return lambda frame: restore_whole(RestormerTeacherWrapper(network), frame, device)
-
+    else:
+        sizes = ("dim", "num_blocks", "num_refinement_blocks", "heads", "ffn_expansion_factor")
+        folded = 3 * config.stem_stride**2
+        restormer = StemmedRestormer(folded, folded, **{name: getattr(config, name) for name in sizes})
     objective = Distillation(restormer, None, DistillationLoss({"reconstruction": 1.0}))
-    Fit(config, objective, dimensions, pairs, frame_function).run()
+    Fit(config, objective, restormer_dimensions(restormer.state_dict()), pairs, teacher_frames).run()
 
 
 # `train` without a dataset: small enough for two cores and ten minutes, on scikit-image's pictures.
@@ -1476,14 +1439,7 @@ EMBEDDED_RUN = {
 
 def train(config: TrainConfig) -> None:
     """The `train` command; its last lines are the held-out scores before and after."""
-    check_fit(config)
-    if uses_embedded_sample(config):
-        print(f"No pictures under {config.data_root / 'train'}: training on those that scikit-image carries.")
-        print(f"--lambda-perceptual is {config.lambda_perceptual:g}, the teacher {config.teacher_weights}.")
-        pairs = embedded_pairs()
-    else:
-        pairs = training_pairs(config)
-    torch.manual_seed(config.seed)
+    pairs = start_run(config)
     student = StudentUNet(base_channels=config.base_channels, stem_stride=config.stem_stride, widths=config.widths)
     if config.init and not config.resume:
         source, _ = load_student(config.init)
@@ -1694,10 +1650,7 @@ def evaluate(config: EvalConfig) -> None:
     student, _ = load_student(config.checkpoint)
     methods: dict[str, FrameFunction] = {"input": lambda frame: frame}
     if config.teacher:
-        teacher = RestormerTeacherWrapper(load_restormer(config.teacher_weights)).to(
-            device, memory_format=torch.channels_last
-        )
-        methods["teacher"] = lambda frame: restore_whole(teacher, frame, device)
+        methods["teacher"] = teacher_frames(load_restormer(config.teacher_weights), device)
     methods["student"] = FrameSharpener(student, device, config.tile, config.overlap)
     tables, rows = {}, []
     for protocol, pairs in data.items():
@@ -1719,19 +1672,11 @@ def evaluate(config: EvalConfig) -> None:
 
 
 def multiply_adds_per_pixel(student: StudentUNet) -> float:
-    """Multiply-adds of the convolutions for each pixel of a large frame, counted layer by layer."""
-    student, side, counts = copy.deepcopy(student).to("meta"), 16 * student.alignment, []
-
-    def count(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        transposed = isinstance(layer, nn.ConvTranspose2d)
-        positions = (inputs[0] if transposed else output)[0, 0].numel()
-        counts.append(positions * layer.weight.numel())
-
-    for layer in student.modules():
-        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
-            layer.register_forward_hook(count)
-    student(torch.empty(1, 3, side, side, device="meta"))
-    return sum(counts) / side**2
+    """Multiply-adds of the convolutions for each pixel of a large frame."""
+    side = 16 * student.alignment
+    with FlopCounterMode(display=False) as counter:
+        copy.deepcopy(student).to("meta")(torch.empty(1, 3, side, side, device="meta"))
+    return counter.get_total_flops() / 2 / side**2
 
 
 def sample_frames(height: int, width: int) -> list[np.ndarray]:
@@ -1864,7 +1809,7 @@ def settle(config_class: type, given: dict) -> object:
     config = config_class(**given)
     if not isinstance(config, FitConfig):
         return config
-    if isinstance(config, TrainConfig) and uses_embedded_sample(config):
+    if uses_embedded_sample(config):
         config = config_class(**(EMBEDDED_RUN | given))
     if config.resume:
         saved = read_checkpoint(config.run_dir / "last.pth", "start the run without --resume")["config"]
