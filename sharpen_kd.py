@@ -5,9 +5,8 @@
     python sharpen_kd.py fps                         # milliseconds a frame, 512x512 and 1080p
     python sharpen_kd.py sharpen input.png           # also folders; any size, any Pillow format
 
-Two more prepare the ground: `prepare` makes blurred/sharp pairs from sharp pictures, and `teacher`
-trains a compact Restormer where the published weights do not suit the blur. Every flag is in
-`python sharpen_kd.py COMMAND --help`.
+`prepare` makes blurred/sharp pairs from sharp pictures, and `teacher` trains a compact Restormer where the
+published weights do not suit the blur. Every flag is in `python sharpen_kd.py COMMAND --help`.
 
 model_checkpoints/student.pth turns 27.75 dB / 0.8605 into 28.90 dB / 0.8922 (110 pictures blurred at x2)
 and takes 520 ms for a 1080p frame on two cores of a Xeon.
@@ -75,7 +74,7 @@ class UserError(ValueError):
 
 def flag(default: object, text: str, at_least: float | None = None, above: float | None = None, **options):
     """A dataclass field that is also a command-line flag, with its meaning, bounds and argparse options."""
-    return field(default=default, metadata={"help": text, **options, "bounds": (at_least, above)})
+    return field(default=default, metadata={"bounds": (at_least, above), "options": {"help": text, **options}})
 
 
 @dataclass
@@ -116,9 +115,8 @@ class FitConfig(DeviceConfig):
     clip_norm: float = flag(1.0, "largest gradient norm; 0 for no clipping", at_least=0)
     ema_decay: float = flag(0.999, "decay of the averaged weights, reached after a warm-up", at_least=0)
     degradation: str = flag(
-        "pairs", "pairs: the dataset's blurred pictures; mixed: each crop of a sharp one degraded anew",
-        choices=("pairs", "mixed"),
-    )  # fmt: skip
+        "pairs", "pairs: the dataset's blurred pictures; mixed: sharp crops degraded anew", choices=("pairs", "mixed")
+    )
     blur_probability: float = flag(1.0, "pairs: share of crops blurred further (3x3, sigma 0.1 to 2.0)", at_least=0)
     validation_fraction: float = flag(0.05, "share of the training pairs held out for validation", at_least=0)
     validate_every: int = flag(5, "epochs between validations", at_least=1)
@@ -135,7 +133,7 @@ class TrainConfig(FitConfig):
 
     base_channels: int = flag(256, "c of the stage widths c/4, c/2, c, 2c, 3c", at_least=8)
     stem_stride: int = flag(4, "space-to-depth factor before the first stage", choices=(1, 2, 4))
-    widths: tuple[int, ...] = flag((), "the five stage widths, instead of --base-channels", type=int)
+    widths: tuple[int, ...] = flag((), "the five stage widths, instead of --base-channels")
     teacher_weights: Path | None = flag(None, "Restormer weight file (default: the official one)")
     lambda_reconstruction: float = flag(1.0, "weight of L1 to the sharp picture", at_least=0)
     lambda_perceptual: float = flag(0.01, "weight of VGG19 features against the teacher's output", at_least=0)
@@ -187,9 +185,8 @@ class EvalConfig(InferenceConfig):
     data_root: Path = flag(DATASET, "dataset folder")
     split: str = flag("test", "which half of the dataset to read", choices=("train", "test"))
     protocol: tuple[str, ...] = flag(
-        (), "degrade the sharp pictures by these, instead of reading blurred ones",
-        type=str, choices=("x2", "x3", "x4", "x2-jpeg50", "sharp"),
-    )  # fmt: skip
+        (), "degrade sharp pictures by these, read no blurred ones", choices=("x2", "x3", "x4", "x2-jpeg50", "sharp")
+    )
     resize: int = flag(0, "first resize pairs to this square (the report: 512); 0: keep them whole", at_least=0)
     teacher: bool = flag(False, "score the teacher too")
     teacher_weights: Path | None = flag(None, "the teacher's weight file (default: as in train)")
@@ -244,10 +241,9 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def rgb_array(image: Image.Image | np.ndarray) -> np.ndarray:
-    """RGB (H, W, 3) from a PIL image or an array of any mode, without its alpha channel.
+    """RGB (H, W, 3) from a PIL image or an array: uint8 where that is, else float32 in [0, 1]; without alpha.
 
-    Arrays are (H, W) or (H, W, 1 to 4): uint8, uint16 (0 to 65535), bool, or float in [0, 1]; ValueError for
-    others. The result is uint8 where the source is, else float32 in [0, 1].
+    Arrays are (H, W) or (H, W, 1 to 4): uint8, uint16, bool, or floats in [0, 1]; ValueError for others.
     """
     if isinstance(image, Image.Image):
         if image.mode[0] not in "IF":
@@ -280,15 +276,12 @@ class CustomToTensor:
 
 @dataclass(frozen=True)
 class Degradation:
-    """What a poor call does to a picture: blurred, shrunk, enlarged again (both bicubic), compressed as JPEG.
-
-    `quality` 0 is no JPEG; `early` compresses the small picture, before it is enlarged.
-    """
+    """What a poor call does to a picture: blurred, shrunk, enlarged again (both bicubic), compressed as JPEG."""
 
     scale: float = 2.0
     sigma: float = 0.0  # of a Gaussian blur before shrinking, in pixels
-    quality: int = 0
-    early: bool = False
+    quality: int = 0  # 0 is no JPEG
+    early: bool = False  # compress the small picture, before it is enlarged
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> Degradation:
@@ -303,8 +296,7 @@ class Degradation:
     def __call__(self, sharp: Image.Image) -> Image.Image:
         """The degraded copy of an 8-bit RGB picture, of the same size; the small size is rounded."""
         small = tuple(max(1, round(side / self.scale)) for side in sharp.size)
-        image = sharp.filter(ImageFilter.GaussianBlur(self.sigma)) if self.sigma else sharp
-        image = image.resize(small, Image.BICUBIC)
+        image = sharp.filter(ImageFilter.GaussianBlur(self.sigma)).resize(small, Image.BICUBIC)
         if self.quality and self.early:
             image = as_jpeg(image, self.quality)
         image = image.resize(sharp.size, Image.BICUBIC)
@@ -361,11 +353,10 @@ def list_pictures(folder: Path) -> list[Path]:
 
 
 def pair_side_and_key(relative: Path) -> tuple[str, str] | None:
-    """Which side of a pair a file is on, and the key it shares with its partner.
+    """Which side of a pair a file is on, and the key it shares with its partner; None for GoPro's `blur_gamma`.
 
     The side is a folder's name, wherever it stands, so that `blurred/text/a_blur.png` ("text/a") and the
-    published `GOPR0372_07_00/blur/000047.png` ("GOPR0372_07_00/000047") follow one rule. Files under neither
-    (GoPro's `blur_gamma`) belong to no pair.
+    published `GOPR0372_07_00/blur/000047.png` ("GOPR0372_07_00/000047") follow one rule.
     """
     sides = {"blurred": "blurred", "blur": "blurred", "sharp": "sharp"}
     for position, part in enumerate(relative.parts[:-1]):
@@ -391,9 +382,8 @@ def size_problems(pair: Pair) -> list[str]:
 def find_pairs(split_dir: Path, protocol: str = "") -> list[Pair]:
     """The pairs below a split's folder, sorted by key; with a `protocol`, sharp pictures to be degraded by it.
 
-    The sharp pictures are those of the pairs, or, in a folder that knows no sides, all. UserError if there is
-    nothing, and for what would otherwise be dropped: files without a partner, pairs of unequal size, unreadable
-    files, two files for one side of a pair.
+    The sharp pictures are those of the pairs, or, in a folder that knows no sides, all. UserError for nothing, files
+    without a partner, unequal sizes, unreadable files, two files for one side.
     """
     sides: dict[str, dict[str, Path]] = {"blurred": {}, "sharp": {}}
     problems, pictures = [], list_pictures(split_dir)
@@ -442,10 +432,7 @@ def embedded_pairs() -> list[Pair]:
 
 
 def hold_out(pairs: list[Pair], fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """(training, validation) pairs, drawn by `seed`; frames of one GoPro sequence stay together.
-
-    At least one group is held out when there are two or more and `fraction` is above 0.
-    """
+    """(training, validation) pairs, drawn by `seed`: GoPro's sequences whole, at least one unless `fraction` is 0."""
     groups: dict[str, list[Pair]] = {}
     for pair in pairs:
         sequence = re.search(r"GOPR\d+_\d+_\d+", pair.key)
@@ -470,10 +457,9 @@ def balanced(pairs: list[Pair]) -> list[Pair]:
 class GoProSharpeningDataset(Dataset):
     """Blurred/sharp training crops as float RGB tensors, each (3, image_size, image_size).
 
-    An item is named by (epoch, index); its crop, flip and blur are drawn from (seed, epoch, index) alone, so
-    neither worker processes nor an interruption change what a run sees. Crops start at even pixels: a frame
-    enlarged by 2 repeats every two, and so does a student with a stem. With `mixed` a crop of the sharp picture
-    is degraded anew (`Degradation.draw`); otherwise the pair's own blur is blurred further.
+    An item is named by (epoch, index) and drawn from (seed, epoch, index) alone, so neither worker processes nor an
+    interruption change what a run sees. Crops start at even pixels: a frame enlarged by 2, and a student with a stem,
+    repeat every two. With `mixed` a crop of the sharp picture is degraded anew, else the pair's own blur blurred more.
     """
 
     def __init__(
@@ -576,11 +562,7 @@ def read_checkpoint(path: Path, remedy: str) -> dict:
 
 
 def load_restormer(weights: Path | None) -> StemmedRestormer:
-    """A Restormer of whatever size the weight file holds; the official one by default.
-
-    Takes the official layout ({"params": state dict}), the `teacher` command's, and bare state dicts. UserError
-    if the file is missing or is not a Restormer for RGB pictures.
-    """
+    """The RGB Restormer of a file, {"params": state dict} or a bare one, by default the official; UserError if none."""
     path = weights or OFFICIAL_TEACHER
     remedy = (
         "get motion_deblurring.pth from the releases of github.com/swz30/Restormer and put it at "
@@ -604,9 +586,8 @@ class RestormerTeacherWrapper(nn.Module):
     """A frozen Restormer with feature taps and trainable 1x1 projections to the student's widths.
 
     `forward` takes blurred pictures (B, 3, H, W) of any size in [0, 1] and returns the restored ones; `tapped` then
-    holds their features, e2 at 1/2 of the folded size, e4 at 1/4, b at 1/8, and `project` brings those to the
-    student's widths. No gradient enters the Restormer; the projections train with the student. AttributeError if
-    a tap is missing from the network: a hook that silently is not there would be a term that silently is 0.
+    holds their features, e2 at 1/2 of the folded size, e4 at 1/4, b at 1/8. The projections train with the student.
+    AttributeError if a tap is missing: a hook that silently is not there would be a term that silently is 0.
     """
 
     TAPS: typing.ClassVar = {"e2": "encoder_level2", "e4": "encoder_level3", "b": "latent"}
@@ -648,10 +629,9 @@ class RestormerTeacherWrapper(nn.Module):
 class TeacherCache(Dataset):
     """Crops like `GoProSharpeningDataset`'s, with what the teacher made of the whole picture.
 
-    The teacher is frozen and a step with it costs several without, so it runs once, over each picture of `dataset`
-    in `variants` flips and degradations. Every result is one file, mapped into memory: tensors (H, W, C) in half
-    precision. Crops start where the teacher's coarsest feature grid does. UserError for a cache that was made by
-    another teacher, from other pictures, or with other settings.
+    A step with the teacher costs several without, so it runs once, over each picture of `dataset` in `variants`
+    flips and degradations. Every result is one file, mapped into memory: tensors (H, W, C) in half precision. Crops
+    start where the teacher's coarsest feature grid does. UserError for the cache of another teacher or data.
     """
 
     def __init__(
@@ -682,7 +662,7 @@ class TeacherCache(Dataset):
         """Write every file; processes that train together share them out."""
         self.folder.mkdir(parents=True, exist_ok=True)
         device, (rank, processes) = next(teacher.parameters()).device, process_rank()
-        places = list(itertools.product(range(len(self)), range(self.variants)))[rank::processes]
+        places = list(itertools.product(range(len(self.dataset)), range(self.variants)))[rank::processes]
         for index, variant in tqdm(places, "teacher cache", disable=rank > 0):
             rng = np.random.default_rng((self.dataset.seed, variant, index))
             example = self.dataset.example(self.dataset.images(index), rng)
@@ -693,9 +673,6 @@ class TeacherCache(Dataset):
             save_atomically(example, self.file(index, variant))
         if processes > 1:
             dist.barrier()
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
     def __getitem__(self, item: tuple[int, int]) -> dict[str, Tensor]:
         """{"blurred", "sharp", "output"} (3, size, size) and the taps, all of one crop, as float tensors."""
@@ -752,10 +729,9 @@ class Stage(nn.Module):
 class StudentUNet(nn.Module):
     """The report's student; (B, 3, H, W) in [0, 1] to the same shape, any size from 1x1.
 
-    Stage widths are c/4, c/2, c, 2c and a bottleneck of 3c for c = `base_channels`, or `widths`. With
-    `stem_stride` r the stages see the picture folded to 1/r of its size and 3 r^2 channels; r = 1 is the
-    report's literal network. It predicts a correction to its input: an untrained student returns what it was
-    given.
+    Stage widths are c/4, c/2, c, 2c and a bottleneck of 3c for c = `base_channels`, or `widths`. With `stem_stride` r
+    the stages see the picture folded to 1/r of its size and 3 r^2 channels; r = 1 is the report's literal network.
+    It predicts a correction to its input: an untrained student returns what it was given.
     """
 
     def __init__(
@@ -834,10 +810,9 @@ class StudentUNet(nn.Module):
     def frame_gates(self, patches: Tensor) -> list[Tensor]:
         """One gate a channel and stage, (1, C, 1, 1) each, for a whole frame seen in `patches`.
 
-        The plain SE block averages over its whole input, so every tile would have other gates than the frame
-        and its neighbours: seams. Instead a frame's gates are taken once, from patches (N, 3, h, w) of about
-        the training crop's size, so that their statistics are those the gates were trained on, and all its
-        tiles share them. With one patch that is the frame, these are the plain SE gates.
+        The plain SE block averages over its whole input, so every tile would have other gates than its neighbours:
+        seams. Instead all tiles share gates taken once, from patches (N, 3, h, w) of about the training crop's
+        size, whose statistics the gates were trained on. With one patch that is the frame, these are the plain gates.
         """
         gates: list[Tensor] = []
 
@@ -873,18 +848,15 @@ def gaussian_windows(length: int, size: int = 11, sigma: float = 1.5) -> Tensor:
     """(length - size + 1, length): each row a normalised Gaussian window at the next position where it fits."""
     position = torch.arange(size, dtype=torch.float32) - (size - 1) / 2
     window = torch.softmax(-(position**2) / (2 * sigma**2), 0)
-    windows = torch.zeros(length - size + 1, length)
-    for offset, weight in enumerate(window):
-        windows.diagonal(offset).fill_(weight)
-    return windows
+    count = length - size + 1
+    return F.pad(window, (0, count)).repeat(count)[: count * length].view(count, length)  # its period is length + 1
 
 
 def ssim(first: Tensor, second: Tensor) -> Tensor:
     """Mean SSIM of two (B, C, H, W) batches in [0, 1], as a scalar (Wang et al., 2004).
 
-    11x11 Gaussian window, sigma 1.5, at the positions where it fits whole: scikit-image's
-    `structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False)`. The separable window
-    is applied by two matrix products: as convolutions of single channels it took three quarters of a CPU's step.
+    As scikit-image's `structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False)`. The
+    window is applied by two matrix products: as convolutions of single channels it took three quarters of a CPU's step.
     """
     down, across = (gaussian_windows(side).to(first) for side in first.shape[-2:])
     moments = torch.stack([first, second, first * first, second * second, first * second])
@@ -911,11 +883,10 @@ def positional_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tenso
 def feature_loss(student: dict[str, Tensor], teacher: dict[str, Tensor]) -> Tensor:
     """L1 between student features and projected teacher features, mean over the taps.
 
-    The projections train too, so a plain L1 would be smallest with both sides at zero. Here each teacher
-    channel is standardised over batch and positions, so that no projection can shrink it; the student's is only
-    centred and has to come to that size. (Standardising both sides also wins nothing by shrinking, but leaves
-    ReLU channels free to die: 13 of 24 in e2 after 120 steps, against 4.) Teacher maps are resized to the
-    student's, which are (B, C, H, W) of another scale.
+    The projections train too, so a plain L1 would be smallest with both sides at zero. Here each teacher channel is
+    standardised over batch and positions, so that no projection can shrink it; the student's is only centred and has
+    to come to that size. (Standardising both leaves ReLU channels free to die: 13 of 24 in e2 after 120 steps,
+    against 4.) Maps are (B, C, H, W); the teacher's are resized to the student's.
     """
     losses = []
     for name, features in student.items():
@@ -929,11 +900,7 @@ def feature_loss(student: dict[str, Tensor], teacher: dict[str, Tensor]) -> Tens
 
 
 class VGGFeatures(nn.Module):
-    """VGG19 up to its last ReLU (relu5_4), on RGB (B, 3, H, W) in [0, 1]; frozen.
-
-    torchvision's ImageNet weights, from torch.hub's cache or downloaded into it; UserError where they are
-    neither there nor to be had.
-    """
+    """torchvision's VGG19 up to relu5_4, frozen, on RGB (B, 3, H, W) in [0, 1]; UserError without its weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -954,11 +921,7 @@ class VGGFeatures(nn.Module):
 
 
 class DistillationLoss(nn.Module):
-    """The report's five terms, and L1 to the teacher's output; `forward` returns the weighted ones by name.
-
-    A term of weight 0 is neither computed nor loaded, and with all teacher terms at 0 no teacher is
-    needed (`needs_teacher`).
-    """
+    """The report's five terms, and L1 to the teacher's output, weighted, by name; one of weight 0 costs nothing."""
 
     def __init__(self, weights: dict[str, float], temperature: float = 4.0) -> None:
         super().__init__()
@@ -1039,9 +1002,8 @@ def sample_patches(frame: np.ndarray, side: int = 128, count: int = 4) -> np.nda
 class FrameSharpener:
     """A student applied to 8-bit RGB frames (H, W, 3) of any size; returns frames alike.
 
-    Tiles overlap and are blended by smooth weights. The accumulator is one row of tiles high, so memory does not
-    grow with the picture beyond the picture itself. A frame's gates are taken once (`StudentUNet.frame_gates`),
-    so tiled and whole outputs agree. `strength` scales the correction.
+    The accumulator of blended tiles is one row of tiles high, so memory does not grow with the picture beyond the
+    picture itself. A frame's gates are taken once, so tiled and whole outputs agree. `strength` scales the correction.
     """
 
     def __init__(
@@ -1117,10 +1079,7 @@ def mean_score(frames: Sequence[tuple[np.ndarray, np.ndarray]], sharpen: FrameFu
 
 
 class Distillation(nn.Module):
-    """What a run minimises: `loss` of a network against the sharp pictures and a teacher, if there is one.
-
-    The `teacher` command runs it too, with a Restormer as the network and L1 as the only term.
-    """
+    """What a run minimises: `loss` of a network against the sharp pictures and a teacher, if there is one."""
 
     def __init__(self, network: nn.Module, teacher: RestormerTeacherWrapper | None, loss: DistillationLoss):
         super().__init__()
@@ -1141,8 +1100,8 @@ class Distillation(nn.Module):
 class CropOrder(Sampler[list[tuple[int, int]]]):
     """The (epoch, index) batches of one process over a whole run, from `first_step` on.
 
-    Each epoch is a fresh permutation, wrapped around to fill the last batch of every process, and dealt out so
-    that N processes at 1/N of the accumulation see, step by step, what one would.
+    Each epoch is a permutation, wrapped around to fill every process's last batch; N processes at 1/N of the
+    accumulation see, step by step, what one would.
     """
 
     def __init__(self, count: int, config: FitConfig, rank: int = 0, processes: int = 1) -> None:
@@ -1169,12 +1128,8 @@ class CropOrder(Sampler[list[tuple[int, int]]]):
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, network: nn.Module, step: int, decay: float) -> None:
-    """Move the averaged weights towards the network's.
-
-    The decay grows from 0.1 at the first step to `decay`, so that a short run does not return its initial
-    weights.
-    """
-    decay = min(decay, (1 + step) / (10 + step))
+    """Move the averaged weights towards the network's."""
+    decay = min(decay, (1 + step) / (10 + step))  # 0.1 at first: a short run must not return its initial weights
     torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - decay)
 
 
@@ -1322,10 +1277,9 @@ class Fit:
         """Everything that continues the run to the same weights."""
         config = {name: str(v) if isinstance(v, Path) else v for name, v in vars(self.config).items()}
         content = {
-            "config": config, "network": self.network_config, "ema": self.ema.state_dict(),
-            "objective": {name: p.detach() for name, p in self.trained.items()},
-            "optimiser": self.optimiser.state_dict(), "step": self.step, "best": self.best,
-            "rows": self.rows,
+            "config": config, "network": self.network_config, "ema": self.ema.state_dict(), "rows": self.rows,
+            "objective": {name: p.detach() for name, p in self.trained.items()}, "step": self.step,
+            "optimiser": self.optimiser.state_dict(), "best": self.best,
         }  # fmt: skip
         save_atomically(content, self.config.run_dir / "last.pth")
         write_csv(self.config.run_dir / "log.csv", self.rows)
@@ -1339,9 +1293,8 @@ class Fit:
         if psnr > self.best or not self.held_out:
             self.best = max(self.best, psnr)
             scores = {"psnr": psnr, "ssim": similarity, "pictures": len(self.held_out)}
-            content = {"network": self.network_config, "params": self.ema.state_dict()}
-            content |= {"step": self.step, "held_out": scores}
-            save_atomically(content, self.config.run_dir / "best.pth")
+            content = {"network": self.network_config, "params": self.ema.state_dict(), "step": self.step}
+            save_atomically(content | {"held_out": scores}, self.config.run_dir / "best.pth")
         return {"val_psnr": psnr, "val_ssim": similarity}
 
     def optimise(self, batches: Iterator[list[Tensor]]) -> dict[str, float]:
@@ -1483,10 +1436,7 @@ def split_picture(image: Image.Image) -> tuple[np.ndarray, Image.Image | None, b
 
 
 def sharpen_picture(sharpener: FrameSharpener, image: Image.Image) -> Image.Image:
-    """A sharpened copy: EXIF orientation applied, EXIF, ICC profile, resolution and alpha kept.
-
-    Greyscale stays greyscale; other modes become RGB. 16-bit pictures become 8-bit.
-    """
+    """A sharpened 8-bit copy, greyscale or RGB: oriented by EXIF; EXIF, ICC profile, resolution and alpha kept."""
     image = ImageOps.exif_transpose(image)
     grey = image.mode[0] in "1LIF" and image.mode != "LAB"
     frame, alpha, icc = split_picture(image)
@@ -1521,12 +1471,10 @@ def plan_outputs(config: SharpenConfig) -> list[tuple[Path, Path]]:
     """(picture, file to write) for every input; UserError for what cannot be, before any work."""
     sources: list[tuple[Path, Path]] = []
     for path in config.inputs:
-        if path.is_dir():
-            sources += [(picture, picture.relative_to(path)) for picture in list_pictures(path)]
-        elif path.is_file():
-            sources.append((path, Path(path.name)))
-        else:
+        if not path.exists():
             raise UserError(f"{path}: no such file or folder")
+        folder, pictures = (path, list_pictures(path)) if path.is_dir() else (path.parent, [path])
+        sources += [(picture, picture.relative_to(folder)) for picture in pictures]
     if not sources:
         raise UserError(f"{config.inputs[0]}: no pictures in this folder")
     output = config.output
@@ -1572,10 +1520,7 @@ def sharpen(config: SharpenConfig) -> None:
 
 
 def side_by_side(panels: dict[str, np.ndarray], detail: int = 48) -> Image.Image:
-    """The frames next to each other, each under its name and above the same detail of it, magnified.
-
-    The detail is the square in which the first and the last panel differ most.
-    """
+    """The frames under their names and above a magnified detail, the square where the first and last differ most."""
     height, width = next(iter(panels.values())).shape[:2]
     side = min(detail, height, width)
     first, *_, last = panels.values()
@@ -1617,9 +1562,7 @@ def average_scores(rows: list[dict], methods: Sequence[str]) -> dict[str, dict[s
     return {category: {method: means(group, method) for method in methods} for category, group in ordered}
 
 
-def score_pairs(
-    config: EvalConfig, pairs: list[Pair], methods: dict[str, FrameFunction], pictures_dir: Path
-) -> list[dict]:
+def score_pairs(config: EvalConfig, pairs: list[Pair], methods: dict[str, FrameFunction], folder: Path) -> list[dict]:
     """One row a picture, with every method's PSNR and SSIM; on request the student's pictures and some sheets."""
     rows: list[dict] = []
     for pair in tqdm(pairs, "eval"):
@@ -1634,10 +1577,10 @@ def score_pairs(
         for name, output in outputs.items():
             row[f"{name}_psnr"], row[f"{name}_ssim"] = score(output, sharp)
         if config.save_images:
-            save_picture(Image.fromarray(outputs["student"]), pictures_dir / f"{pair.key}.png")
+            save_picture(Image.fromarray(outputs["student"]), folder / f"{pair.key}.png")
             if pair.category not in {row["category"] for row in rows}:  # the first of each category
                 sheet = side_by_side({"blurred": outputs.pop("input"), **outputs, "sharp": sharp})
-                save_picture(sheet, pictures_dir / "side_by_side" / f"{pair.category}.png")
+                save_picture(sheet, folder / "side_by_side" / f"{pair.category}.png")
         rows.append(row)
     return rows
 
@@ -1720,20 +1663,19 @@ def measure_fps(config: FpsConfig) -> None:
         name = f"untrained, base_channels={config.base_channels}, stem_stride={config.stem_stride}"
     else:
         student, name = load_student(config.checkpoint)[0], config.checkpoint.name
-    macs = multiply_adds_per_pixel(student)
+    macs, threads = multiply_adds_per_pixel(student), torch.get_num_threads()
     parameters = sum(p.numel() for p in student.parameters())
     precision = {"float32": torch.float32, "bf16": torch.bfloat16}[config.precision]
-    common = {
-        "checkpoint": name, "backend": "torch", "precision": config.precision,
-        "device": str(device), "threads": torch.get_num_threads(),
-    }  # fmt: skip
     print(f"{name}: {parameters:,} parameters, {macs:,.0f} multiply-adds a pixel")
-    print(f"{device}, {config.precision}, {common['threads']} CPU threads, PyTorch {torch.__version__}")
+    print(f"{device}, {config.precision}, {threads} CPU threads, PyTorch {torch.__version__}")
     print("frame               network   8-bit to 8-bit, ms median    95 %      FPS  GFLOP/s")
     rows = []
     for height, width, tile in ((512, 512, 0), (1080, 1920, TILE)):
         sharpener = FrameSharpener(student, device, tile, precision=precision)
-        row = common | {"height": height, "width": width, "tiled": bool(tile)}
+        row = {
+            "checkpoint": name, "backend": "torch", "precision": config.precision, "device": str(device),
+            "threads": threads, "height": height, "width": width, "tiled": bool(tile),
+        }  # fmt: skip
         row |= time_frames(sharpener, sample_frames(height, width), config)
         row |= {"fps": 1000 / row["frame_ms"], "macs_per_pixel": macs}
         row["gflops"] = 2 * macs * height * width / row["network_ms"] / 1e6
@@ -1750,22 +1692,20 @@ def measure_fps(config: FpsConfig) -> None:
 
 
 def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
-    """One argument a field: its type from the default, its meaning and options from the metadata."""
+    """One argument a field: its type from the annotation, its meaning and options from the metadata."""
+    hints = typing.get_type_hints(config_class)
     for item in dataclasses.fields(config_class):
-        options = {name: value for name, value in item.metadata.items() if name not in ("short", "bounds")}
-        default, many = item.default, isinstance(item.default, tuple)
-        sample = default[0] if many and default else default
-        kind = Path if sample in (None, ()) or isinstance(sample, Path) else type(sample)
+        options, default, many = dict(item.metadata["options"]), item.default, isinstance(item.default, tuple)
+        kind, *_ = typing.get_args(hints[item.name]) or (hints[item.name],)  # Path of `Path | None`
         if "nargs" in options:
             parser.add_argument(item.name, type=kind, **options)
             continue
-        names = [*item.metadata.get("short", ()), "--" + item.name.replace("_", "-")]
+        names = [*options.pop("short", ()), "--" + item.name.replace("_", "-")]
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options = {"type": kind, "nargs": "+" if many else None} | options
-        if "choices" not in options and kind is not bool:
-            options["metavar"] = options["type"].__name__.upper()
+            metavar = None if "choices" in options else kind.__name__.upper()
+            options |= {"type": kind, "nargs": "+" if many else None, "metavar": metavar}
         if default not in (None, False, ()):
             shown = default.relative_to(HERE) if kind is Path else default
             options["help"] += f" (default: {' '.join(map(str, shown)) if many else shown})"
