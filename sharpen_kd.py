@@ -296,18 +296,14 @@ class Degradation:
     def __call__(self, sharp: Image.Image) -> Image.Image:
         """The degraded copy of an 8-bit RGB picture, of the same size; the small size is rounded."""
         small = tuple(max(1, round(side / self.scale)) for side in sharp.size)
-        image = sharp.filter(ImageFilter.GaussianBlur(self.sigma)).resize(small, Image.BICUBIC)
-        if self.quality and self.early:
-            image = as_jpeg(image, self.quality)
-        image = image.resize(sharp.size, Image.BICUBIC)
-        return as_jpeg(image, self.quality) if self.quality and not self.early else image
-
-
-def as_jpeg(image: Image.Image, quality: int) -> Image.Image:
-    """The picture after JPEG compression with Pillow's settings."""
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=quality)
-    return Image.open(file).convert("RGB")
+        image = sharp.filter(ImageFilter.GaussianBlur(self.sigma))
+        for size, compress in ((small, self.early), (sharp.size, not self.early)):
+            image = image.resize(size, Image.BICUBIC)
+            if self.quality and compress:
+                file = io.BytesIO()
+                image.save(file, "JPEG", quality=self.quality)
+                image = Image.open(file).convert("RGB")
+        return image
 
 
 # The degradations of the reported numbers; the xS protocol is also what `prepare` writes.
@@ -405,10 +401,8 @@ def find_pairs(split_dir: Path, protocol: str = "") -> list[Pair]:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise UserError("; ".join(problems[:5]) + more + ". Mend or remove them.")
     if not pairs:
-        raise UserError(
-            f"{split_dir}: no blurred/sharp pairs; make them from sharp pictures with `python sharpen_kd.py "
-            f"prepare FOLDER --split {split_dir.name}`, or see README.md for GoPro"
-        )
+        remedy = f"make them with `python sharpen_kd.py prepare FOLDER --split {split_dir.name}`, or see README.md"
+        raise UserError(f"{split_dir}: no blurred/sharp pairs; {remedy}")
     return pairs
 
 
@@ -565,9 +559,8 @@ def load_restormer(weights: Path | None) -> StemmedRestormer:
     """The RGB Restormer of a file, {"params": state dict} or a bare one, by default the official; UserError if none."""
     path = weights or OFFICIAL_TEACHER
     remedy = (
-        "get motion_deblurring.pth from the releases of github.com/swz30/Restormer and put it at "
-        f"{OFFICIAL_TEACHER}, or name another file with --teacher-weights "
-        f"({COMPACT_TEACHER.relative_to(HERE)} is a compact one)"
+        f"get motion_deblurring.pth from the releases of github.com/swz30/Restormer and put it at {OFFICIAL_TEACHER}, "
+        f"or name another file with --teacher-weights ({COMPACT_TEACHER.relative_to(HERE)} is a compact one)"
     )
     content = read_checkpoint(path, remedy)
     state = content.get("params", content)
@@ -977,9 +970,7 @@ class TileSide:
         self.source = np.pad(np.arange(length), (0, padded - length), "reflect")  # the frame's pixel at each position
         fade = torch.sin(torch.pi / 2 * (torch.arange(self.size) + 0.5).clamp(max=overlap) / max(overlap, 1)) ** 2
         flat, total = torch.ones(self.size), torch.zeros(padded)
-        self.windows = [
-            (fade if start else flat) * (fade.flip(0) if start < self.starts[-1] else flat) for start in self.starts
-        ]
+        self.windows = [(fade if at else flat) * (fade.flip(0) if at < self.starts[-1] else flat) for at in self.starts]
         for start, window in zip(self.starts, self.windows, strict=True):
             total[start : start + self.size] += window
         for start, window in zip(self.starts, self.windows, strict=True):
@@ -1326,7 +1317,7 @@ class Fit:
 
     def run(self) -> None:
         """Train to the end, or to the first interruption; writes last.pth, best.pth, log.csv, curves.png."""
-        config, order = self.config, self.order
+        config, order, terms = self.config, self.order, self.objective.loss.weights
         total = min(config.epochs * order.steps_per_epoch, config.max_steps or sys.maxsize)
         loader = DataLoader(
             self.dataset, batch_sampler=order, num_workers=config.workers,
@@ -1340,7 +1331,6 @@ class Fit:
                 epoch = self.step / order.steps_per_epoch
                 self.schedule.step(epoch)
                 means = self.optimise(batches)
-                terms = [name for name in means if not name.startswith("gradient_")]
                 bar.set_postfix({name: f"{means[name]:.4f}" for name in terms}, refresh=False)
                 bar.update()
                 if self.rank:
@@ -1356,7 +1346,7 @@ class Fit:
                     saved = time.monotonic()
         if self.rank == 0:
             self.save_last()
-            plot_curves(config.run_dir / "curves.png", self.rows, self.objective.loss.weights)
+            plot_curves(config.run_dir / "curves.png", self.rows, terms)
         if dist.is_initialized():
             dist.destroy_process_group()
         if interrupts:
@@ -1438,10 +1428,9 @@ def split_picture(image: Image.Image) -> tuple[np.ndarray, Image.Image | None, b
 def sharpen_picture(sharpener: FrameSharpener, image: Image.Image) -> Image.Image:
     """A sharpened 8-bit copy, greyscale or RGB: oriented by EXIF; EXIF, ICC profile, resolution and alpha kept."""
     image = ImageOps.exif_transpose(image)
-    grey = image.mode[0] in "1LIF" and image.mode != "LAB"
     frame, alpha, icc = split_picture(image)
     result = Image.fromarray(sharpener(frame))
-    if grey:
+    if image.mode[0] in "1LIF" and image.mode != "LAB":  # the grey ones
         result = result.convert("L")
     if alpha:
         result.putalpha(alpha)
