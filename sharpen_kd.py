@@ -905,8 +905,10 @@ class VGGFeatures(nn.Module):
             state = weights.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
             state = {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
             self.features.load_state_dict(state)
-        except Exception as error:  # no download, or whatever a damaged file happens to cause
-            raise UserError(f"{path}: no VGG19 weights and no download ({error!r:.100}); {remedy}") from error
+        except OSError as error:
+            raise UserError(f"{path}: no VGG19 weights and no download ({error}); {remedy}") from error
+        except Exception as error:  # torch.load raises whatever a damaged archive happens to cause
+            raise UserError(f"{path}: not VGG19's weights ({type(error).__name__}); {remedy}") from error
         self.requires_grad_(False).eval()
 
     def forward(self, image: Tensor) -> Tensor:
