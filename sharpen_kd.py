@@ -528,9 +528,9 @@ def prepare(config: PrepareConfig) -> None:
 
 
 def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
-    """(B, C, H, W) reflected at the right and the bottom to multiples of `multiple`, as often as needed."""
+    """(B, C, H, W) reflected at the right and the bottom to multiples of `multiple`; F.pad reflects once only."""
     if all(side % multiple == 0 for side in image.shape[-2:]):
-        return image  # as F.pad cannot: it reflects once only
+        return image
     rows, columns = (np.pad(np.arange(side), (0, -side % multiple), "reflect") for side in image.shape[-2:])
     return image[..., torch.tensor(rows, device=image.device), :][..., torch.tensor(columns, device=image.device)]
 
