@@ -167,6 +167,7 @@ class InferenceConfig(DeviceConfig):
     checkpoint: Path = flag(SHIPPED_STUDENT, "student checkpoint; it carries its configuration")
     tile: int = flag(TILE, "about the side of the tiles in pixels; 0 takes a picture whole", at_least=0)
     overlap: int = flag(OVERLAP, "pixels shared by neighbouring tiles", at_least=0)
+    precision: str = flag("auto", "auto: bf16 where it is native, else float32", choices=("auto", "float32", "bf16"))
 
 
 @dataclass
@@ -202,7 +203,7 @@ class FpsConfig(DeviceConfig):
     checkpoint: Path = flag(SHIPPED_STUDENT, "student checkpoint")
     base_channels: int = flag(0, "time an untrained student of this size instead (the report: 256)", at_least=0)
     stem_stride: int = flag(4, "its stem stride", choices=(1, 2, 4))
-    precision: str = flag("float32", "arithmetic of the network", choices=("float32", "bf16"))
+    precision: str = flag("auto", "auto: bf16 where it is native, else float32", choices=("auto", "float32", "bf16"))
     warmup: int = flag(3, "frames before timing starts", at_least=0)
     frames: int = flag(20, "frames timed", at_least=1)
     json: Path | None = flag(None, "write the rows to this file")
@@ -217,6 +218,13 @@ def pick_device(config: DeviceConfig) -> torch.device:
     if name not in (found, "cpu"):
         raise UserError(f"--device {name}: PyTorch finds none here; use --device auto")
     return torch.device(name)
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of a network's arithmetic; `auto` is bf16 where the processor multiplies it natively."""
+    processor = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    native = device.type == "cuda" or processor.get("avx512_bf16", False)
+    return torch.bfloat16 if name == "bf16" or (name == "auto" and native) else torch.float32
 
 
 def process_rank() -> tuple[int, int]:
@@ -1001,12 +1009,12 @@ class FrameSharpener:
 
     def __init__(
         self, student: StudentUNet, device: torch.device, tile: int = TILE, overlap: int = OVERLAP,
-        strength: float = 1.0, precision: torch.dtype = torch.float32,
+        strength: float = 1.0, precision: str = "auto",
     ) -> None:  # fmt: skip
         if tile and overlap >= tile:
             raise UserError(f"--tile {tile} --overlap {overlap}: tiles must be larger than their overlap")
         self.student = student.to(device, memory_format=torch.channels_last).eval()
-        self.device, self.strength, self.precision = device, strength, precision
+        self.device, self.strength, self.precision = device, strength, pick_precision(precision, device)
         self.side = functools.lru_cache(lambda length: TileSide(length, tile, overlap, student.alignment))
 
     def restore(self, blurred: Tensor, gates: Sequence[Tensor]) -> Tensor:
@@ -1171,9 +1179,11 @@ def deferred_interrupts() -> Iterator[list[int]]:
         signal.signal(number, before[number])
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield received
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def ignore_interrupts(worker: int) -> None:
@@ -1332,6 +1342,7 @@ class Fit:
             while self.step < total and not any_process(bool(interrupts), self.device):
                 epoch = self.step / order.steps_per_epoch
                 self.schedule.step(epoch)
+                started = time.perf_counter()
                 means = self.optimise(batches)
                 bar.set_postfix({name: f"{means[name]:.4f}" for name in terms}, refresh=False)
                 bar.update()
@@ -1339,6 +1350,7 @@ class Fit:
                     continue
                 row = {"step": self.step, "epoch": epoch, "learning_rate": self.schedule.get_last_lr()[0]}
                 row |= {"loss": sum(means[name] for name in terms)} | means
+                row["seconds"] = time.perf_counter() - started
                 ended, within = divmod(self.step, order.steps_per_epoch)
                 if self.step == total or (not within and ended % config.validate_every == 0):
                     row |= self.validate()
@@ -1493,7 +1505,9 @@ def sharpen(config: SharpenConfig) -> None:
     """The `sharpen` command. One unreadable picture does not stop the others; it is named at the end."""
     plan = plan_outputs(config)
     student, _ = load_student(config.checkpoint)
-    sharpener = FrameSharpener(student, pick_device(config), config.tile, config.overlap, config.strength)
+    sharpener = FrameSharpener(
+        student, pick_device(config), config.tile, config.overlap, config.strength, config.precision
+    )
     failed = []
     for source, target in tqdm(plan, "sharpen", disable=len(plan) == 1):
         try:
@@ -1585,7 +1599,7 @@ def evaluate(config: EvalConfig) -> None:
     methods: dict[str, FrameFunction] = {"input": lambda frame: frame}
     if config.teacher:
         methods["teacher"] = teacher_frames(load_restormer(config.teacher_weights), device)
-    methods["student"] = FrameSharpener(student, device, config.tile, config.overlap)
+    methods["student"] = FrameSharpener(student, device, config.tile, config.overlap, precision=config.precision)
     tables, rows = {}, []
     for protocol, pairs in data.items():
         scored = score_pairs(config, pairs, methods, config.output_dir / protocol)
@@ -1656,15 +1670,15 @@ def measure_fps(config: FpsConfig) -> None:
         student, name = load_student(config.checkpoint)[0], config.checkpoint.name
     macs, threads = multiply_adds_per_pixel(student), torch.get_num_threads()
     parameters = sum(p.numel() for p in student.parameters())
-    precision = {"float32": torch.float32, "bf16": torch.bfloat16}[config.precision]
+    precision = str(pick_precision(config.precision, device)).removeprefix("torch.")
     print(f"{name}: {parameters:,} parameters, {macs:,.0f} multiply-adds a pixel")
-    print(f"{device}, {config.precision}, {threads} CPU threads, PyTorch {torch.__version__}")
+    print(f"{device}, {precision}, {threads} CPU threads, PyTorch {torch.__version__}")
     print("frame               network   8-bit to 8-bit, ms median    95 %      FPS  GFLOP/s")
     rows = []
     for height, width, tile in ((512, 512, 0), (1080, 1920, TILE)):
-        sharpener = FrameSharpener(student, device, tile, precision=precision)
+        sharpener = FrameSharpener(student, device, tile, precision=config.precision)
         row = {
-            "checkpoint": name, "backend": "torch", "precision": config.precision, "device": str(device),
+            "checkpoint": name, "backend": "torch", "precision": precision, "device": str(device),
             "threads": threads, "height": height, "width": width, "tiled": bool(tile),
         }  # fmt: skip
         row |= time_frames(sharpener, sample_frames(height, width), config)
