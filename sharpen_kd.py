@@ -961,8 +961,8 @@ def to_batch(frames: np.ndarray, device: torch.device) -> Tensor:
 
 
 def to_frame(image: Tensor) -> np.ndarray:
-    """A float image (3, H, W) to 8-bit RGB (H, W, 3), clamped and rounded."""
-    return (image * 255).round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    """A float image (H, W, 3) to 8-bit RGB, clamped and rounded."""
+    return (image * 255).round_().clamp_(0, 255).to(torch.uint8).cpu().numpy()
 
 
 class TileSide:
@@ -1040,25 +1040,29 @@ class FrameSharpener:
         height, width = frame.shape[:2]
         rows, columns = map(self.side, (height, width))
         gates, result = self.gates(frame), np.empty_like(frame)
-        total = torch.zeros(3, rows.size, len(columns.source), device=self.device)
+        total = torch.zeros(rows.size, len(columns.source), 3, device=self.device)
         for top, below, fade in zip(rows.starts, [*rows.starts[1:], height], rows.windows, strict=True):
             for left, window in zip(columns.starts, columns.windows, strict=True):
                 blurred = self.tile(frame, top, left)
                 restored = self.restore(blurred, gates)
                 if self.strength != 1:
                     restored = blurred + self.strength * (restored - blurred)
-                weights = (fade[:, None] * window).to(self.device)
-                total[..., left : left + columns.size].addcmul_(restored[0], weights)
+                pixels = restored[0].permute(1, 2, 0).flatten(1)  # (rows, columns * 3), as they lie in memory
+                if len(rows.starts) > 1:
+                    pixels = pixels * fade.to(self.device)[:, None]
+                if len(columns.starts) > 1:
+                    pixels = pixels * window.repeat_interleave(3).to(self.device)
+                total[:, left : left + columns.size] += pixels.unflatten(1, (-1, 3))
             done = below - top  # rows that no further tile touches
-            result[top:below] = to_frame(total[:, :done, :width])
-            total = F.pad(total[:, done:], (0, 0, 0, done))
+            result[top:below] = to_frame(total[:done, :width])
+            total = F.pad(total[done:], (0, 0, 0, 0, 0, done))
         return result
 
 
 def teacher_frames(restormer: StemmedRestormer, device: torch.device) -> FrameFunction:
     """A function that applies a teacher to whole 8-bit RGB frames (H, W, 3)."""
     teacher = RestormerTeacherWrapper(restormer).to(device, memory_format=torch.channels_last)
-    return lambda frame: to_frame(teacher(to_batch(frame[None], device))[0])
+    return lambda frame: to_frame(teacher(to_batch(frame[None], device))[0].permute(1, 2, 0))
 
 
 def score(predicted: np.ndarray, sharp: np.ndarray) -> tuple[float, float]:
