@@ -1,6 +1,7 @@
 """The loop: order, accumulation, averaging, resuming, interruption, several processes."""
 
 import csv
+import math
 import re
 import shutil
 import signal
@@ -262,3 +263,24 @@ def test_two_processes_match_one(arguments, tmp_path):
     assert not torch.allclose(first["output.weight"], start.output.weight, atol=1e-4)
     for name in first:
         assert torch.allclose(first[name], second[name], atol=2e-5), name
+
+
+def test_learning_rate_is_the_cosine_after_a_linear_warm_up(arguments, tmp_path):
+    run = tmp_path / "run"
+    flags = ("--max-steps", "6", "--warmup-steps", "4", "--learning-rate", "1e-3", "--restart-epochs", "3", "--balance")
+    assert kd.main([*arguments, "--run-dir", str(run), *flags]) == 0
+    rows = read_log(run)
+    for step, row in enumerate(rows):
+        cosine = 1e-6 + (1e-3 - 1e-6) * (1 + math.cos(math.pi * float(row["epoch"]) / 3)) / 2
+        assert float(row["learning_rate"]) == pytest.approx(cosine * min(1, (step + 1) / 4))
+    assert all(float(row["seconds"]) > 0 for row in rows)
+
+
+def test_a_run_may_start_from_another_students_weights(arguments, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert kd.main([*arguments, "--run-dir", str(first), "--max-steps", "3"]) == 0
+    start = (*arguments, "--run-dir", str(second), "--init", str(first / "best.pth"), "--max-steps", "1")
+    assert kd.main([*start, "--learning-rate", "1e-9"]) == 0
+    before, after = (kd.load_student(run / "best.pth")[0].state_dict() for run in (first, second))
+    assert all(torch.allclose(before[name], after[name], atol=1e-7) for name in before)
+    assert kd.main([*start, "--overwrite", "--widths", "4", "4", "4", "4", "8"]) == 2
