@@ -116,7 +116,9 @@ class FitConfig(DeviceConfig):
     clip_norm: float = flag(1.0, "largest gradient norm; 0 for no clipping", at_least=0)
     ema_decay: float = flag(0.999, "decay of the averaged weights, reached after a warm-up", at_least=0)
     degradation: str = flag(
-        "pairs", "pairs: the dataset's blurred pictures; mixed: sharp crops degraded anew", choices=("pairs", "mixed")
+        "pairs",
+        "pairs: the dataset's blurred pictures; x2, mixed: sharp crops, degraded anew",
+        choices=("pairs", "x2", "mixed"),
     )
     blur_probability: float = flag(1.0, "pairs: share of crops blurred further (3x3, sigma 0.1 to 2.0)", at_least=0)
     validation_fraction: float = flag(0.05, "share of the training pairs held out for validation", at_least=0)
@@ -462,15 +464,16 @@ class GoProSharpeningDataset(Dataset):
 
     An item is named by (epoch, index) and drawn from (seed, epoch, index) alone, so neither worker processes nor an
     interruption change what a run sees. Crops start at even pixels: a frame enlarged by 2, and a student with a stem,
-    repeat every two. With `mixed` a crop of the sharp picture is degraded anew, else the pair's own blur blurred more.
+    repeat every two. "pairs" blurs the pair's own blur more; the others degrade a crop of the sharp picture anew, by x2
+    or by what `Degradation.draw` draws. A student starts on "x2": from "mixed" alone it learns to do nothing.
     """
 
     def __init__(
         self, pairs: Sequence[Pair], image_size: int, blur_probability: float = 1.0,
-        seed: int = 0, cache: bool = False, mixed: bool = False,
+        seed: int = 0, cache: bool = False, degradation: str = "pairs",
     ) -> None:  # fmt: skip
         self.pairs, self.image_size, self.blur_probability, self.seed = pairs, image_size, blur_probability, seed
-        self.mixed, self.to_tensor = mixed, CustomToTensor()
+        self.degradation, self.to_tensor = degradation, CustomToTensor()
         self.decoded = [self.load(pair) for pair in pairs] if cache else None
 
     def __len__(self) -> int:
@@ -487,7 +490,8 @@ class GoProSharpeningDataset(Dataset):
         return self.decoded[index] if self.decoded else self.load(self.pairs[index])
 
     def load(self, pair: Pair) -> list[np.ndarray]:
-        images = [np.array(even_sized(open_picture(pair.sharp)))] if self.mixed else list(pair.load())
+        sharp_only = self.degradation != "pairs"
+        images = [np.array(even_sized(open_picture(pair.sharp)))] if sharp_only else list(pair.load())
         if min(images[0].shape[:2]) >= self.image_size:
             return images
         return [np.array(ImageOps.cover(Image.fromarray(image), (self.image_size,) * 2)) for image in images]
@@ -496,11 +500,12 @@ class GoProSharpeningDataset(Dataset):
         """Flipped and blurred at random: {"blurred", "sharp"} of (3, H, W) each."""
         if rng.random() < 0.5:
             images = [image[:, ::-1] for image in images]
-        if self.mixed:
-            images = [Degradation.draw(rng)(Image.fromarray(images[0])), *images]
+        if self.degradation != "pairs":
+            degradation = PROTOCOLS["x2"] if self.degradation == "x2" else Degradation.draw(rng)
+            images = [degradation(Image.fromarray(images[0])), *images]
         blurred, sharp = map(self.to_tensor, images)
         sigma = rng.uniform(0.1, 2.0)
-        if not self.mixed and rng.random() < self.blur_probability:
+        if self.degradation == "pairs" and rng.random() < self.blur_probability:
             blurred = TF.gaussian_blur(blurred, 3, sigma)
         return {"blurred": blurred, "sharp": sharp}
 
@@ -643,7 +648,7 @@ class TeacherCache(Dataset):
         self.folder, self.dataset, self.variants, self.alignment = folder, dataset, variants, teacher.alignment
         if dataset.image_size % self.alignment:
             raise UserError(f"--image-size {dataset.image_size}: the cache needs a multiple of {self.alignment}")
-        settings = (variants, dataset.image_size, dataset.mixed, dataset.blur_probability, dataset.seed)
+        settings = (variants, dataset.image_size, dataset.degradation, dataset.blur_probability, dataset.seed)
         digest = hashlib.sha256(repr(settings).encode())
         for tensor in teacher.restormer.state_dict().values():
             digest.update(tensor.cpu().numpy().tobytes())
@@ -1215,7 +1220,7 @@ def start_run(config: FitConfig) -> list[Pair]:
         raise UserError(f"{config.run_dir} holds a run already: add --resume or --overwrite, or name another --run-dir")
     torch.manual_seed(config.seed)
     if not uses_embedded_sample(config):
-        return find_pairs(config.data_root / "train", "x2" if config.degradation == "mixed" else "")
+        return find_pairs(config.data_root / "train", "" if config.degradation == "pairs" else "x2")
     print(f"No pictures under {config.data_root / 'train'}: training on those that scikit-image carries.")
     print(f"--lambda-perceptual is {config.lambda_perceptual:g}, the teacher {config.teacher_weights}.")
     return embedded_pairs()
@@ -1244,9 +1249,8 @@ class Fit:
         training, held_out = hold_out(pairs, config.validation_fraction, config.seed)
         training = balanced(training) if config.balance else training
         self.held_out = [pair.load() for pair in held_out]
-        mixed = config.degradation == "mixed"
         self.dataset = GoProSharpeningDataset(
-            training, config.image_size, config.blur_probability, config.seed, config.cache, mixed
+            training, config.image_size, config.blur_probability, config.seed, config.cache, config.degradation
         )
         self.order = CropOrder(len(training), config, self.rank, processes)
         self.objective = objective.to(self.device, memory_format=torch.channels_last)

@@ -172,12 +172,12 @@ def test_mixed_crops_come_from_the_sharp_picture_alone(data_root, sharp_folder):
     pairs = kd.find_pairs(data_root / "train", "x2")
     assert [p.key for p in pairs] == [p.key for p in kd.find_pairs(sharp_folder, "x2")]
     assert all(p.blurred is None for p in pairs)
-    dataset = kd.GoProSharpeningDataset(pairs, 64, seed=1, mixed=True)
+    dataset = kd.GoProSharpeningDataset(pairs, 64, seed=1, degradation="mixed")
     crops = [dataset[(epoch, 0)] for epoch in range(60)]
     differences = [float((c["blurred"] - c["sharp"]).abs().mean()) for c in crops]
     assert 1 <= differences.count(0.0) <= 15  # 8 % untouched
     assert len(set(differences)) > 40
-    again = kd.GoProSharpeningDataset(pairs, 64, seed=1, mixed=True, cache=True)[(7, 0)]
+    again = kd.GoProSharpeningDataset(pairs, 64, seed=1, degradation="mixed", cache=True)[(7, 0)]
     assert all(torch.equal(again[name], crops[7][name]) for name in again)
 
 

@@ -127,7 +127,7 @@ def cached(tmp_path, data_root, tiny_teacher):
     pairs = kd.find_pairs(data_root / "train", "x2")[:2]
     torch.manual_seed(0)
     teacher = kd.RestormerTeacherWrapper(kd.load_restormer(tiny_teacher), {"e2": 5, "e4": 6, "b": 7})
-    dataset = kd.GoProSharpeningDataset(pairs, 96, seed=4, mixed=True)
+    dataset = kd.GoProSharpeningDataset(pairs, 96, seed=4, degradation="mixed")
     return teacher, dataset, lambda: kd.TeacherCache(tmp_path / "cache", dataset, teacher, 2, FLOAT32)
 
 
