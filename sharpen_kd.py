@@ -1429,6 +1429,8 @@ def train(config: TrainConfig) -> None:
     if run.rank == 0 and run.held_out:
         before = mean_score(run.held_out, lambda frame: frame)
         after = load_student(config.run_dir / "best.pth")[1]["held_out"]
+        pace = statistics.median(row.get("seconds", math.nan) for row in run.rows)
+        print(f"{run.step} steps, {1000 * pace:.0f} ms each (median)")
         print(f"{len(run.held_out)} held-out pictures, {config.run_dir / 'best.pth'}")
         print(f"before: {before[0]:.2f} dB, SSIM {before[1]:.4f}")
         print(f"after:  {after['psnr']:.2f} dB, SSIM {after['ssim']:.4f}")
