@@ -81,6 +81,7 @@ def flag(default: object, text: str, at_least: float | None = None, above: float
 class DeviceConfig:
     device: str = flag("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps", "xpu"))
     threads: int = flag(0, "CPU threads; 0 leaves PyTorch's choice", at_least=0)
+    precision: str = flag("auto", "auto: bf16 where it is native, else float32", choices=("auto", "float32", "bf16"))
 
 
 @dataclass
@@ -123,7 +124,6 @@ class FitConfig(DeviceConfig):
     blur_probability: float = flag(1.0, "pairs: share of crops blurred further (3x3, sigma 0.1 to 2.0)", at_least=0)
     validation_fraction: float = flag(0.05, "share of the training pairs held out for validation", at_least=0)
     validate_every: int = flag(5, "epochs between validations", at_least=1)
-    precision: str = flag("auto", "auto: bf16 on CUDA, else float32", choices=("auto", "float32", "bf16"))
     workers: int = flag(2, "processes that load pictures", at_least=0)
     balance: bool = flag(False, "show every category as often as the largest, by repeating its pictures")
     cache: bool = flag(False, "decode every picture once and keep it in memory")
@@ -151,6 +151,13 @@ class TrainConfig(FitConfig):
 
 
 @dataclass
+class AblateConfig(TrainConfig):
+    """Train one student with each teacher term alone, with all and with none, and compare them."""
+
+    seeds: tuple[int, ...] = flag((0, 1, 2), "seeds of initial weights, order and crops; one run each")
+
+
+@dataclass
 class TeacherConfig(FitConfig):
     """Train a Restormer of any size on the dataset (L1); best.pth is a --teacher-weights file."""
 
@@ -170,7 +177,6 @@ class InferenceConfig(DeviceConfig):
     checkpoint: Path = flag(SHIPPED_STUDENT, "student checkpoint; it carries its configuration")
     tile: int = flag(TILE, "about the side of the tiles in pixels; 0 takes a picture whole", at_least=0)
     overlap: int = flag(OVERLAP, "pixels shared by neighbouring tiles", at_least=0)
-    precision: str = flag("auto", "auto: bf16 where it is native, else float32", choices=("auto", "float32", "bf16"))
 
 
 @dataclass
@@ -200,13 +206,11 @@ class EvalConfig(InferenceConfig):
 
 
 @dataclass
-class FpsConfig(DeviceConfig):
-    """Milliseconds a frame, on pictures: 512x512 whole and 1920x1080 in tiles."""
+class FpsConfig(InferenceConfig):
+    """Milliseconds a frame of 512x512, 1280x720 and 1920x1080, whole and in tiles."""
 
-    checkpoint: Path = flag(SHIPPED_STUDENT, "student checkpoint")
     base_channels: int = flag(0, "time an untrained student of this size instead (the report: 256)", at_least=0)
     stem_stride: int = flag(4, "its stem stride", choices=(1, 2, 4))
-    precision: str = flag("auto", "auto: bf16 where it is native, else float32", choices=("auto", "float32", "bf16"))
     warmup: int = flag(3, "frames before timing starts", at_least=0)
     frames: int = flag(20, "frames timed", at_least=1)
     json: Path | None = flag(None, "write the rows to this file")
@@ -228,6 +232,11 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     processor = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     native = device.type == "cuda" or processor.get("avx512_bf16", False)
     return torch.bfloat16 if name == "bf16" or (name == "auto" and native) else torch.float32
+
+
+def mixed_precision(precision: torch.dtype, device: torch.device) -> torch.autocast:
+    """A context in which networks compute in `precision`; float32 leaves them as they are."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
 
 
 def process_rank() -> tuple[int, int]:
@@ -436,14 +445,22 @@ def embedded_pairs() -> list[Pair]:
     return [Pair(Path(name).with_suffix("").as_posix(), folder / Path(name).name) for name in EMBEDDED]
 
 
-def hold_out(pairs: list[Pair], fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """(training, validation) pairs, drawn by `seed`: GoPro's sequences whole, at least one unless `fraction` is 0."""
-    groups: dict[str, list[Pair]] = {}
-    for pair in pairs:
-        sequence = re.search(r"GOPR\d+_\d+_\d+", pair.key)
-        groups.setdefault(sequence.group() if sequence else pair.key, []).append(pair)
+def grouped(items: Iterable, key: Callable[[typing.Any], str]) -> dict[str, list]:
+    """The items under their keys, both in the order of appearance."""
+    groups: dict[str, list] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def hold_out(pairs: list[Pair], fraction: float) -> tuple[list[Pair], list[Pair]]:
+    """(training, validation) pairs: GoPro's sequences whole, at least one unless `fraction` is 0.
+
+    The draw is the same in every run, so that runs of several seeds, and a teacher and its student, compare.
+    """
+    groups = grouped(pairs, lambda pair: (re.search(r"GOPR\d+_\d+_\d+", pair.key) or [pair.key])[0])
     names, held = sorted(groups), []
-    for index in np.random.default_rng(seed).permutation(len(names))[:-1]:
+    for index in np.random.default_rng(0).permutation(len(names))[:-1]:
         if len(held) >= fraction * len(pairs):
             break
         held += groups[names[index]]
@@ -452,11 +469,9 @@ def hold_out(pairs: list[Pair], fraction: float, seed: int) -> tuple[list[Pair],
 
 def balanced(pairs: list[Pair]) -> list[Pair]:
     """Every category repeated to the size of the largest."""
-    groups: dict[str, list[Pair]] = {}
-    for pair in pairs:
-        groups.setdefault(pair.category, []).append(pair)
-    largest = max(map(len, groups.values()))
-    return [pair for group in groups.values() for pair in itertools.islice(itertools.cycle(group), largest)]
+    groups = grouped(pairs, lambda pair: pair.category).values()
+    largest = max(map(len, groups))
+    return [pair for group in groups for pair in itertools.islice(itertools.cycle(group), largest)]
 
 
 class GoProSharpeningDataset(Dataset):
@@ -648,7 +663,7 @@ class TeacherCache(Dataset):
         self.folder, self.dataset, self.variants, self.alignment = folder, dataset, variants, teacher.alignment
         if dataset.image_size % self.alignment:
             raise UserError(f"--image-size {dataset.image_size}: the cache needs a multiple of {self.alignment}")
-        settings = (variants, dataset.image_size, dataset.degradation, dataset.blur_probability, dataset.seed)
+        settings = (variants, dataset.image_size, dataset.degradation, dataset.blur_probability)
         digest = hashlib.sha256(repr(settings).encode())
         for tensor in teacher.restormer.state_dict().values():
             digest.update(tensor.cpu().numpy().tobytes())
@@ -671,7 +686,7 @@ class TeacherCache(Dataset):
         device, (rank, processes) = next(teacher.parameters()).device, process_rank()
         places = list(itertools.product(range(len(self.dataset)), range(self.variants)))[rank::processes]
         for index, variant in tqdm(places, "teacher cache", disable=rank > 0):
-            rng = np.random.default_rng((self.dataset.seed, variant, index))
+            rng = np.random.default_rng((variant, index))  # not the run's seed: runs of several seeds share a cache
             example = self.dataset.example(self.dataset.images(index), rng)
             example = {name: pad_to_multiple(image[None].to(device), self.alignment) for name, image in example.items()}
             with autocast:
@@ -714,8 +729,11 @@ class SEBlock(nn.Module):
         return torch.sigmoid(self.excite(F.relu(self.squeeze(x))))
 
 
+LEAK = 0.1  # slope below zero. With plain ReLUs the deep stages die: 64 of 64 channels after 2,000 steps, and 0.08 dB
+
+
 class Stage(nn.Module):
-    """Two 3x3 convolutions with ReLU, then a gate a channel: the SE block's, or one handed in."""
+    """Two 3x3 convolutions with leaky ReLUs, then a gate a channel: the SE block's, or one handed in."""
 
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
@@ -724,13 +742,14 @@ class Stage(nn.Module):
         self.se = SEBlock(channels)
 
     def forward(self, x: Tensor, gate: Tensor | None) -> Tensor:
-        x = F.relu_(self.conv1(x))
+        x = F.leaky_relu_(self.conv1(x), LEAK)
         if gate is None:
-            x = F.relu_(self.conv2(x))
+            x = F.leaky_relu_(self.conv2(x), LEAK)
             return x * self.se(x)
-        # A gate is positive, so it passes through ReLU into the weights, where it costs nothing.
+        # A gate is positive, so it passes through the leaky ReLU into the weights, where it costs nothing.
         gate = gate.flatten()
-        return F.relu_(F.conv2d(x, self.conv2.weight * gate.view(-1, 1, 1, 1), self.conv2.bias * gate, padding=1))
+        weight, bias = self.conv2.weight * gate.view(-1, 1, 1, 1), self.conv2.bias * gate
+        return F.leaky_relu_(F.conv2d(x, weight, bias, padding=1), LEAK)
 
 
 class StudentUNet(nn.Module):
@@ -766,17 +785,18 @@ class StudentUNet(nn.Module):
         self.initialise()
 
     def initialise(self) -> None:
-        """He initialisation; gates nearly open; a last layer near zero.
+        """He initialisation; gates nearly open; the last layer and what comes up from below near zero.
 
         With PyTorch's default the signal fades through nine stages without a normalisation layer, and the
-        network stays at its input for hundreds of steps.
+        network stays at its input for hundreds of steps. Deep stages that are heard from the start are noise,
+        which training first silences for good; they come in as they learn (0.1 dB after 600 steps).
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                 nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.ConvTranspose2d):  # each output pixel has `in` inputs, no ReLU
-                nn.init.normal_(module.weight, std=module.in_channels**-0.5)
+            elif isinstance(module, nn.ConvTranspose2d):
+                nn.init.normal_(module.weight, std=0.03 * module.in_channels**-0.5)
                 nn.init.zeros_(module.bias)
         for stage in (*self.encoder, self.bottleneck, *self.decoder):
             nn.init.constant_(stage.se.excite.bias, 2.0)
@@ -1026,7 +1046,7 @@ class FrameSharpener:
 
     def restore(self, blurred: Tensor, gates: Sequence[Tensor]) -> Tensor:
         """The network alone, on a batch (B, 3, H, W)."""
-        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+        with mixed_precision(self.precision, self.device):
             return self.student(blurred, gates).float()
 
     def gates(self, frame: np.ndarray) -> list[Tensor]:
@@ -1162,22 +1182,33 @@ def write_csv(path: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def plot_curves(path: Path, rows: list[dict], terms: Iterable[str]) -> None:
-    """A run's losses and held-out scores as a picture, where matplotlib is installed."""
+def plot(path: Path, titles: Sequence[str], draw: Callable[..., None]) -> None:
+    """`draw(axes, axes)` under two titles as a picture file, where matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print(f"no {path.name}: `pip install matplotlib` would draw it")
         return
-    left, right = (figure := Figure(figsize=(11, 4))).subplots(1, 2)
-    for axes, names in ((left, terms), (right, ["val_psnr"])):
-        for name in names:
-            points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
-            axes.plot(*zip(*points, strict=True), label=name, lw=0.8, marker="." if axes is right else "")
-    left.set(xlabel="step", title="weighted loss terms", yscale="log")
-    left.legend()
-    right.set(xlabel="step", title="held-out PSNR of the averaged weights, dB")
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    panels = (figure := Figure(figsize=(11, 4), layout="constrained")).subplots(1, 2)
+    draw(*panels)
+    for axes, title in zip(panels, titles, strict=True):
+        axes.set_title(title)
+    figure.savefig(path, dpi=110)
+
+
+def plot_curves(path: Path, rows: list[dict], terms: Iterable[str]) -> None:
+    """A run's losses and held-out scores."""
+
+    def draw(left, right) -> None:
+        for axes, names in ((left, terms), (right, ["val_psnr"])):
+            for name in names:
+                points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
+                axes.plot(*zip(*points, strict=True), label=name, lw=0.8, marker="." if axes is right else "")
+            axes.set_xlabel("step")
+        left.set_yscale("log")
+        left.legend()
+
+    plot(path, ("weighted loss terms", "held-out PSNR of the averaged weights, dB"), draw)
 
 
 @contextlib.contextmanager
@@ -1247,7 +1278,7 @@ class Fit:
     ) -> None:  # fmt: skip
         self.device, (self.rank, processes) = start_process(config), process_rank()
         self.config, self.network_config, self.frame_function = config, network_config, frame_function
-        training, held_out = hold_out(pairs, config.validation_fraction, config.seed)
+        training, held_out = hold_out(pairs, config.validation_fraction)
         training = balanced(training) if config.balance else training
         self.held_out = [pair.load() for pair in held_out]
         self.dataset = GoProSharpeningDataset(
@@ -1255,11 +1286,8 @@ class Fit:
         )
         self.order = CropOrder(len(training), config, self.rank, processes)
         self.objective = objective.to(self.device, memory_format=torch.channels_last)
-        low = config.precision == "bf16" or (config.precision == "auto" and self.device.type == "cuda")
-        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=low)
+        self.autocast = mixed_precision(pick_precision(config.precision, self.device), self.device)
         if getattr(config, "teacher_cache", None):
-            if not objective.teacher:
-                raise UserError("--teacher-cache: every teacher term has weight 0")
             variants, teacher = config.cache_variants, self.objective.teacher
             self.dataset = TeacherCache(config.teacher_cache, self.dataset, teacher, variants, self.autocast)
         self.ema = copy.deepcopy(objective.network).eval().requires_grad_(False)
@@ -1338,7 +1366,7 @@ class Fit:
         return means
 
     def set_learning_rate(self, epoch: float) -> None:
-        """The schedule's, after a linear warm-up: Adam's first steps at 1.5e-3 killed five ReLUs in six."""
+        """The schedule's, after a linear warm-up: Adam's first steps are as large as any and on the worst gradients."""
         self.schedule.step(epoch)
         for group in self.optimiser.param_groups:
             group["lr"] *= min(1.0, (self.step + 1) / max(self.config.warmup_steps, 1))
@@ -1422,7 +1450,7 @@ def train(config: TrainConfig) -> None:
     terms = ("reconstruction", "perceptual", "feature", "kl", "ssim", "output")
     weights = {name: getattr(config, f"lambda_{name}") for name in terms}
     loss, teacher = DistillationLoss(weights, config.temperature), None
-    if loss.needs_teacher:
+    if loss.needs_teacher or config.teacher_cache:  # crops come from the cache, even if no term reads the teacher
         widths = student.feature_widths if "feature" in loss.weights else None
         teacher = RestormerTeacherWrapper(load_restormer(config.teacher_weights), widths)
     run = Fit(config, Distillation(student, teacher, loss), student.config, pairs, FrameSharpener)
@@ -1435,6 +1463,69 @@ def train(config: TrainConfig) -> None:
         print(f"{len(run.held_out)} held-out pictures, {config.run_dir / 'best.pth'}")
         print(f"before: {before[0]:.2f} dB, SSIM {before[1]:.4f}")
         print(f"after:  {after['psnr']:.2f} dB, SSIM {after['ssim']:.4f}")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Ablation: what does the teacher add?
+
+ABLATION = {
+    "no teacher": (), "features": ("feature",), "KL": ("kl",), "output": ("output",),
+    "all": ("feature", "kl", "output"), "no teacher, longer": (),
+}  # fmt: skip
+
+
+def plot_ablation(path: Path, scores: dict[str, dict[str, list[list[float]]]]) -> None:
+    """A point for each run's PSNR, held out and on the test split; a bar for their mean."""
+
+    def draw(*panels) -> None:
+        for axes, where in zip(panels, ("held out", "test"), strict=True):
+            for row, values in enumerate(scores.values()):
+                psnr = [value[0] for value in values[where]]
+                axes.plot(psnr, [row] * len(psnr), "o", color=f"C{row}")
+                if psnr:
+                    axes.plot(statistics.fmean(psnr), row, "|", color=f"C{row}", ms=24)
+            axes.set_yticks(range(len(scores)), scores)
+            axes.invert_yaxis()
+
+    plot(path, ("held out, x2, PSNR in dB", "test, x2, PSNR in dB"), draw)
+
+
+def ablate(config: AblateConfig) -> None:
+    """The `ablate` command: runs in --run-dir/VARIANT_SEED, then a table, ablation.json and ablation.png.
+
+    A teacher term that a variant lacks has weight 0; the others have their --lambda. With a --teacher-cache every
+    variant sees the same crops. "No teacher, longer" has as many more epochs as a step of "all" takes longer. Runs
+    that are there already are kept or continued, so two processes can share out the seeds, and a third the table.
+    """
+    test = [] if uses_embedded_sample(config) else [p.load() for p in find_pairs(config.data_root / "test", "x2")]
+    scores: dict[str, dict[str, list[list[float]]]] = {}
+    seconds: dict[str, float] = {}
+    for name, terms in ABLATION.items():
+        weights = {f"lambda_{term}": 0.0 for term in ("perceptual", "feature", "kl", "output") if term not in terms}
+        epochs = round(config.epochs * seconds["all"] / seconds["no teacher"]) if "longer" in name else config.epochs
+        cycle = {"epochs": epochs, "restart_epochs": epochs, "validate_every": epochs}
+        scores[name], steps = {"held out": [], "test": []}, []
+        for seed in config.seeds:
+            folder = config.run_dir / f"{re.sub(r'[ ,]+', '_', name)}_{seed}"
+            resume = (folder / "last.pth").exists()
+            if not (folder / "best.pth").exists():  # it is written at the end
+                train(dataclasses.replace(config, run_dir=folder, seed=seed, resume=resume, **weights, **cycle))
+            student, content = load_student(folder / "best.pth")
+            with (folder / "log.csv").open(newline="") as log:
+                steps += [float(row["seconds"]) for row in csv.DictReader(log)]
+            scores[name]["held out"].append([content["held_out"]["psnr"], content["held_out"]["ssim"]])
+            if test:
+                sharpener = FrameSharpener(student, pick_device(config), precision=config.precision)
+                scores[name]["test"].append(mean_score(test, sharpener))
+        seconds[name] = statistics.median(steps)
+        line = f"{name:<20}{len(steps) // len(config.seeds):>6} steps of{1000 * seconds[name]:>4.0f} ms"
+        for where, values in scores[name].items():
+            for psnr, similarity in [np.mean(values, 0)] if values else []:
+                spread = f"{min(values)[0]:.2f} to {max(values)[0]:.2f}"
+                line += f"   {where} {psnr:.2f} dB ({spread}) / {similarity:.4f}"
+        print(line, flush=True)
+    (config.run_dir / "ablation.json").write_text(json.dumps(scores, indent=1) + "\n")
+    plot_ablation(config.run_dir / "ablation.png", scores)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1572,10 +1663,7 @@ def mean_psnr(values: Sequence[float]) -> float:
 
 def average_scores(rows: list[dict], methods: Sequence[str]) -> dict[str, dict[str, list[float]]]:
     """Mean [PSNR, SSIM] of each method, over all rows and for each category."""
-    groups = {"all": rows}
-    for row in rows:
-        if row["category"] != "all":
-            groups.setdefault(row["category"], []).append(row)
+    groups = grouped(rows, lambda row: row["category"]) | {"all": rows}
 
     def means(group: list[dict], method: str) -> list[float]:
         psnr, similarity = ([row[f"{method}_{kind}"] for row in group] for kind in ("psnr", "ssim"))
@@ -1678,6 +1766,30 @@ def time_frames(sharpener: FrameSharpener, frames: list[np.ndarray], config: Fps
     return {"network_ms": statistics.median(network), "frame_ms": median, "frame_ms_p95": late}
 
 
+@torch.inference_mode()
+def time_plain_layers(precision: torch.dtype, device: torch.device, config: FpsConfig) -> float:
+    """The yardstick: median milliseconds of six plain 3x3 layers, 24 wide at half resolution, for a 1080p frame."""
+    widths = (12, 24, 24, 24, 24, 24, 12)
+    layers = [nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.ReLU(True)) for a, b in itertools.pairwise(widths)]
+    network = nn.Sequential(nn.PixelUnshuffle(2), *layers[:-1], layers[-1][0], nn.PixelShuffle(2))
+    network.to(device, memory_format=torch.channels_last)
+    frame = torch.rand(1, 3, 1080, 1920, device=device).to(memory_format=torch.channels_last)
+    with mixed_precision(precision, device):
+        return statistics.median(milliseconds(lambda: frame + network(frame), device, config))
+
+
+@torch.inference_mode()
+def best_convolution(precision: torch.dtype, device: torch.device, config: FpsConfig) -> float:
+    """GFLOP/s of the fastest of some 3x3 convolutions at 270x480: what the network's arithmetic could reach."""
+    best = 0.0
+    for width in (32, 64, 128):
+        layer = nn.Conv2d(width, width, 3, padding=1).to(device, precision, memory_format=torch.channels_last)
+        maps = torch.rand(1, width, 270, 480, device=device, dtype=precision).to(memory_format=torch.channels_last)
+        median = statistics.median(milliseconds(functools.partial(layer, maps), device, config))
+        best = max(best, 2 * 9 * width**2 * 270 * 480 / median / 1e6)
+    return best
+
+
 def measure_fps(config: FpsConfig) -> None:
     """The `fps` command."""
     device = pick_device(config)
@@ -1687,17 +1799,19 @@ def measure_fps(config: FpsConfig) -> None:
     else:
         student, name = load_student(config.checkpoint)[0], config.checkpoint.name
     macs, threads = multiply_adds_per_pixel(student), torch.get_num_threads()
-    parameters = sum(p.numel() for p in student.parameters())
-    precision = str(pick_precision(config.precision, device)).removeprefix("torch.")
-    print(f"{name}: {parameters:,} parameters, {macs:,.0f} multiply-adds a pixel")
+    precision = pick_precision(config.precision, device)
+    print(f"{name}: {sum(p.numel() for p in student.parameters()):,} parameters, {macs:,.0f} multiply-adds a pixel")
     print(f"{device}, {precision}, {threads} CPU threads, PyTorch {torch.__version__}")
     print("frame               network   8-bit to 8-bit, ms median    95 %      FPS  GFLOP/s")
     rows = []
-    for height, width, tile in ((512, 512, 0), (1080, 1920, TILE)):
-        sharpener = FrameSharpener(student, device, tile, precision=config.precision)
+    for (height, width), tile in itertools.product(((512, 512), (720, 1280), (1080, 1920)), (0, config.tile)):
+        sharpener = FrameSharpener(student, device, tile, config.overlap, precision=config.precision)
+        tiles = math.prod(len(sharpener.side(length).starts) for length in (height, width))
+        if tile and tiles == 1:
+            continue  # timed already
         row = {
-            "checkpoint": name, "backend": "torch", "precision": precision, "device": str(device),
-            "threads": threads, "height": height, "width": width, "tiled": bool(tile),
+            "checkpoint": name, "backend": "torch", "precision": str(precision).removeprefix("torch."),
+            "device": str(device), "threads": threads, "height": height, "width": width, "tiled": bool(tile),
         }  # fmt: skip
         row |= time_frames(sharpener, sample_frames(height, width), config)
         row |= {"fps": 1000 / row["frame_ms"], "macs_per_pixel": macs}
@@ -1705,7 +1819,12 @@ def measure_fps(config: FpsConfig) -> None:
         rows.append(row)
         size = f"{width}x{height}{' tiled' if tile else ''}"
         times = f"{row['network_ms']:>11.1f}{row['frame_ms']:>28.1f}{row['frame_ms_p95']:>8.1f}"
-        print(f"{size:<16}{times}{row['fps']:>9.1f}{row['gflops']:>9.0f}")
+        print(f"{size:<16}{times}{row['fps']:>9.1f}{row['gflops']:>9.0f}", flush=True)
+    for kind in dict.fromkeys((torch.float32, precision)):
+        plain, best = time_plain_layers(kind, device, config), best_convolution(kind, device, config)
+        ratio = f"a {size} frame above takes {row['frame_ms'] / plain:.2f} times that"
+        print(f"{kind}: six plain 3x3 layers, 24 wide at half of 1080p, {plain:.1f} ms; {ratio}")
+        print(f"{kind}: the best 3x3 convolution reaches {best:.0f} GFLOP/s")
     if config.json:
         config.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
 
@@ -1750,6 +1869,7 @@ COMMANDS: dict[str, tuple[type, Callable]] = {
     "prepare": (PrepareConfig, prepare),
     "teacher": (TeacherConfig, train_teacher),
     "train": (TrainConfig, train),
+    "ablate": (AblateConfig, ablate),
     "eval": (EvalConfig, evaluate),
     "sharpen": (SharpenConfig, sharpen),
     "fps": (FpsConfig, measure_fps),

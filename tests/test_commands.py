@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -88,7 +89,8 @@ def test_fps_rows(tmp_path, student_file, capsys):
     command = ["fps", "--checkpoint", str(student_file), "--frames", "2", "--warmup", "1"]
     assert kd.main([*command, "--json", str(tmp_path / "fps.json")]) == 0
     rows = json.loads((tmp_path / "fps.json").read_text())["rows"]
-    assert [(row["height"], row["width"], row["tiled"]) for row in rows] == [(512, 512, False), (1080, 1920, True)]
+    frames = [(row["width"], row["height"], row["tiled"]) for row in rows]
+    assert frames == [(512, 512, False), (1280, 720, False), (1920, 1080, False), (1920, 1080, True)]
     for row in rows:
         assert set(row) == {
             *("checkpoint", "backend", "precision", "device", "threads", "height", "width", "tiled"),
@@ -99,7 +101,11 @@ def test_fps_rows(tmp_path, student_file, capsys):
         assert row["gflops"] == pytest.approx(2 * multiply_adds / (row["network_ms"] * 1e6))
         assert row["network_ms"] > 0
         assert row["frame_ms"] <= row["frame_ms_p95"]
-    assert "multiply-adds a pixel" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "multiply-adds a pixel" in printed
+    plain, ratio = re.search(r"half of 1080p, ([\d.]+) ms; .* takes ([\d.]+) times", printed).groups()
+    assert float(ratio) == pytest.approx(rows[-1]["frame_ms"] / float(plain), abs=0.006)
+    assert float(re.search(r"convolution reaches (\d+) GFLOP/s", printed)[1]) > 0
 
 
 def test_frames_are_pictures():

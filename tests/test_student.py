@@ -49,13 +49,29 @@ def test_untrained_student_returns_nearly_its_input_and_learns_at_once():
     target = (picture * 0.5).detach()
     optimiser = torch.optim.Adam(student.parameters(), 3e-3)
     losses = []
-    for _ in range(50):
+    for _ in range(100):
         loss = (student(picture) - target).abs().mean()
         losses.append(loss.item())
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_deep_stages_come_in_as_they_learn():
+    """At first almost nothing from below a stage is heard, and no channel is silent for good."""
+    torch.manual_seed(0)
+    student = kd.StudentUNet(stem_stride=2, widths=(8, 8, 8, 8, 8))
+    picture = torch.rand(4, 3, 32, 32)
+    below = []
+    for up in student.up:
+        up.register_forward_hook(lambda module, inputs, output: below.append(output.std() / inputs[0].std()))
+    _, features = student(picture, features=True)
+    assert max(below) < 0.1
+    for f in features.values():
+        gradient = torch.autograd.grad(f.sum(), student.encoder[0].conv1.weight, retain_graph=True)[0]
+        assert gradient.abs().amax((1, 2, 3)).min() > 0
+    assert (features["b"] < 0).any()  # leaky
 
 
 def test_wrong_dimensions_are_refused():
@@ -81,7 +97,8 @@ def test_gates_are_the_mean_over_patches(student_file):
     first = student.encoder[0]
     with torch.no_grad():
         folded = torch.nn.functional.pixel_unshuffle(patches, 2)
-        features = first.conv2(first.conv1(folded).relu()).relu()
+        leaky = torch.nn.LeakyReLU(0.1)
+        features = leaky(first.conv2(leaky(first.conv1(folded))))
         expected = first.se(features).mean(0)
     assert torch.allclose(student.frame_gates(patches)[0][0], expected, atol=1e-6)
     assert not any(module._forward_hooks for module in student.modules())

@@ -1,6 +1,7 @@
 """The loop: order, accumulation, averaging, resuming, interruption, several processes."""
 
 import csv
+import json
 import math
 import re
 import shutil
@@ -85,7 +86,7 @@ def test_accumulated_gradient_is_the_mean_over_the_group(data_root, tmp_path):
     pairs = kd.find_pairs(data_root / "train")[:3]
     config = kd.TrainConfig(
         run_dir=tmp_path, image_size=32, gradient_accumulation_steps=2, clip_norm=0,
-        validation_fraction=0, device="cpu", epochs=1,
+        validation_fraction=0, device="cpu", precision="float32", epochs=1,
     )  # fmt: skip
     torch.manual_seed(0)
     student = kd.StudentUNet(stem_stride=2, widths=(4, 4, 4, 4, 4))
@@ -251,7 +252,7 @@ def test_ctrl_c_saves_and_the_run_continues_to_the_same_weights(arguments, tmp_p
 
 def test_two_processes_match_one(arguments, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    common = [*arguments, "--max-steps", "3", "--device", "cpu", "--threads", "1"]
+    common = [*arguments, "--max-steps", "3", "--device", "cpu", "--threads", "1", "--precision", "float32"]
     common += ["--validation-fraction", "0", "--lambda-ssim", "1"]
     assert kd.main([*common, "--gradient-accumulation-steps", "4", "--run-dir", str(one)]) == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -284,3 +285,34 @@ def test_a_run_may_start_from_another_students_weights(arguments, tmp_path):
     before, after = (kd.load_student(run / "best.pth")[0].state_dict() for run in (first, second))
     assert all(torch.allclose(before[name], after[name], atol=1e-7) for name in before)
     assert kd.main([*start, "--overwrite", "--widths", "4", "4", "4", "4", "8"]) == 2
+
+
+def test_ablation_compares_the_terms_and_keeps_finished_runs(arguments, tmp_path, capsys):
+    command = ["ablate", *arguments[1:], "--run-dir", str(tmp_path), "--epochs", "2", "--seeds", "0", "1"]
+    command += ["--teacher-cache", str(tmp_path / "cache"), "--lambda-output", "1", "--degradation", "x2"]
+    assert kd.main(command) == 0
+    table = [line for line in capsys.readouterr().out.splitlines() if " steps of" in line]
+    assert [line[:20].strip() for line in table] == list(kd.ABLATION)
+    logs = {path.parent.name: read_log(path.parent) for path in tmp_path.glob("*/log.csv")}
+    assert len(logs) == 2 * len(kd.ABLATION)
+    used = {
+        name: {term for term in ("feature", "kl", "output", "ssim") if term in rows[0]} for name, rows in logs.items()
+    }
+    assert used["no_teacher_0"] == {"ssim"}
+    assert used["KL_1"] == {"kl", "ssim"}
+    assert used["all_0"] == {"feature", "kl", "output", "ssim"}
+    # the same student and crops: before the first step only the terms differ
+    assert len({logs[f"{name}_0"][0]["ssim"] for name in ("no_teacher", "features", "KL", "output", "all")}) == 1
+    assert logs["no_teacher_0"][0]["ssim"] != logs["no_teacher_1"][0]["ssim"]
+    scores = json.loads((tmp_path / "ablation.json").read_text())
+    held_out = [torch.load(tmp_path / f"output_{seed}/best.pth", weights_only=True)["held_out"] for seed in (0, 1)]
+    assert scores["output"]["held out"] == [[score["psnr"], score["ssim"]] for score in held_out]
+    pairs = [pair.load() for pair in kd.find_pairs(Path(arguments[2]) / "test", "x2")]
+    student = kd.load_student(tmp_path / "all_1/best.pth")[0]
+    by_hand = np.mean([kd.score(kd.FrameSharpener(student, torch.device("cpu"))(b), s) for b, s in pairs], 0)
+    assert scores["all"]["test"][1] == pytest.approx(by_hand.tolist())
+    assert f"{np.mean(scores['all']['test'], 0)[0]:.2f} dB" in table[-2]
+    assert (tmp_path / "ablation.png").stat().st_size > 1000
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/best.pth")}
+    assert kd.main(command) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/best.pth")}
