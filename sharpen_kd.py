@@ -1015,16 +1015,23 @@ class TileSide:
 
 
 def sample_patches(frame: np.ndarray, side: int = 128, count: int = 4) -> np.ndarray:
-    """(N, h, w, 3): evenly spaced patches that stand for the frame; a small frame stands for itself."""
+    """(N, h, w, 3): the most detailed patches of a grid, to take gates from; a small frame stands for itself.
+
+    Gates tell one blur from another, and flat patches cannot: what the gates make of them is chance, since training
+    crops without detail lose nothing by it. Evenly spaced patches cost single pictures up to 3 dB.
+    """
     height, width = frame.shape[:2]
     if height * width <= side * side * count:
         return frame[None]
-    columns = min(count, max(1, int(math.sqrt(count * width / height))))
-    rows = max(1, count // columns)
+    green = frame[::4, :, 1].astype(np.int16)
+    detail = np.abs(np.diff(green, axis=1, prepend=green[:, :1]))
     h, w = min(side, height), min(side, width)
-    tops = np.linspace(0, height - h, rows + 2)[1:-1].astype(int)
-    lefts = np.linspace(0, width - w, columns + 2)[1:-1].astype(int)
-    return np.stack([frame[top : top + h, left : left + w] for top in tops for left in lefts])
+    tops, lefts = (np.linspace(0, s - p, -(-s // p)).astype(int) for s, p in ((height, h), (width, w)))
+    places = [
+        (detail[top // 4 : (top + h) // 4 + 1, left : left + w].mean(), top, left) for top in tops for left in lefts
+    ]
+    best = sorted(places, reverse=True)[:count]
+    return np.stack([frame[top : top + h, left : left + w] for _, top, left in best])
 
 
 class FrameSharpener:

@@ -86,12 +86,22 @@ def test_strength_scales_the_correction(student_file, random_frame):
     assert np.abs(full - frame).max() > 3
 
 
-def test_small_frame_is_its_own_patch_and_large_ones_are_sampled(random_frame):
-    small, large = random_frame(100, 200), random_frame(400, 700)
+def test_small_frame_is_its_own_patch(random_frame):
+    small = random_frame(100, 200)
     assert np.array_equal(kd.sample_patches(small)[0], small)
-    patches = kd.sample_patches(large)
+    assert kd.sample_patches(random_frame(90, 2000)).shape == (4, 90, 128, 3)
+
+
+def test_patches_of_a_large_frame_are_where_its_detail_is(random_frame):
+    frame = np.full((512, 640, 3), 128, np.uint8)
+    frame[128:256, :256] = random_frame(128, 256)
+    frame[384:, 256:512] = random_frame(128, 256, seed=1)
+    patches = kd.sample_patches(frame)
     assert patches.shape == (4, 128, 128, 3)
-    assert len({patch.tobytes() for patch in patches}) == 4
+    assert {patch.tobytes() for patch in patches} == {
+        *(frame[128:256, left : left + 128].tobytes() for left in (0, 128)),
+        *(frame[384:, left : left + 128].tobytes() for left in (256, 384)),
+    }
 
 
 def test_score_is_the_stated_protocol(photographs):
