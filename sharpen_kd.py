@@ -368,19 +368,9 @@ def list_pictures(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES)
 
 
-def pair_side_and_key(relative: Path) -> tuple[str, str] | None:
-    """Which side of a pair a file is on, and the key it shares with its partner; None for GoPro's `blur_gamma`.
-
-    The side is a folder's name, wherever it stands, so that `blurred/text/a_blur.png` ("text/a") and the
-    published `GOPR0372_07_00/blur/000047.png` ("GOPR0372_07_00/000047") follow one rule.
-    """
-    sides = {"blurred": "blurred", "blur": "blurred", "sharp": "sharp"}
-    for position, part in enumerate(relative.parts[:-1]):
-        if part in sides:
-            folders = relative.parts[:position] + relative.parts[position + 1 : -1]
-            stem = re.sub(r"_(blurred|blur|sharp)$", "", relative.stem)
-            return sides[part], "/".join((*folders, stem))
-    return None
+# A file's side of a pair is a folder's name, wherever it stands, and the rest is the key it shares with its partner:
+# `blurred/text/a_blur.png` ("text/a") and the published `GOPR0372_07_00/blur/000047.png` ("GOPR0372_07_00/000047").
+PAIR_FILE = re.compile(r"(|.*?/)(blurred|blur|sharp)/(.*?)(_blurred|_blur|_sharp)?", re.DOTALL)
 
 
 def size_problems(pair: Pair) -> list[str]:
@@ -398,19 +388,19 @@ def size_problems(pair: Pair) -> list[str]:
 def find_pairs(split_dir: Path, protocol: str = "") -> list[Pair]:
     """The pairs below a split's folder, sorted by key; with a `protocol`, sharp pictures to be degraded by it.
 
-    The sharp pictures are those of the pairs, or, in a folder that knows no sides, all. UserError for nothing, files
-    without a partner, unequal sizes, unreadable files, two files for one side.
+    The sharp pictures are those of the pairs, or, in a folder that knows no sides, all. GoPro's `blur_gamma` is passed
+    over. UserError for nothing, files without a partner, unequal sizes, unreadable files, two files for one side.
     """
-    sides: dict[str, dict[str, Path]] = {"blurred": {}, "sharp": {}}
-    problems, pictures = [], list_pictures(split_dir)
-    for path in pictures:
-        side, key = pair_side_and_key(path.relative_to(split_dir)) or (None, None)
-        if side and sides[side].setdefault(key, path) != path:
-            problems.append(f"{path} and {sides[side][key]} are the {side} side of one pair")
-    blurred, sharp = sides["blurred"], sides["sharp"]
+    sides, problems = {"blurred": {}, "sharp": {}}, []
+    names = {path: path.relative_to(split_dir).with_suffix("").as_posix() for path in list_pictures(split_dir)}
+    for path, name in names.items():
+        if match := PAIR_FILE.fullmatch(name):
+            side = "sharp" if match[2] == "sharp" else "blurred"
+            if (other := sides[side].setdefault(match[1] + match[3], path)) != path:
+                problems.append(f"{path} and {other} are the {side} side of one pair")
+    blurred, sharp = sides.values()
     if protocol:
-        if not blurred and not sharp:
-            sharp = {path.relative_to(split_dir).with_suffix("").as_posix(): path for path in pictures}
+        sharp = sharp if blurred or sharp else {name: path for path, name in names.items()}
         pairs = [Pair(key, path, degradation=PROTOCOLS[protocol]) for key, path in sorted(sharp.items())]
     else:
         problems += [f"{blurred[key]} has no sharp partner" for key in sorted(blurred.keys() - sharp.keys())]
@@ -488,8 +478,8 @@ class GoProSharpeningDataset(Dataset):
         seed: int = 0, cache: bool = False, degradation: str = "pairs",
     ) -> None:  # fmt: skip
         self.pairs, self.image_size, self.blur_probability, self.seed = pairs, image_size, blur_probability, seed
-        self.degradation, self.to_tensor = degradation, CustomToTensor()
-        self.decoded = [self.load(pair) for pair in pairs] if cache else None
+        self.degradation, self.to_tensor, self.decoded = degradation, CustomToTensor(), []
+        self.decoded = list(map(self.images, range(len(pairs)))) if cache else []
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -502,11 +492,10 @@ class GoProSharpeningDataset(Dataset):
 
     def images(self, index: int) -> list[np.ndarray]:
         """The pair's pictures, or the sharp one; enlarged where they are smaller than a crop."""
-        return self.decoded[index] if self.decoded else self.load(self.pairs[index])
-
-    def load(self, pair: Pair) -> list[np.ndarray]:
-        sharp_only = self.degradation != "pairs"
-        images = [np.array(even_sized(open_picture(pair.sharp)))] if sharp_only else list(pair.load())
+        if self.decoded:
+            return self.decoded[index]
+        pair = self.pairs[index]
+        images = [*pair.load()] if self.degradation == "pairs" else [np.array(even_sized(open_picture(pair.sharp)))]
         if min(images[0].shape[:2]) >= self.image_size:
             return images
         return [np.array(ImageOps.cover(Image.fromarray(image), (self.image_size,) * 2)) for image in images]
@@ -617,21 +606,16 @@ class RestormerTeacherWrapper(nn.Module):
     def __init__(self, restormer: StemmedRestormer, student_widths: dict[str, int] | None = None) -> None:
         super().__init__()
         self.restormer = restormer.requires_grad_(False).eval()
+        self.alignment = (
+            8 * restormer.stem_stride
+        )  # sides that are its multiples need no padding; feature grids begin there
         self.tapped: dict[str, Tensor] = {}
         for name, layer in self.TAPS.items():
             module = restormer.get_submodule(layer)
-            module.register_forward_hook(functools.partial(self.keep, name))
+            module.register_forward_hook(lambda module, inputs, output, name=name: self.tapped.update({name: output}))
             if student_widths:
                 width = module[0].norm1.body.weight.shape[0]
                 self.add_module(f"proj_{name}", nn.Conv2d(width, student_widths[name], 1))
-
-    @property
-    def alignment(self) -> int:
-        """Pictures whose sides are multiples of this need no padding, and all feature grids begin there."""
-        return 8 * self.restormer.stem_stride
-
-    def keep(self, name: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        self.tapped[name] = output
 
     def train(self, mode: bool = True) -> RestormerTeacherWrapper:
         super().train(mode)
@@ -772,14 +756,12 @@ class StudentUNet(nn.Module):
         if in_channels != out_channels or stem_stride not in (1, 2, 4):
             raise ValueError("a student corrects its input (in = out) at a stem stride of 1, 2 or 4")
         self.config = {"stem_stride": stem_stride, "widths": widths}
-        self.stem_stride, self.widths = stem_stride, widths
-        folded = in_channels * stem_stride**2
+        self.stem_stride, folded = stem_stride, in_channels * stem_stride**2
+        self.alignment = 16 * stem_stride  # sides that are its multiples pass through every stage without padding
+        self.feature_widths = {"e2": widths[1], "e4": widths[3], "b": widths[4]}
         self.encoder = nn.ModuleList(map(Stage, (folded, *widths[:3]), widths[:4]))
         self.bottleneck = Stage(widths[3], widths[4])
-        self.up = nn.ModuleList(
-            nn.ConvTranspose2d(below, width, 2, stride=2)
-            for below, width in zip(widths[:0:-1], widths[3::-1], strict=True)
-        )
+        self.up = nn.ModuleList(nn.ConvTranspose2d(a, b, 2, stride=2) for a, b in itertools.pairwise(widths[::-1]))
         self.decoder = nn.ModuleList(Stage(2 * width, width) for width in widths[3::-1])
         self.output = nn.Conv2d(widths[0], folded, 1)
         self.initialise()
@@ -801,15 +783,6 @@ class StudentUNet(nn.Module):
         for stage in (*self.encoder, self.bottleneck, *self.decoder):
             nn.init.constant_(stage.se.excite.bias, 2.0)
         nn.init.normal_(self.output.weight, std=1e-3)
-
-    @property
-    def alignment(self) -> int:
-        """Pictures whose sides are multiples of this pass through every stage without padding."""
-        return 16 * self.stem_stride
-
-    @property
-    def feature_widths(self) -> dict[str, int]:
-        return {"e2": self.widths[1], "e4": self.widths[3], "b": self.widths[4]}
 
     def forward(
         self, blurred: Tensor, gates: Sequence[Tensor] | None = None, features: bool = False
@@ -957,11 +930,8 @@ class DistillationLoss(nn.Module):
         super().__init__()
         self.weights = {name: weight for name, weight in weights.items() if weight > 0}
         self.temperature = temperature
+        self.needs_teacher = not self.weights.keys().isdisjoint({"perceptual", "feature", "kl", "output"})
         self.vgg = VGGFeatures() if "perceptual" in self.weights else None
-
-    @property
-    def needs_teacher(self) -> bool:
-        return not self.weights.keys().isdisjoint({"perceptual", "feature", "kl", "output"})
 
     def forward(
         self, output: Tensor, sharp: Tensor, features: dict[str, Tensor] | None = None,
@@ -1004,14 +974,13 @@ class TileSide:
         count = max(1, round((padded - overlap) / max(tile - overlap, alignment))) if tile else 1
         self.size = math.ceil(((padded - overlap) / count + overlap) / alignment) * alignment if count > 1 else padded
         self.starts = sorted({min(i * (self.size - overlap), padded - self.size) for i in range(count)})
-        self.source = np.pad(np.arange(length), (0, padded - length), "reflect")  # the frame's pixel at each position
-        fade = torch.sin(torch.pi / 2 * (torch.arange(self.size) + 0.5).clamp(max=overlap) / max(overlap, 1)) ** 2
-        flat, total = torch.ones(self.size), torch.zeros(padded)
-        self.windows = [(fade if at else flat) * (fade.flip(0) if at < self.starts[-1] else flat) for at in self.starts]
-        for start, window in zip(self.starts, self.windows, strict=True):
-            total[start : start + self.size] += window
-        for start, window in zip(self.starts, self.windows, strict=True):
-            window /= total[start : start + self.size]
+        self.padding, overlap = padded - length, max(overlap, 0.5)  # half a pixel: the first is at 0.5, and not faded
+        fade = torch.sin(torch.pi / 2 * (torch.arange(self.size) + 0.5).clamp(max=overlap) / overlap) ** 2
+        weights = torch.zeros(len(self.starts), padded)
+        for row, at in zip(weights, self.starts, strict=True):
+            row[at : at + self.size] = (fade if at else 1) * (fade.flip(0) if at < self.starts[-1] else 1)
+        weights /= weights.sum(0)
+        self.windows = [row[at : at + self.size] for row, at in zip(weights, self.starts, strict=True)]
 
 
 def sample_patches(frame: np.ndarray, side: int = 128, count: int = 4) -> np.ndarray:
@@ -1052,26 +1021,22 @@ class FrameSharpener:
     def gates(self, frame: np.ndarray) -> list[Tensor]:
         return self.student.frame_gates(to_batch(sample_patches(frame), self.device))
 
-    def tile(self, frame: np.ndarray, top: int, left: int) -> Tensor:
-        """One tile (1, 3, h, w); beyond the frame it is the frame's reflection."""
+    def tiles(self, frame: np.ndarray) -> Iterator[Tensor]:
+        """The tiles (1, 3, h, w), row by row; beyond the frame they are its reflection."""
         rows, columns = map(self.side, frame.shape[:2])
-        bottom, right = top + rows.size, left + columns.size
-        if bottom <= frame.shape[0] and right <= frame.shape[1]:
-            pixels = frame[top:bottom, left:right]
-        else:
-            pixels = frame[rows.source[top:bottom]][:, columns.source[left:right]]
-        return to_batch(pixels[None], self.device)
+        frame = np.pad(frame, ((0, rows.padding), (0, columns.padding), (0, 0)), "reflect")
+        for top, left in itertools.product(rows.starts, columns.starts):
+            yield to_batch(frame[None, top : top + rows.size, left : left + columns.size], self.device)
 
     @torch.inference_mode()
     def __call__(self, frame: np.ndarray) -> np.ndarray:
         height, width = frame.shape[:2]
         rows, columns = map(self.side, (height, width))
-        gates, result = self.gates(frame), np.empty_like(frame)
-        total = torch.zeros(rows.size, len(columns.source), 3, device=self.device)
+        tiles, gates, result = self.tiles(frame), self.gates(frame), np.empty_like(frame)
+        total = torch.zeros(rows.size, width + columns.padding, 3, device=self.device)
         for top, below, fade in zip(rows.starts, [*rows.starts[1:], height], rows.windows, strict=True):
             for left, window in zip(columns.starts, columns.windows, strict=True):
-                blurred = self.tile(frame, top, left)
-                restored = self.restore(blurred, gates)
+                restored = self.restore(blurred := next(tiles), gates)
                 if self.strength != 1:
                     restored = blurred + self.strength * (restored - blurred)
                 pixels = restored[0].permute(1, 2, 0).flatten(1)  # (rows, columns * 3), as they lie in memory
@@ -1757,9 +1722,7 @@ def milliseconds(function: Callable[[], object], device: torch.device, config: F
 def time_frames(sharpener: FrameSharpener, frames: list[np.ndarray], config: FpsConfig) -> dict[str, float]:
     """Median network time, and median and 95th percentile of the 8-bit frame's time, in milliseconds."""
     device, turns = sharpener.device, itertools.cycle(frames)
-    gates = sharpener.gates(frames[0])
-    places = itertools.product(*(sharpener.side(length).starts for length in frames[0].shape[:2]))
-    batches = [sharpener.tile(frames[0], *place) for place in places]
+    gates, batches = sharpener.gates(frames[0]), list(sharpener.tiles(frames[0]))
     network = milliseconds(lambda: [sharpener.restore(batch, gates) for batch in batches], device, config)
     whole = milliseconds(lambda: sharpener(next(turns)), device, config)
     median, late = statistics.median(whole), float(np.percentile(whole, 95))
