@@ -1147,33 +1147,16 @@ def write_csv(path: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def plot(path: Path, titles: Sequence[str], draw: Callable[..., None]) -> None:
-    """`draw(axes, axes)` under two titles as a picture file, where matplotlib is installed."""
+def plot(path: Path, draw: Callable[..., None]) -> None:
+    """What `draw(left axes, right axes)` draws as a picture file, where matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print(f"no {path.name}: `pip install matplotlib` would draw it")
         return
-    panels = (figure := Figure(figsize=(11, 4), layout="constrained")).subplots(1, 2)
-    draw(*panels)
-    for axes, title in zip(panels, titles, strict=True):
-        axes.set_title(title)
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    draw(*figure.subplots(1, 2))
     figure.savefig(path, dpi=110)
-
-
-def plot_curves(path: Path, rows: list[dict], terms: Iterable[str]) -> None:
-    """A run's losses and held-out scores."""
-
-    def draw(left, right) -> None:
-        for axes, names in ((left, terms), (right, ["val_psnr"])):
-            for name in names:
-                points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
-                axes.plot(*zip(*points, strict=True), label=name, lw=0.8, marker="." if axes is right else "")
-            axes.set_xlabel("step")
-        left.set_yscale("log")
-        left.legend()
-
-    plot(path, ("weighted loss terms", "held-out PSNR of the averaged weights, dB"), draw)
 
 
 @contextlib.contextmanager
@@ -1223,17 +1206,6 @@ def start_run(config: FitConfig) -> list[Pair]:
     return embedded_pairs()
 
 
-def start_process(config: FitConfig) -> torch.device:
-    """The device; under torchrun, after joining the process group."""
-    device, (_, processes) = pick_device(config), process_rank()
-    if processes > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device
-
-
 class Fit:
     """One training run: `objective.network`, its averaged copy, the optimiser, and where they stand."""
 
@@ -1241,7 +1213,12 @@ class Fit:
         self, config: FitConfig, objective: Distillation, network_config: dict,
         pairs: list[Pair], frame_function: Callable[[nn.Module, torch.device], FrameFunction],
     ) -> None:  # fmt: skip
-        self.device, (self.rank, processes) = start_process(config), process_rank()
+        self.device, (self.rank, processes) = pick_device(config), process_rank()
+        if processes > 1:
+            if self.device.type == "cuda":
+                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(self.device)
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         self.config, self.network_config, self.frame_function = config, network_config, frame_function
         training, held_out = hold_out(pairs, config.validation_fraction)
         training = balanced(training) if config.balance else training
@@ -1330,36 +1307,38 @@ class Fit:
         self.step += 1
         return means
 
-    def set_learning_rate(self, epoch: float) -> None:
-        """The schedule's, after a linear warm-up: Adam's first steps are as large as any and on the worst gradients."""
-        self.schedule.step(epoch)
-        for group in self.optimiser.param_groups:
-            group["lr"] *= min(1.0, (self.step + 1) / max(self.config.warmup_steps, 1))
+    def draw_curves(self, left, right) -> None:
+        for name in self.objective.loss.weights:
+            left.plot([row["step"] for row in self.rows], [row.get(name) for row in self.rows], label=name, lw=0.8)
+        scored = [row for row in self.rows if "val_psnr" in row]
+        right.plot([row["step"] for row in scored], [row["val_psnr"] for row in scored], ".-", lw=0.8)
+        left.set(title="weighted loss terms", xlabel="step", yscale="log")
+        left.legend()
+        right.set(title="held-out PSNR of the averaged weights, dB", xlabel="step")
 
     def run(self) -> None:
         """Train to the end, or to the first interruption; writes last.pth, best.pth, log.csv, curves.png."""
         config, order, terms = self.config, self.order, self.objective.loss.weights
         total = min(config.epochs * order.steps_per_epoch, config.max_steps or sys.maxsize)
-        loader = DataLoader(
-            self.dataset, batch_sampler=order, num_workers=config.workers,
-            worker_init_fn=ignore_interrupts, pin_memory=self.device.type == "cuda",
-        )  # fmt: skip
+        options = {"pin_memory": self.device.type == "cuda", "worker_init_fn": ignore_interrupts}
+        loader = DataLoader(self.dataset, batch_sampler=order, num_workers=config.workers, **options)
         config.run_dir.mkdir(parents=True, exist_ok=True)
         bar = tqdm(total=total, initial=self.step, disable=self.rank > 0, unit="step")
         with bar, deferred_interrupts() as interrupts:
             batches, saved = iter(loader), time.monotonic()
             while self.step < total and not any_process(bool(interrupts), self.device):
-                epoch = self.step / order.steps_per_epoch
-                self.set_learning_rate(epoch)
+                self.schedule.step(epoch := self.step / order.steps_per_epoch)
+                # warm up linearly: Adam's first steps are as large as any and on the worst gradients
+                rate = self.optimiser.param_groups[0]["lr"] * min(1.0, (self.step + 1) / max(config.warmup_steps, 1))
+                self.optimiser.param_groups[0]["lr"] = rate
                 started = time.perf_counter()
                 means = self.optimise(batches)
                 bar.set_postfix({name: f"{means[name]:.4f}" for name in terms}, refresh=False)
                 bar.update()
                 if self.rank:
                     continue
-                row = {"step": self.step, "epoch": epoch, "learning_rate": self.optimiser.param_groups[0]["lr"]}
-                row |= {"loss": sum(means[name] for name in terms)} | means
-                row["seconds"] = time.perf_counter() - started
+                row = {"step": self.step, "epoch": epoch, "learning_rate": rate}
+                row |= {"loss": sum(means[name] for name in terms), **means, "seconds": time.perf_counter() - started}
                 ended, within = divmod(self.step, order.steps_per_epoch)
                 if self.step == total or (not within and ended % config.validate_every == 0):
                     row |= self.validate()
@@ -1369,7 +1348,7 @@ class Fit:
                     saved = time.monotonic()
         if self.rank == 0:
             self.save_last()
-            plot_curves(config.run_dir / "curves.png", self.rows, terms)
+            plot(config.run_dir / "curves.png", self.draw_curves)
         if dist.is_initialized():
             dist.destroy_process_group()
         if interrupts:
@@ -1439,22 +1418,6 @@ ABLATION = {
 }  # fmt: skip
 
 
-def plot_ablation(path: Path, scores: dict[str, dict[str, list[list[float]]]]) -> None:
-    """A point for each run's PSNR, held out and on the test split; a bar for their mean."""
-
-    def draw(*panels) -> None:
-        for axes, where in zip(panels, ("held out", "test"), strict=True):
-            for row, values in enumerate(scores.values()):
-                psnr = [value[0] for value in values[where]]
-                axes.plot(psnr, [row] * len(psnr), "o", color=f"C{row}")
-                if psnr:
-                    axes.plot(statistics.fmean(psnr), row, "|", color=f"C{row}", ms=24)
-            axes.set_yticks(range(len(scores)), scores)
-            axes.invert_yaxis()
-
-    plot(path, ("held out, x2, PSNR in dB", "test, x2, PSNR in dB"), draw)
-
-
 def ablate(config: AblateConfig) -> None:
     """The `ablate` command: runs in --run-dir/VARIANT_SEED, then a table, ablation.json and ablation.png.
 
@@ -1490,40 +1453,40 @@ def ablate(config: AblateConfig) -> None:
                 line += f"   {where} {psnr:.2f} dB ({spread}) / {similarity:.4f}"
         print(line, flush=True)
     (config.run_dir / "ablation.json").write_text(json.dumps(scores, indent=1) + "\n")
-    plot_ablation(config.run_dir / "ablation.png", scores)
+
+    def draw(*panels) -> None:  # a point for each run's PSNR, a bar for their mean
+        for axes, where in zip(panels, ("held out", "test"), strict=True):
+            for row, values in enumerate(scores.values()):
+                psnr = [value[0] for value in values[where]]
+                axes.plot(psnr, [row] * len(psnr), "o", color=f"C{row}")
+                axes.plot(statistics.fmean(psnr or [math.nan]), row, "|", color=f"C{row}", ms=24)
+            axes.set(title=f"{where}, x2, PSNR in dB", yticks=range(len(scores)), yticklabels=list(scores))
+            axes.invert_yaxis()
+
+    plot(config.run_dir / "ablation.png", draw)
 
 
 # ---------------------------------------------------------------------------------------------------
 # Sharpening: picture files in, picture files out
 
 
-def split_picture(image: Image.Image) -> tuple[np.ndarray, Image.Image | None, bytes | None]:
-    """(8-bit RGB frame, alpha channel or None, ICC profile that fits the frame or None)."""
-    icc = image.info.get("icc_profile")
-    if image.mode in ("CMYK", "LAB"):
-        source = ImageCms.ImageCmsProfile(io.BytesIO(icc) if icc else ImageCms.createProfile("LAB"))
-        icc = None  # it does not describe RGB
-        if source.profile.xcolor_space.strip() == {"CMYK": "CMYK", "LAB": "Lab"}[image.mode]:
-            srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
-            image, icc = ImageCms.profileToProfile(image, source, srgb, outputMode="RGB"), srgb.tobytes()
-    alpha = None
-    if "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
-        image = image.convert("RGBA")
-        alpha = image.getchannel("A")
-    return frame_array(image), alpha, icc
-
-
 def sharpen_picture(sharpener: FrameSharpener, image: Image.Image) -> Image.Image:
     """A sharpened 8-bit copy, greyscale or RGB: oriented by EXIF; EXIF, ICC profile, resolution and alpha kept."""
     image = ImageOps.exif_transpose(image)
-    frame, alpha, icc = split_picture(image)
-    result = Image.fromarray(sharpener(frame))
-    if image.mode[0] in "1LIF" and image.mode != "LAB":  # the grey ones
-        result = result.convert("L")
-    if alpha:
-        result.putalpha(alpha)
-    exif = image.getexif()
+    grey, exif, icc = image.mode[0] in "1LIF" and image.mode != "LAB", image.getexif(), image.info.get("icc_profile")
     kept = {"exif": exif.tobytes() if exif else None, "icc_profile": icc, "dpi": image.info.get("dpi")}
+    if image.mode in ("CMYK", "LAB"):
+        source = ImageCms.ImageCmsProfile(io.BytesIO(icc) if icc else ImageCms.createProfile("LAB"))
+        kept["icc_profile"] = None  # it does not describe RGB
+        if source.profile.xcolor_space.strip() == {"CMYK": "CMYK", "LAB": "Lab"}[image.mode]:
+            srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+            image = ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
+            kept["icc_profile"] = srgb.tobytes()
+    if "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
+        image = image.convert("RGBA")
+    result = Image.fromarray(sharpener(frame_array(image))).convert("L" if grey else "RGB")
+    if image.mode == "RGBA":
+        result.putalpha(image.getchannel("A"))
     result.info = {name: value for name, value in kept.items() if value}
     return result
 
@@ -1554,35 +1517,28 @@ def plan_outputs(config: SharpenConfig) -> list[tuple[Path, Path]]:
         sources += [(picture, picture.relative_to(folder)) for picture in pictures]
     if not sources:
         raise UserError(f"{config.inputs[0]}: no pictures in this folder")
-    output = config.output
-    if output is None:
-        plan = [(s, SAMPLES / name.with_name(f"{name.stem}_sharpened.png")) for s, name in sources]
-    elif output.suffix and not output.is_dir():
+    output, ending = (config.output, ".png") if config.output else (SAMPLES, "_sharpened.png")
+    plan = [(source, output / name.with_name(name.stem + ending)) for source, name in sources]
+    if output.suffix and not output.is_dir():
         if output.suffix.lower() not in Image.registered_extensions():
             raise UserError(f"-o {output}: Pillow does not know the file type {output.suffix}")
         if len(sources) > 1 or config.inputs[0].is_dir():
             raise UserError(f"-o {output}: a file can take one picture only; name a folder")
         plan = [(sources[0][0], output)]
-    else:
-        plan = [(source, output / name.with_suffix(".png")) for source, name in sources]
     taken: dict[Path, Path] = {}
     for source, target in plan:
         if target.resolve() == source.resolve():
             raise UserError(f"{source}: would be overwritten; choose another -o")
-        if target in taken:
+        if taken.setdefault(target, source) is not source:
             raise UserError(f"{taken[target]} and {source} would both become {target}; rename one")
-        taken[target] = source
     return plan
 
 
 def sharpen(config: SharpenConfig) -> None:
     """The `sharpen` command. One unreadable picture does not stop the others; it is named at the end."""
-    plan = plan_outputs(config)
-    student, _ = load_student(config.checkpoint)
-    sharpener = FrameSharpener(
-        student, pick_device(config), config.tile, config.overlap, config.strength, config.precision
-    )
-    failed = []
+    plan, failed = plan_outputs(config), []
+    student, device = load_student(config.checkpoint)[0], pick_device(config)
+    sharpener = FrameSharpener(student, device, config.tile, config.overlap, config.strength, config.precision)
     for source, target in tqdm(plan, "sharpen", disable=len(plan) == 1):
         try:
             save_picture(sharpen_picture(sharpener, open_picture(source)), target)
@@ -1626,16 +1582,10 @@ def mean_psnr(values: Sequence[float]) -> float:
     return -10 * math.log10(error) if error else math.inf
 
 
-def average_scores(rows: list[dict], methods: Sequence[str]) -> dict[str, dict[str, list[float]]]:
-    """Mean [PSNR, SSIM] of each method, over all rows and for each category."""
-    groups = grouped(rows, lambda row: row["category"]) | {"all": rows}
-
-    def means(group: list[dict], method: str) -> list[float]:
-        psnr, similarity = ([row[f"{method}_{kind}"] for row in group] for kind in ("psnr", "ssim"))
-        return [mean_psnr(psnr), statistics.fmean(similarity)]
-
-    ordered = sorted(groups.items(), key=lambda item: (item[0] != "all", item[0]))
-    return {category: {method: means(group, method) for method in methods} for category, group in ordered}
+def average_scores(rows: list[dict], method: str) -> list[float]:
+    """Mean [PSNR in dB, SSIM] of a method."""
+    psnr, similarity = ([row[f"{method}_{kind}"] for row in rows] for kind in ("psnr", "ssim"))
+    return [mean_psnr(psnr), statistics.fmean(similarity)]
 
 
 def score_pairs(config: EvalConfig, pairs: list[Pair], methods: dict[str, FrameFunction], folder: Path) -> list[dict]:
@@ -1665,8 +1615,7 @@ def evaluate(config: EvalConfig) -> None:
     """The `eval` command: a table on the terminal, scores.csv, and on request JSON and pictures."""
     split = config.data_root / config.split
     data = {name: find_pairs(split, name) for name in config.protocol or ("",)}
-    device = pick_device(config)
-    student, _ = load_student(config.checkpoint)
+    student, device = load_student(config.checkpoint)[0], pick_device(config)
     methods: dict[str, FrameFunction] = {"input": lambda frame: frame}
     if config.teacher:
         methods["teacher"] = teacher_frames(load_restormer(config.teacher_weights), device)
@@ -1675,11 +1624,15 @@ def evaluate(config: EvalConfig) -> None:
     for protocol, pairs in data.items():
         scored = score_pairs(config, pairs, methods, config.output_dir / protocol)
         rows += [{"protocol": protocol} | row if protocol else row for row in scored]
-        averages = average_scores(scored, list(methods))
+        groups, tables[protocol] = grouped(scored, lambda row: row["category"]) | {"all": scored}, {}
         print(f"{protocol or 'PSNR / SSIM':<12}" + "".join(f"{method:>18}" for method in methods))
-        for category, means in averages.items():
-            print(f"{category:<12}" + "".join(f"{means[m][0]:>9.2f} / {means[m][1]:.4f}" for m in methods))
-        tables[protocol] = averages | {"images": len(scored)}
+        for category in sorted(groups, key=lambda name: (name != "all", name)):
+            means = {method: average_scores(groups[category], method) for method in methods}
+            print(
+                f"{category:<12}" + "".join(f"{psnr:>9.2f} / {similarity:.4f}" for psnr, similarity in means.values())
+            )
+            tables[protocol][category] = means
+        tables[protocol]["images"] = len(scored)
     config.output_dir.mkdir(parents=True, exist_ok=True)
     write_csv(config.output_dir / "scores.csv", rows)
     if config.json:
@@ -1730,27 +1683,25 @@ def time_frames(sharpener: FrameSharpener, frames: list[np.ndarray], config: Fps
 
 
 @torch.inference_mode()
-def time_plain_layers(precision: torch.dtype, device: torch.device, config: FpsConfig) -> float:
-    """The yardstick: median milliseconds of six plain 3x3 layers, 24 wide at half resolution, for a 1080p frame."""
+def yardsticks(precision: torch.dtype, device: torch.device, config: FpsConfig) -> tuple[float, float]:
+    """(median milliseconds of six plain 3x3 layers for a 1080p frame, GFLOP/s of the fastest of some convolutions).
+
+    The layers are 24 wide at half resolution, the convolutions 3x3 at 270x480: what arithmetic could reach here.
+    """
     widths = (12, 24, 24, 24, 24, 24, 12)
     layers = [nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.ReLU(True)) for a, b in itertools.pairwise(widths)]
     network = nn.Sequential(nn.PixelUnshuffle(2), *layers[:-1], layers[-1][0], nn.PixelShuffle(2))
     network.to(device, memory_format=torch.channels_last)
     frame = torch.rand(1, 3, 1080, 1920, device=device).to(memory_format=torch.channels_last)
     with mixed_precision(precision, device):
-        return statistics.median(milliseconds(lambda: frame + network(frame), device, config))
-
-
-@torch.inference_mode()
-def best_convolution(precision: torch.dtype, device: torch.device, config: FpsConfig) -> float:
-    """GFLOP/s of the fastest of some 3x3 convolutions at 270x480: what the network's arithmetic could reach."""
+        plain = statistics.median(milliseconds(lambda: frame + network(frame), device, config))
     best = 0.0
     for width in (32, 64, 128):
         layer = nn.Conv2d(width, width, 3, padding=1).to(device, precision, memory_format=torch.channels_last)
         maps = torch.rand(1, width, 270, 480, device=device, dtype=precision).to(memory_format=torch.channels_last)
         median = statistics.median(milliseconds(functools.partial(layer, maps), device, config))
         best = max(best, 2 * 9 * width**2 * 270 * 480 / median / 1e6)
-    return best
+    return plain, best
 
 
 def measure_fps(config: FpsConfig) -> None:
@@ -1769,22 +1720,21 @@ def measure_fps(config: FpsConfig) -> None:
     rows = []
     for (height, width), tile in itertools.product(((512, 512), (720, 1280), (1080, 1920)), (0, config.tile)):
         sharpener = FrameSharpener(student, device, tile, config.overlap, precision=config.precision)
-        tiles = math.prod(len(sharpener.side(length).starts) for length in (height, width))
-        if tile and tiles == 1:
+        if tile and all(len(sharpener.side(length).starts) == 1 for length in (height, width)):
             continue  # timed already
         row = {
             "checkpoint": name, "backend": "torch", "precision": str(precision).removeprefix("torch."),
             "device": str(device), "threads": threads, "height": height, "width": width, "tiled": bool(tile),
         }  # fmt: skip
         row |= time_frames(sharpener, sample_frames(height, width), config)
-        row |= {"fps": 1000 / row["frame_ms"], "macs_per_pixel": macs}
-        row["gflops"] = 2 * macs * height * width / row["network_ms"] / 1e6
+        gflops = 2 * macs * height * width / row["network_ms"] / 1e6
+        row |= {"fps": 1000 / row["frame_ms"], "macs_per_pixel": macs, "gflops": gflops}
         rows.append(row)
         size = f"{width}x{height}{' tiled' if tile else ''}"
         times = f"{row['network_ms']:>11.1f}{row['frame_ms']:>28.1f}{row['frame_ms_p95']:>8.1f}"
         print(f"{size:<16}{times}{row['fps']:>9.1f}{row['gflops']:>9.0f}", flush=True)
     for kind in dict.fromkeys((torch.float32, precision)):
-        plain, best = time_plain_layers(kind, device, config), best_convolution(kind, device, config)
+        plain, best = yardsticks(kind, device, config)
         ratio = f"a {size} frame above takes {row['frame_ms'] / plain:.2f} times that"
         print(f"{kind}: six plain 3x3 layers, 24 wide at half of 1080p, {plain:.1f} ms; {ratio}")
         print(f"{kind}: the best 3x3 convolution reaches {best:.0f} GFLOP/s")
@@ -1817,26 +1767,11 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
         parser.add_argument(*names, default=argparse.SUPPRESS, **options)
 
 
-def check_bounds(config: object) -> None:
-    """UserError for a flag whose value is outside the bounds of its field."""
-    for item in dataclasses.fields(config):
-        at_least, above = item.metadata["bounds"]
-        value = getattr(config, item.name)
-        for number in value if isinstance(value, tuple) else (value,):
-            if (at_least is not None and not number >= at_least) or (above is not None and not number > above):
-                bound = f"at least {at_least}" if above is None else f"above {above}"
-                raise UserError(f"--{item.name.replace('_', '-')} {number}: must be {bound}")
-
-
 COMMANDS: dict[str, tuple[type, Callable]] = {
-    "prepare": (PrepareConfig, prepare),
-    "teacher": (TeacherConfig, train_teacher),
-    "train": (TrainConfig, train),
-    "ablate": (AblateConfig, ablate),
-    "eval": (EvalConfig, evaluate),
-    "sharpen": (SharpenConfig, sharpen),
+    "prepare": (PrepareConfig, prepare), "teacher": (TeacherConfig, train_teacher), "train": (TrainConfig, train),
+    "ablate": (AblateConfig, ablate), "eval": (EvalConfig, evaluate), "sharpen": (SharpenConfig, sharpen),
     "fps": (FpsConfig, measure_fps),
-}
+}  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -1851,18 +1786,22 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def settle(config_class: type, given: dict) -> object:
-    """The command's configuration: given flags over a resumed run's over the embedded run's."""
+    """The command's configuration: given flags over a resumed run's over the embedded run's; UserError off bounds."""
     config = config_class(**given)
-    if not isinstance(config, FitConfig):
-        return config
-    if uses_embedded_sample(config):
+    if isinstance(config, FitConfig) and uses_embedded_sample(config):
         config = config_class(**(EMBEDDED_RUN | given))
-    if config.resume:
+    if isinstance(config, FitConfig) and config.resume:
         saved = read_checkpoint(config.run_dir / "last.pth", "start the run without --resume")["config"]
-        for name, hint in typing.get_type_hints(config_class).items():
-            if hint in (Path, Path | None) and saved[name] is not None:
-                saved[name] = Path(saved[name])
+        paths = [name for name, hint in typing.get_type_hints(config_class).items() if hint in (Path, Path | None)]
+        saved |= {name: Path(saved[name]) for name in paths if saved[name] is not None}
         config = config_class(**(saved | given))
+    for item in dataclasses.fields(config):
+        at_least, above = item.metadata["bounds"]
+        value = getattr(config, item.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if (at_least is not None and not number >= at_least) or (above is not None and not number > above):
+                bound = f"at least {at_least}" if above is None else f"above {above}"
+                raise UserError(f"--{item.name.replace('_', '-')} {number}: must be {bound}")
     return config
 
 
@@ -1873,9 +1812,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config_class, command = COMMANDS[given.pop("command")]
     debug = given.pop("debug")
     try:
-        config = settle(config_class, given)
-        check_bounds(config)
-        command(config)
+        command(settle(config_class, given))
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         if debug:
             raise
