@@ -64,8 +64,7 @@ TILE, OVERLAP = 1024, 64  # pixels; with 512 a 1080p frame's tiles hold a fifth 
 
 FrameFunction = Callable[[np.ndarray], np.ndarray]  # 8-bit RGB (H, W, 3) in and out
 
-# ---------------------------------------------------------------------------------------------------
-# Configuration: one dataclass a command; its fields are the command's flags (see `build_parser`)
+# --- Configuration: one dataclass a command; its fields are the command's flags (see `build_parser`) ------------------
 
 
 class UserError(ValueError):
@@ -190,9 +189,8 @@ class EvalConfig(InferenceConfig):
 
     data_root: Path = flag(DATASET, "dataset folder")
     split: str = flag("test", "which half of the dataset to read", choices=("train", "test"))
-    protocol: tuple[str, ...] = flag(
-        (), "degrade sharp pictures by these, read no blurred ones", choices=("x2", "x3", "x4", "x2-jpeg50", "sharp")
-    )
+    protocol: tuple[str, ...] = flag((), "degrade sharp pictures by these, read no blurred ones",
+                                     choices=("x2", "x3", "x4", "x2-jpeg50", "sharp"))  # fmt: skip
     resize: int = flag(0, "first resize pairs to this square (the report: 512); 0: keep them whole", at_least=0)
     teacher: bool = flag(False, "score the teacher too")
     teacher_weights: Path | None = flag(None, "the teacher's weight file (default: as in train)")
@@ -240,8 +238,7 @@ def process_rank() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-# ---------------------------------------------------------------------------------------------------
-# Pictures and datasets
+# --- Pictures and datasets --------------------------------------------------------------------------------------------
 
 READABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises
 
@@ -323,10 +320,8 @@ class Degradation:
 
 
 # The degradations of the reported numbers; the xS protocol is also what `prepare` writes.
-PROTOCOLS = {
-    "x2": Degradation(2), "x3": Degradation(3), "x4": Degradation(4),
-    "x2-jpeg50": Degradation(2, quality=50), "sharp": Degradation(1),
-}  # fmt: skip
+PROTOCOLS = {"x2": Degradation(2), "x3": Degradation(3), "x4": Degradation(4),
+             "x2-jpeg50": Degradation(2, quality=50), "sharp": Degradation(1)}  # fmt: skip
 
 
 def even_sized(image: Image.Image | np.ndarray) -> Image.Image:
@@ -413,11 +408,9 @@ def find_pairs(split_dir: Path, protocol: str = "") -> list[Pair]:
 
 
 # Photographs and pages that scikit-image carries in its wheel (its data/README.txt names their sources).
-EMBEDDED = (
-    *("animals/chelsea.png", "animals/horse.png", "people/astronaut.png", "people/camera.png", "text/page.png"),
-    *("text/text.png", "nature/coffee.png", "nature/rocket.jpg", "nature/moon.png", "nature/grass.png"),
-    *("nature/gravel.png", "nature/brick.png", "nature/hubble_deep_field.jpg", "nature/motorcycle_left.png"),
-)
+EMBEDDED = {"animals": ("chelsea.png", "horse.png"), "people": ("astronaut.png", "camera.png"),
+            "text": ("page.png", "text.png"), "nature": ("coffee.png", "rocket.jpg", "moon.png", "grass.png",
+            "gravel.png", "brick.png", "hubble_deep_field.jpg", "motorcycle_left.png")}  # fmt: skip
 
 
 def uses_embedded_sample(config: FitConfig) -> bool:
@@ -428,7 +421,7 @@ def uses_embedded_sample(config: FitConfig) -> bool:
 def embedded_pairs() -> list[Pair]:
     """scikit-image's own pictures as pairs, blurred on the fly; one that is not there is an error when it is read."""
     folder = Path(skimage.data.__file__).parent
-    return [Pair(Path(name).with_suffix("").as_posix(), folder / Path(name).name) for name in EMBEDDED]
+    return [Pair(f"{kind}/{Path(name).stem}", folder / name) for kind, names in EMBEDDED.items() for name in names]
 
 
 def grouped(items: Iterable, key: Callable[[typing.Any], str]) -> dict[str, list]:
@@ -532,8 +525,7 @@ def prepare(config: PrepareConfig) -> None:
     print(f"{len(files)} pairs in {target}")
 
 
-# ---------------------------------------------------------------------------------------------------
-# Teacher: a frozen Restormer, its features read by forward hooks
+# --- Teacher: a frozen Restormer, its features read by forward hooks --------------------------------------------------
 
 
 def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
@@ -682,8 +674,7 @@ class TeacherCache(Dataset):
         return crops
 
 
-# ---------------------------------------------------------------------------------------------------
-# Student: a U-Net with squeeze-and-excitation, behind a space-to-depth stem
+# --- Student: a U-Net with squeeze-and-excitation, behind a space-to-depth stem ---------------------------------------
 
 
 class SEBlock(nn.Module):
@@ -696,8 +687,7 @@ class SEBlock(nn.Module):
         self.excite = nn.Conv2d(hidden, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.mean((2, 3), keepdim=True)
-        return torch.sigmoid(self.excite(F.relu(self.squeeze(x))))
+        return torch.sigmoid(self.excite(F.relu(self.squeeze(x.mean((2, 3), keepdim=True)))))
 
 
 LEAK = 0.1  # slope below zero. With plain ReLUs the deep stages die: 64 of 64 channels after 2,000 steps, and 0.08 dB
@@ -819,8 +809,7 @@ def load_student(path: Path) -> tuple[StudentUNet, dict]:
     return student.eval().to(memory_format=torch.channels_last), content
 
 
-# ---------------------------------------------------------------------------------------------------
-# Losses
+# --- Losses -----------------------------------------------------------------------------------------------------------
 
 
 @functools.lru_cache
@@ -851,13 +840,11 @@ def ssim(first: Tensor, second: Tensor) -> Tensor:
 def positional_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """T^2 KL(teacher || student) of soft distributions over positions, one a channel, averaged.
 
-    The report takes "output distributions"; over three colour channels they would say nothing, so this is
-    channel-wise distillation (Shu et al., ICCV 2021, eq. 4) of (B, C, H, W) outputs.
+    The report's "output distributions" would say nothing over three colour channels, so this is channel-wise
+    distillation (Shu et al., ICCV 2021, eq. 4) of (B, C, H, W) outputs.
     """
-    log_student = (student.flatten(2) / temperature).log_softmax(-1)
-    log_teacher = (teacher.flatten(2) / temperature).log_softmax(-1)
-    divergence = F.kl_div(log_student, log_teacher, log_target=True, reduction="none").sum(-1)
-    return divergence.mean() * temperature**2
+    student, teacher = ((x.flatten(2) / temperature).log_softmax(-1) for x in (student, teacher))
+    return F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1).mean() * temperature**2
 
 
 def feature_loss(student: dict[str, Tensor], teacher: dict[str, Tensor]) -> Tensor:
@@ -926,8 +913,7 @@ class DistillationLoss(nn.Module):
         return {name: weight * terms[name]() for name, weight in self.weights.items()}
 
 
-# ---------------------------------------------------------------------------------------------------
-# Inference: 8-bit frames in, 8-bit frames out
+# --- Inference: 8-bit frames in, 8-bit frames out ---------------------------------------------------------------------
 
 
 def to_batch(frames: np.ndarray, device: torch.device) -> Tensor:
@@ -1046,8 +1032,7 @@ def mean_score(frames: Sequence[tuple[np.ndarray, np.ndarray]], sharpen: FrameFu
     return np.mean([score(sharpen(blurred), sharp) for blurred, sharp in frames], axis=0).tolist()
 
 
-# ---------------------------------------------------------------------------------------------------
-# Training: one loop for the student and for the teacher, and an ablation
+# --- Training: one loop for the student and for the teacher, and an ablation ------------------------------------------
 
 
 class Distillation(nn.Module):
@@ -1072,8 +1057,8 @@ class Distillation(nn.Module):
 class CropOrder(Sampler[list[tuple[int, int]]]):
     """The (epoch, index) batches of one process over a whole run, from `first_step` on.
 
-    Each epoch is a permutation, wrapped around to fill every process's last batch; N processes at 1/N of the
-    accumulation see, step by step, what one would.
+    Epochs are permutations, wrapped around to fill the last batches; N processes at 1/N of the accumulation see what
+    one would, step by step.
     """
 
     def __init__(self, count: int, config: FitConfig, rank: int = 0, processes: int = 1) -> None:
@@ -1158,10 +1143,9 @@ def ignore_interrupts(worker: int) -> None:
 
 def any_process(flag: bool, device: torch.device) -> bool:
     """Whether `flag` is set in any process, so that all of them stop after the same step."""
-    if not dist.is_initialized():
-        return flag
     votes = torch.tensor(float(flag), device=device)
-    dist.all_reduce(votes)
+    if dist.is_initialized():
+        dist.all_reduce(votes)
     return bool(votes)
 
 
@@ -1210,12 +1194,11 @@ class Fit:
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(self.optimiser, **cycles)
         self.step, self.best, self.rows = 0, -math.inf, []  # the rows of log.csv
         if config.resume:
-            self.load_last()
+            self.load_last(config.run_dir / "last.pth")
         self.order.first_step = self.step
         self.parallel = nn.parallel.DistributedDataParallel(self.objective) if processes > 1 else self.objective
 
-    def load_last(self) -> None:
-        path = self.config.run_dir / "last.pth"
+    def load_last(self, path: Path) -> None:
         state = read_checkpoint(path, "start the run without --resume")
         try:
             for name, parameter in self.trained.items():  # the frozen ones are not in the file
@@ -1229,11 +1212,9 @@ class Fit:
     def save_last(self) -> None:
         """Everything that continues the run to the same weights."""
         config = {name: str(v) if isinstance(v, Path) else v for name, v in vars(self.config).items()}
-        content = {
-            "config": config, "network": self.network_config, "ema": self.ema.state_dict(), "rows": self.rows,
-            "objective": {name: p.detach() for name, p in self.trained.items()}, "step": self.step,
-            "optimiser": self.optimiser.state_dict(), "best": self.best,
-        }  # fmt: skip
+        content = {"config": config, "network": self.network_config, "ema": self.ema.state_dict(), "rows": self.rows,
+                   "objective": {name: p.detach() for name, p in self.trained.items()}, "step": self.step,
+                   "optimiser": self.optimiser.state_dict(), "best": self.best}  # fmt: skip
         save_atomically(content, self.config.run_dir / "last.pth")
         write_csv(self.config.run_dir / "log.csv", self.rows)
 
@@ -1344,11 +1325,10 @@ def train_teacher(config: TeacherConfig) -> None:
 
 # `train` without a dataset: small enough for two cores and ten minutes, on scikit-image's pictures.
 EMBEDDED_RUN = {
-    "run_dir": HERE / "model_checkpoints/embedded", "teacher_weights": COMPACT_TEACHER,
-    "stem_stride": 2, "widths": (16, 24, 32, 48, 64), "image_size": 128, "batch_size": 4,
+    "run_dir": HERE / "model_checkpoints/embedded", "teacher_weights": COMPACT_TEACHER, "lambda_perceptual": 0.0,
+    "stem_stride": 2, "widths": (16, 24, 32, 48, 64), "image_size": 128, "batch_size": 4, "cache": True, "workers": 0,
     "gradient_accumulation_steps": 1, "epochs": 120, "restart_epochs": 120, "validate_every": 20,
     "learning_rate": 1e-3, "blur_probability": 0.0, "validation_fraction": 0.25,
-    "lambda_perceptual": 0.0, "cache": True, "workers": 0,
 }  # fmt: skip
 
 
@@ -1380,10 +1360,8 @@ def train(config: TrainConfig) -> None:
 
 
 # What does the teacher add? Each variant's terms.
-ABLATION = {
-    "no teacher": (), "features": ("feature",), "KL": ("kl",), "output": ("output",),
-    "all": ("feature", "kl", "output"), "no teacher, longer": (),
-}  # fmt: skip
+ABLATION = {"no teacher": (), "features": ("feature",), "KL": ("kl",), "output": ("output",),
+            "all": ("feature", "kl", "output"), "no teacher, longer": ()}  # fmt: skip
 
 
 def ablate(config: AblateConfig) -> None:
@@ -1433,8 +1411,7 @@ def ablate(config: AblateConfig) -> None:
     plot(config.run_dir / "ablation.png", draw)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Sharpening: picture files in, picture files out
+# --- Sharpening: picture files in, picture files out ------------------------------------------------------------------
 
 
 def sharpen_picture(sharpener: FrameSharpener, image: Image.Image) -> Image.Image:
@@ -1517,8 +1494,7 @@ def sharpen(config: SharpenConfig) -> None:
         raise UserError("; ".join(failed))
 
 
-# ---------------------------------------------------------------------------------------------------
-# Evaluation: quality and speed
+# --- Evaluation: quality and speed ------------------------------------------------------------------------------------
 
 
 def side_by_side(panels: dict[str, np.ndarray], detail: int = 48) -> Image.Image:
@@ -1588,14 +1564,11 @@ def evaluate(config: EvalConfig) -> None:
         groups, tables[protocol] = grouped(scored, lambda row: row["category"]) | {"all": scored}, {}
         print(f"{protocol or 'PSNR / SSIM':<12}" + "".join(f"{method:>18}" for method in methods))
         for category in sorted(groups, key=lambda name: (name != "all", name)):
-            group, means = groups[category], {}
+            tables[protocol][category] = means = {}
             for name in methods:
-                ssims = [row[f"{name}_ssim"] for row in group]
-                means[name] = [mean_psnr([row[f"{name}_psnr"] for row in group]), statistics.fmean(ssims)]
-            print(
-                f"{category:<12}" + "".join(f"{psnr:>9.2f} / {similarity:.4f}" for psnr, similarity in means.values())
-            )
-            tables[protocol][category] = means
+                psnr, similarity = ([row[f"{name}_{kind}"] for row in groups[category]] for kind in ("psnr", "ssim"))
+                means[name] = [mean_psnr(psnr), statistics.fmean(similarity)]
+            print(f"{category:<12}" + "".join(f"{means[m][0]:>9.2f} / {means[m][1]:.4f}" for m in methods))
         tables[protocol]["images"] = len(scored)
     config.output_dir.mkdir(parents=True, exist_ok=True)
     write_csv(config.output_dir / "scores.csv", rows)
@@ -1641,6 +1614,7 @@ def time_frames(sharpener: FrameSharpener, frames: list[np.ndarray], config: Fps
     return {"network_ms": statistics.median(network), "frame_ms": statistics.median(whole), "frame_ms_p95": late}
 
 
+@torch.inference_mode()
 def yardsticks(precision: torch.dtype, device: torch.device, config: FpsConfig) -> tuple[float, float]:
     """(median milliseconds of six plain 3x3 layers for a 1080p frame, GFLOP/s of the fastest of some convolutions).
 
@@ -1671,19 +1645,17 @@ def measure_fps(config: FpsConfig) -> None:
     else:
         student, name = load_student(config.checkpoint)[0], config.checkpoint.name
     macs, threads = multiply_adds_per_pixel(student), torch.get_num_threads()
-    precision = pick_precision(config.precision, device)
+    precision, rows = pick_precision(config.precision, device), []
     print(f"{name}: {sum(p.numel() for p in student.parameters()):,} parameters, {macs:,.0f} multiply-adds a pixel")
     print(f"{device}, {precision}, {threads} CPU threads, PyTorch {torch.__version__}")
     print("frame               network   8-bit to 8-bit, ms median    95 %      FPS  GFLOP/s")
-    rows = []
     for (height, width), tile in itertools.product(((512, 512), (720, 1280), (1080, 1920)), (0, config.tile)):
         sharpener = FrameSharpener(student, device, tile, config.overlap, precision=config.precision)
         if tile and all(len(sharpener.side(length).starts) == 1 for length in (height, width)):
             continue  # timed already
-        row = {
-            "checkpoint": name, "backend": "torch", "precision": str(precision).removeprefix("torch."),
-            "device": str(device), "threads": threads, "height": height, "width": width, "tiled": bool(tile),
-        }  # fmt: skip
+        row = {"checkpoint": name, "backend": "torch", "precision": str(precision).removeprefix("torch."),
+               "device": str(device), "threads": threads,
+               "height": height, "width": width, "tiled": bool(tile)}  # fmt: skip
         row |= time_frames(sharpener, sample_frames(height, width), config)
         gflops = 2 * macs * height * width / row["network_ms"] / 1e6
         row |= {"fps": 1000 / row["frame_ms"], "macs_per_pixel": macs, "gflops": gflops}
@@ -1700,14 +1672,12 @@ def measure_fps(config: FpsConfig) -> None:
         config.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
 
 
-# ---------------------------------------------------------------------------------------------------
-# Command line
+# --- Command line -----------------------------------------------------------------------------------------------------
 
 COMMANDS: dict[str, tuple[type, Callable]] = {
     "prepare": (PrepareConfig, prepare), "teacher": (TeacherConfig, train_teacher), "train": (TrainConfig, train),
     "ablate": (AblateConfig, ablate), "eval": (EvalConfig, evaluate), "sharpen": (SharpenConfig, sharpen),
-    "fps": (FpsConfig, measure_fps),
-}  # fmt: skip
+    "fps": (FpsConfig, measure_fps)}  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -1759,8 +1729,8 @@ def settle(config_class: type, given: dict) -> object:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
-    given = vars(build_parser().parse_args(arguments))
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    given = vars(build_parser().parse_args(arguments)).items()
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given}
     config_class, command = COMMANDS[given.pop("command")]
     debug = given.pop("debug")
     try:
