@@ -59,9 +59,7 @@ SAMPLES = HERE / "inference_samples"
 OFFICIAL_TEACHER = HERE / "Restormer/Motion_Deblurring/pretrained_models/motion_deblurring.pth"
 COMPACT_TEACHER = HERE / "model_checkpoints/teacher.pth"
 SHIPPED_STUDENT = HERE / "model_checkpoints/student.pth"
-
 TILE, OVERLAP = 1024, 64  # pixels; with 512 a 1080p frame's tiles hold a fifth more than the frame, with these 4 %
-
 FrameFunction = Callable[[np.ndarray], np.ndarray]  # 8-bit RGB (H, W, 3) in and out
 
 # --- Configuration: one dataclass a command; its fields are the command's flags (see `build_parser`) ------------------
@@ -115,7 +113,7 @@ class FitConfig(DeviceConfig):
     warmup_steps: int = flag(0, "steps over which the learning rate rises to its schedule", at_least=0)
     clip_norm: float = flag(1.0, "largest gradient norm; 0 for no clipping", at_least=0)
     ema_decay: float = flag(0.999, "decay of the averaged weights, reached after a warm-up", at_least=0)
-    degradation: str = flag("pairs", "pairs: as stored; x2, mixed: from sharp alone", choices=("pairs", "x2", "mixed"))
+    degradation: str = flag("pairs", "stored pairs, or sharp crops degraded anew", choices=("pairs", "x2", "mixed"))
     blur_probability: float = flag(1.0, "pairs: share of crops blurred further (3x3, sigma 0.1 to 2.0)", at_least=0)
     validation_fraction: float = flag(0.05, "share of the training pairs held out for validation", at_least=0)
     validate_every: int = flag(5, "epochs between validations", at_least=1)
@@ -724,8 +722,7 @@ class StudentUNet(nn.Module):
     def __init__(self, in_channels: int = 3, out_channels: int = 3, base_channels: int = 256,
                  stem_stride: int = 4, widths: Sequence[int] | None = None) -> None:  # fmt: skip
         super().__init__()
-        c = base_channels
-        widths = tuple(widths or (c // 4, c // 2, c, 2 * c, 3 * c))
+        widths = tuple(widths or (base_channels * k // 4 for k in (1, 2, 4, 8, 12)))
         if len(widths) != 5 or min(widths) < 1:
             raise UserError(f"--widths {widths}: a student has five stages, each 1 or wider")
         if in_channels != out_channels or stem_stride not in (1, 2, 4):
@@ -1233,9 +1230,8 @@ class Fit:
 
     def optimise(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, float]:
         """One optimiser step over a group of batches; returns the weighted terms' means."""
-        group = self.order.batches_in_step(self.step)
+        group, means = self.order.batches_in_step(self.step), {}
         share_every = getattr(self.config, "log_gradients", 0)
-        means: dict[str, float] = {}
         for remaining in reversed(range(group)):
             batch = next(batches).items()
             batch = {name: t.to(self.device, non_blocking=True, memory_format=torch.channels_last) for name, t in batch}
