@@ -59,13 +59,10 @@ SAMPLES = HERE / "inference_samples"
 OFFICIAL_TEACHER = HERE / "Restormer/Motion_Deblurring/pretrained_models/motion_deblurring.pth"
 COMPACT_TEACHER = HERE / "model_checkpoints/teacher.pth"
 SHIPPED_STUDENT = HERE / "model_checkpoints/student.pth"
-
 TILE, OVERLAP = 1024, 64  # pixels; with 512 a 1080p frame's tiles hold a fifth more than the frame, with these 4 %
-
 FrameFunction = Callable[[np.ndarray], np.ndarray]  # 8-bit RGB (H, W, 3) in and out
 
-# ---------------------------------------------------------------------------------------------------
-# Configuration: one dataclass a command; its fields are the command's flags (see `build_parser`)
+# --- Configuration: one dataclass a command; its fields are the command's flags (see `build_parser`) ------------------
 
 
 class UserError(ValueError):
@@ -116,11 +113,7 @@ class FitConfig(DeviceConfig):
     warmup_steps: int = flag(0, "steps over which the learning rate rises to its schedule", at_least=0)
     clip_norm: float = flag(1.0, "largest gradient norm; 0 for no clipping", at_least=0)
     ema_decay: float = flag(0.999, "decay of the averaged weights, reached after a warm-up", at_least=0)
-    degradation: str = flag(
-        "pairs",
-        "pairs: the dataset's blurred pictures; x2, mixed: sharp crops, degraded anew",
-        choices=("pairs", "x2", "mixed"),
-    )
+    degradation: str = flag("pairs", "stored pairs, or sharp crops degraded anew", choices=("pairs", "x2", "mixed"))
     blur_probability: float = flag(1.0, "pairs: share of crops blurred further (3x3, sigma 0.1 to 2.0)", at_least=0)
     validation_fraction: float = flag(0.05, "share of the training pairs held out for validation", at_least=0)
     validate_every: int = flag(5, "epochs between validations", at_least=1)
@@ -194,9 +187,8 @@ class EvalConfig(InferenceConfig):
 
     data_root: Path = flag(DATASET, "dataset folder")
     split: str = flag("test", "which half of the dataset to read", choices=("train", "test"))
-    protocol: tuple[str, ...] = flag(
-        (), "degrade sharp pictures by these, read no blurred ones", choices=("x2", "x3", "x4", "x2-jpeg50", "sharp")
-    )
+    protocol: tuple[str, ...] = flag((), "degrade sharp pictures by these, read no blurred ones",
+                                     choices=("x2", "x3", "x4", "x2-jpeg50", "sharp"))  # fmt: skip
     resize: int = flag(0, "first resize pairs to this square (the report: 512); 0: keep them whole", at_least=0)
     teacher: bool = flag(False, "score the teacher too")
     teacher_weights: Path | None = flag(None, "the teacher's weight file (default: as in train)")
@@ -244,8 +236,7 @@ def process_rank() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-# ---------------------------------------------------------------------------------------------------
-# Pictures and datasets
+# --- Pictures and datasets --------------------------------------------------------------------------------------------
 
 READABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises
 
@@ -327,10 +318,8 @@ class Degradation:
 
 
 # The degradations of the reported numbers; the xS protocol is also what `prepare` writes.
-PROTOCOLS = {
-    "x2": Degradation(2), "x3": Degradation(3), "x4": Degradation(4),
-    "x2-jpeg50": Degradation(2, quality=50), "sharp": Degradation(1),
-}  # fmt: skip
+PROTOCOLS = {"x2": Degradation(2), "x3": Degradation(3), "x4": Degradation(4),
+             "x2-jpeg50": Degradation(2, quality=50), "sharp": Degradation(1)}  # fmt: skip
 
 
 def even_sized(image: Image.Image | np.ndarray) -> Image.Image:
@@ -368,19 +357,9 @@ def list_pictures(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES)
 
 
-def pair_side_and_key(relative: Path) -> tuple[str, str] | None:
-    """Which side of a pair a file is on, and the key it shares with its partner; None for GoPro's `blur_gamma`.
-
-    The side is a folder's name, wherever it stands, so that `blurred/text/a_blur.png` ("text/a") and the
-    published `GOPR0372_07_00/blur/000047.png` ("GOPR0372_07_00/000047") follow one rule.
-    """
-    sides = {"blurred": "blurred", "blur": "blurred", "sharp": "sharp"}
-    for position, part in enumerate(relative.parts[:-1]):
-        if part in sides:
-            folders = relative.parts[:position] + relative.parts[position + 1 : -1]
-            stem = re.sub(r"_(blurred|blur|sharp)$", "", relative.stem)
-            return sides[part], "/".join((*folders, stem))
-    return None
+# A file's side of a pair is a folder's name, wherever it stands, and the rest is the key it shares with its partner:
+# `blurred/text/a_blur.png` ("text/a") and the published `GOPR0372_07_00/blur/000047.png` ("GOPR0372_07_00/000047").
+PAIR_FILE = re.compile(r"(|.*?/)(blurred|blur|sharp)/(.*?)(_blurred|_blur|_sharp)?", re.DOTALL)
 
 
 def size_problems(pair: Pair) -> list[str]:
@@ -398,19 +377,19 @@ def size_problems(pair: Pair) -> list[str]:
 def find_pairs(split_dir: Path, protocol: str = "") -> list[Pair]:
     """The pairs below a split's folder, sorted by key; with a `protocol`, sharp pictures to be degraded by it.
 
-    The sharp pictures are those of the pairs, or, in a folder that knows no sides, all. UserError for nothing, files
-    without a partner, unequal sizes, unreadable files, two files for one side.
+    The sharp pictures are those of the pairs, or, in a folder that knows no sides, all. GoPro's `blur_gamma` is passed
+    over. UserError for nothing, files without a partner, unequal sizes, unreadable files, two files for one side.
     """
-    sides: dict[str, dict[str, Path]] = {"blurred": {}, "sharp": {}}
-    problems, pictures = [], list_pictures(split_dir)
-    for path in pictures:
-        side, key = pair_side_and_key(path.relative_to(split_dir)) or (None, None)
-        if side and sides[side].setdefault(key, path) != path:
-            problems.append(f"{path} and {sides[side][key]} are the {side} side of one pair")
-    blurred, sharp = sides["blurred"], sides["sharp"]
+    sides, problems = {"blurred": {}, "sharp": {}}, []
+    names = {path: path.relative_to(split_dir).with_suffix("").as_posix() for path in list_pictures(split_dir)}
+    for path, name in names.items():
+        if match := PAIR_FILE.fullmatch(name):
+            side = "sharp" if match[2] == "sharp" else "blurred"
+            if (other := sides[side].setdefault(match[1] + match[3], path)) != path:
+                problems.append(f"{path} and {other} are the {side} side of one pair")
+    blurred, sharp = sides.values()
     if protocol:
-        if not blurred and not sharp:
-            sharp = {path.relative_to(split_dir).with_suffix("").as_posix(): path for path in pictures}
+        sharp = sharp if blurred or sharp else {name: path for path, name in names.items()}
         pairs = [Pair(key, path, degradation=PROTOCOLS[protocol]) for key, path in sorted(sharp.items())]
     else:
         problems += [f"{blurred[key]} has no sharp partner" for key in sorted(blurred.keys() - sharp.keys())]
@@ -427,11 +406,9 @@ def find_pairs(split_dir: Path, protocol: str = "") -> list[Pair]:
 
 
 # Photographs and pages that scikit-image carries in its wheel (its data/README.txt names their sources).
-EMBEDDED = (
-    *("animals/chelsea.png", "animals/horse.png", "people/astronaut.png", "people/camera.png", "text/page.png"),
-    *("text/text.png", "nature/coffee.png", "nature/rocket.jpg", "nature/moon.png", "nature/grass.png"),
-    *("nature/gravel.png", "nature/brick.png", "nature/hubble_deep_field.jpg", "nature/motorcycle_left.png"),
-)
+EMBEDDED = {"animals": ("chelsea.png", "horse.png"), "people": ("astronaut.png", "camera.png"),
+            "text": ("page.png", "text.png"), "nature": ("coffee.png", "rocket.jpg", "moon.png", "grass.png",
+            "gravel.png", "brick.png", "hubble_deep_field.jpg", "motorcycle_left.png")}  # fmt: skip
 
 
 def uses_embedded_sample(config: FitConfig) -> bool:
@@ -442,7 +419,7 @@ def uses_embedded_sample(config: FitConfig) -> bool:
 def embedded_pairs() -> list[Pair]:
     """scikit-image's own pictures as pairs, blurred on the fly; one that is not there is an error when it is read."""
     folder = Path(skimage.data.__file__).parent
-    return [Pair(Path(name).with_suffix("").as_posix(), folder / Path(name).name) for name in EMBEDDED]
+    return [Pair(f"{kind}/{Path(name).stem}", folder / name) for kind, names in EMBEDDED.items() for name in names]
 
 
 def grouped(items: Iterable, key: Callable[[typing.Any], str]) -> dict[str, list]:
@@ -461,9 +438,7 @@ def hold_out(pairs: list[Pair], fraction: float) -> tuple[list[Pair], list[Pair]
     groups = grouped(pairs, lambda pair: (re.search(r"GOPR\d+_\d+_\d+", pair.key) or [pair.key])[0])
     names, held = sorted(groups), []
     for index in np.random.default_rng(0).permutation(len(names))[:-1]:
-        if len(held) >= fraction * len(pairs):
-            break
-        held += groups[names[index]]
+        held += groups[names[index]] if len(held) < fraction * len(pairs) else []
     return [pair for pair in pairs if pair not in held], held
 
 
@@ -483,13 +458,11 @@ class GoProSharpeningDataset(Dataset):
     or by what `Degradation.draw` draws. A student starts on "x2": from "mixed" alone it learns to do nothing.
     """
 
-    def __init__(
-        self, pairs: Sequence[Pair], image_size: int, blur_probability: float = 1.0,
-        seed: int = 0, cache: bool = False, degradation: str = "pairs",
-    ) -> None:  # fmt: skip
+    def __init__(self, pairs: Sequence[Pair], image_size: int, blur_probability: float = 1.0,
+                 seed: int = 0, cache: bool = False, degradation: str = "pairs") -> None:  # fmt: skip
         self.pairs, self.image_size, self.blur_probability, self.seed = pairs, image_size, blur_probability, seed
-        self.degradation, self.to_tensor = degradation, CustomToTensor()
-        self.decoded = [self.load(pair) for pair in pairs] if cache else None
+        self.degradation, self.to_tensor, self.decoded = degradation, CustomToTensor(), []
+        self.decoded = [self.images(index) for index in range(len(pairs))] if cache else []
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -502,11 +475,10 @@ class GoProSharpeningDataset(Dataset):
 
     def images(self, index: int) -> list[np.ndarray]:
         """The pair's pictures, or the sharp one; enlarged where they are smaller than a crop."""
-        return self.decoded[index] if self.decoded else self.load(self.pairs[index])
-
-    def load(self, pair: Pair) -> list[np.ndarray]:
-        sharp_only = self.degradation != "pairs"
-        images = [np.array(even_sized(open_picture(pair.sharp)))] if sharp_only else list(pair.load())
+        if self.decoded:
+            return self.decoded[index]
+        pair = self.pairs[index]
+        images = [*pair.load()] if self.degradation == "pairs" else [np.array(even_sized(open_picture(pair.sharp)))]
         if min(images[0].shape[:2]) >= self.image_size:
             return images
         return [np.array(ImageOps.cover(Image.fromarray(image), (self.image_size,) * 2)) for image in images]
@@ -527,8 +499,7 @@ class GoProSharpeningDataset(Dataset):
 
 def prepare(config: PrepareConfig) -> None:
     """The `prepare` command: pairs of the xS protocol under `data_root/split`, categories kept."""
-    sources = list_pictures(config.sharp_dir)
-    target = config.data_root / config.split
+    sources, target = list_pictures(config.sharp_dir), config.data_root / config.split
     if not sources:
         raise UserError(f"{config.sharp_dir}: no pictures in this folder")
     if list_pictures(target):
@@ -552,8 +523,7 @@ def prepare(config: PrepareConfig) -> None:
     print(f"{len(files)} pairs in {target}")
 
 
-# ---------------------------------------------------------------------------------------------------
-# Teacher: a frozen Restormer, its features read by forward hooks
+# --- Teacher: a frozen Restormer, its features read by forward hooks --------------------------------------------------
 
 
 def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
@@ -617,21 +587,14 @@ class RestormerTeacherWrapper(nn.Module):
     def __init__(self, restormer: StemmedRestormer, student_widths: dict[str, int] | None = None) -> None:
         super().__init__()
         self.restormer = restormer.requires_grad_(False).eval()
+        self.alignment = 8 * restormer.stem_stride  # its multiples need no padding, and all feature grids begin there
         self.tapped: dict[str, Tensor] = {}
         for name, layer in self.TAPS.items():
             module = restormer.get_submodule(layer)
-            module.register_forward_hook(functools.partial(self.keep, name))
+            module.register_forward_hook(lambda module, inputs, output, name=name: self.tapped.update({name: output}))
             if student_widths:
                 width = module[0].norm1.body.weight.shape[0]
                 self.add_module(f"proj_{name}", nn.Conv2d(width, student_widths[name], 1))
-
-    @property
-    def alignment(self) -> int:
-        """Pictures whose sides are multiples of this need no padding, and all feature grids begin there."""
-        return 8 * self.restormer.stem_stride
-
-    def keep(self, name: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        self.tapped[name] = output
 
     def train(self, mode: bool = True) -> RestormerTeacherWrapper:
         super().train(mode)
@@ -656,10 +619,8 @@ class TeacherCache(Dataset):
     start where the teacher's coarsest feature grid does. UserError for the cache of another teacher or data.
     """
 
-    def __init__(
-        self, folder: Path, dataset: GoProSharpeningDataset, teacher: RestormerTeacherWrapper,
-        variants: int, autocast: torch.autocast,
-    ) -> None:  # fmt: skip
+    def __init__(self, folder: Path, dataset: GoProSharpeningDataset, teacher: RestormerTeacherWrapper,
+                 variants: int, autocast: torch.autocast) -> None:  # fmt: skip
         self.folder, self.dataset, self.variants, self.alignment = folder, dataset, variants, teacher.alignment
         if dataset.image_size % self.alignment:
             raise UserError(f"--image-size {dataset.image_size}: the cache needs a multiple of {self.alignment}")
@@ -711,8 +672,7 @@ class TeacherCache(Dataset):
         return crops
 
 
-# ---------------------------------------------------------------------------------------------------
-# Student: a U-Net with squeeze-and-excitation, behind a space-to-depth stem
+# --- Student: a U-Net with squeeze-and-excitation, behind a space-to-depth stem ---------------------------------------
 
 
 class SEBlock(nn.Module):
@@ -725,8 +685,7 @@ class SEBlock(nn.Module):
         self.excite = nn.Conv2d(hidden, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.mean((2, 3), keepdim=True)
-        return torch.sigmoid(self.excite(F.relu(self.squeeze(x))))
+        return torch.sigmoid(self.excite(F.relu(self.squeeze(x.mean((2, 3), keepdim=True)))))
 
 
 LEAK = 0.1  # slope below zero. With plain ReLUs the deep stages die: 64 of 64 channels after 2,000 steps, and 0.08 dB
@@ -760,26 +719,21 @@ class StudentUNet(nn.Module):
     It predicts a correction to its input: an untrained student returns what it was given.
     """
 
-    def __init__(
-        self, in_channels: int = 3, out_channels: int = 3, base_channels: int = 256,
-        stem_stride: int = 4, widths: Sequence[int] | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, in_channels: int = 3, out_channels: int = 3, base_channels: int = 256,
+                 stem_stride: int = 4, widths: Sequence[int] | None = None) -> None:  # fmt: skip
         super().__init__()
-        c = base_channels
-        widths = tuple(widths or (c // 4, c // 2, c, 2 * c, 3 * c))
+        widths = tuple(widths or (base_channels * k // 4 for k in (1, 2, 4, 8, 12)))
         if len(widths) != 5 or min(widths) < 1:
             raise UserError(f"--widths {widths}: a student has five stages, each 1 or wider")
         if in_channels != out_channels or stem_stride not in (1, 2, 4):
             raise ValueError("a student corrects its input (in = out) at a stem stride of 1, 2 or 4")
         self.config = {"stem_stride": stem_stride, "widths": widths}
-        self.stem_stride, self.widths = stem_stride, widths
-        folded = in_channels * stem_stride**2
+        self.stem_stride, folded = stem_stride, in_channels * stem_stride**2
+        self.alignment = 16 * stem_stride  # sides that are its multiples pass through every stage without padding
+        self.feature_widths = {"e2": widths[1], "e4": widths[3], "b": widths[4]}
         self.encoder = nn.ModuleList(map(Stage, (folded, *widths[:3]), widths[:4]))
         self.bottleneck = Stage(widths[3], widths[4])
-        self.up = nn.ModuleList(
-            nn.ConvTranspose2d(below, width, 2, stride=2)
-            for below, width in zip(widths[:0:-1], widths[3::-1], strict=True)
-        )
+        self.up = nn.ModuleList(nn.ConvTranspose2d(a, b, 2, stride=2) for a, b in itertools.pairwise(widths[::-1]))
         self.decoder = nn.ModuleList(Stage(2 * width, width) for width in widths[3::-1])
         self.output = nn.Conv2d(widths[0], folded, 1)
         self.initialise()
@@ -802,18 +756,7 @@ class StudentUNet(nn.Module):
             nn.init.constant_(stage.se.excite.bias, 2.0)
         nn.init.normal_(self.output.weight, std=1e-3)
 
-    @property
-    def alignment(self) -> int:
-        """Pictures whose sides are multiples of this pass through every stage without padding."""
-        return 16 * self.stem_stride
-
-    @property
-    def feature_widths(self) -> dict[str, int]:
-        return {"e2": self.widths[1], "e4": self.widths[3], "b": self.widths[4]}
-
-    def forward(
-        self, blurred: Tensor, gates: Sequence[Tensor] | None = None, features: bool = False
-    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, blurred: Tensor, gates: Sequence[Tensor] | None = None, features: bool = False) -> Tensor | tuple:
         height, width = blurred.shape[-2:]
         gate = iter(gates or [None] * 9)
         x = F.pixel_unshuffle(pad_to_multiple(blurred, self.stem_stride), self.stem_stride)
@@ -829,9 +772,7 @@ class StudentUNet(nn.Module):
             x = stage(torch.cat([x, skip], dim=1), next(gate))
         correction = F.pixel_shuffle(self.output(x), self.stem_stride)
         restored = blurred + correction[..., :height, :width]
-        if not features:
-            return restored
-        return restored, {"e2": skips[1], "e4": skips[3], "b": bottleneck}
+        return (restored, {"e2": skips[1], "e4": skips[3], "b": bottleneck}) if features else restored
 
     @torch.no_grad()
     def frame_gates(self, patches: Tensor) -> list[Tensor]:
@@ -847,12 +788,10 @@ class StudentUNet(nn.Module):
             gates.append(gate.mean(0, keepdim=True))
             return gates[-1]
 
-        hooks = [m.register_forward_hook(share) for m in self.modules() if isinstance(m, SEBlock)]
-        try:
+        with contextlib.ExitStack() as hooks:
+            for stage in (*self.encoder, self.bottleneck, *self.decoder):
+                hooks.enter_context(stage.se.register_forward_hook(share))
             self(patches)
-        finally:
-            for hook in hooks:
-                hook.remove()
         return gates
 
 
@@ -867,8 +806,7 @@ def load_student(path: Path) -> tuple[StudentUNet, dict]:
     return student.eval().to(memory_format=torch.channels_last), content
 
 
-# ---------------------------------------------------------------------------------------------------
-# Losses
+# --- Losses -----------------------------------------------------------------------------------------------------------
 
 
 @functools.lru_cache
@@ -899,13 +837,11 @@ def ssim(first: Tensor, second: Tensor) -> Tensor:
 def positional_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """T^2 KL(teacher || student) of soft distributions over positions, one a channel, averaged.
 
-    The report takes "output distributions"; over three colour channels they would say nothing, so this is
-    channel-wise distillation (Shu et al., ICCV 2021, eq. 4) of (B, C, H, W) outputs.
+    The report's "output distributions" would say nothing over three colour channels, so this is channel-wise
+    distillation (Shu et al., ICCV 2021, eq. 4) of (B, C, H, W) outputs.
     """
-    log_student = (student.flatten(2) / temperature).log_softmax(-1)
-    log_teacher = (teacher.flatten(2) / temperature).log_softmax(-1)
-    divergence = F.kl_div(log_student, log_teacher, log_target=True, reduction="none").sum(-1)
-    return divergence.mean() * temperature**2
+    student, teacher = ((x.flatten(2) / temperature).log_softmax(-1) for x in (student, teacher))
+    return F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1).mean() * temperature**2
 
 
 def feature_loss(student: dict[str, Tensor], teacher: dict[str, Tensor]) -> Tensor:
@@ -957,16 +893,12 @@ class DistillationLoss(nn.Module):
         super().__init__()
         self.weights = {name: weight for name, weight in weights.items() if weight > 0}
         self.temperature = temperature
+        self.needs_teacher = not self.weights.keys().isdisjoint({"perceptual", "feature", "kl", "output"})
         self.vgg = VGGFeatures() if "perceptual" in self.weights else None
 
-    @property
-    def needs_teacher(self) -> bool:
-        return not self.weights.keys().isdisjoint({"perceptual", "feature", "kl", "output"})
-
-    def forward(
-        self, output: Tensor, sharp: Tensor, features: dict[str, Tensor] | None = None,
-        teacher_output: Tensor | None = None, teacher_features: dict[str, Tensor] | None = None,
-    ) -> dict[str, Tensor]:  # fmt: skip
+    def forward(self, output: Tensor, sharp: Tensor, features: dict[str, Tensor] | None = None,
+                teacher_output: Tensor | None = None, teacher_features: dict[str, Tensor] | None = None,
+                ) -> dict[str, Tensor]:  # fmt: skip
         terms = {
             "reconstruction": lambda: F.l1_loss(output, sharp),
             "perceptual": lambda: F.l1_loss(self.vgg(output), self.vgg(teacher_output)),
@@ -978,8 +910,7 @@ class DistillationLoss(nn.Module):
         return {name: weight * terms[name]() for name, weight in self.weights.items()}
 
 
-# ---------------------------------------------------------------------------------------------------
-# Inference: 8-bit frames in, 8-bit frames out
+# --- Inference: 8-bit frames in, 8-bit frames out ---------------------------------------------------------------------
 
 
 def to_batch(frames: np.ndarray, device: torch.device) -> Tensor:
@@ -1004,14 +935,13 @@ class TileSide:
         count = max(1, round((padded - overlap) / max(tile - overlap, alignment))) if tile else 1
         self.size = math.ceil(((padded - overlap) / count + overlap) / alignment) * alignment if count > 1 else padded
         self.starts = sorted({min(i * (self.size - overlap), padded - self.size) for i in range(count)})
-        self.source = np.pad(np.arange(length), (0, padded - length), "reflect")  # the frame's pixel at each position
-        fade = torch.sin(torch.pi / 2 * (torch.arange(self.size) + 0.5).clamp(max=overlap) / max(overlap, 1)) ** 2
-        flat, total = torch.ones(self.size), torch.zeros(padded)
-        self.windows = [(fade if at else flat) * (fade.flip(0) if at < self.starts[-1] else flat) for at in self.starts]
-        for start, window in zip(self.starts, self.windows, strict=True):
-            total[start : start + self.size] += window
-        for start, window in zip(self.starts, self.windows, strict=True):
-            window /= total[start : start + self.size]
+        self.padding, overlap = padded - length, max(overlap, 0.5)  # half a pixel: the first is at 0.5, and not faded
+        fade = torch.sin(torch.pi / 2 * (torch.arange(self.size) + 0.5).clamp(max=overlap) / overlap) ** 2
+        weights = torch.zeros(len(self.starts), padded)
+        for row, at in zip(weights, self.starts, strict=True):
+            row[at : at + self.size] = (fade if at else 1) * (fade.flip(0) if at < self.starts[-1] else 1)
+        weights /= weights.sum(0)
+        self.windows = [row[at : at + self.size] for row, at in zip(weights, self.starts, strict=True)]
 
 
 def sample_patches(frame: np.ndarray, side: int = 128, count: int = 4) -> np.ndarray:
@@ -1041,10 +971,8 @@ class FrameSharpener:
     picture itself. A frame's gates are taken once, so tiled and whole outputs agree. `strength` scales the correction.
     """
 
-    def __init__(
-        self, student: StudentUNet, device: torch.device, tile: int = TILE, overlap: int = OVERLAP,
-        strength: float = 1.0, precision: str = "auto",
-    ) -> None:  # fmt: skip
+    def __init__(self, student: StudentUNet, device: torch.device, tile: int = TILE, overlap: int = OVERLAP,
+                 strength: float = 1.0, precision: str = "auto") -> None:  # fmt: skip
         if tile and overlap >= tile:
             raise UserError(f"--tile {tile} --overlap {overlap}: tiles must be larger than their overlap")
         self.student = student.to(device, memory_format=torch.channels_last).eval()
@@ -1059,26 +987,22 @@ class FrameSharpener:
     def gates(self, frame: np.ndarray) -> list[Tensor]:
         return self.student.frame_gates(to_batch(sample_patches(frame), self.device))
 
-    def tile(self, frame: np.ndarray, top: int, left: int) -> Tensor:
-        """One tile (1, 3, h, w); beyond the frame it is the frame's reflection."""
+    def tiles(self, frame: np.ndarray) -> Iterator[Tensor]:
+        """The tiles (1, 3, h, w), row by row; beyond the frame they are its reflection."""
         rows, columns = map(self.side, frame.shape[:2])
-        bottom, right = top + rows.size, left + columns.size
-        if bottom <= frame.shape[0] and right <= frame.shape[1]:
-            pixels = frame[top:bottom, left:right]
-        else:
-            pixels = frame[rows.source[top:bottom]][:, columns.source[left:right]]
-        return to_batch(pixels[None], self.device)
+        frame = np.pad(frame, ((0, rows.padding), (0, columns.padding), (0, 0)), "reflect")
+        for top, left in itertools.product(rows.starts, columns.starts):
+            yield to_batch(frame[None, top : top + rows.size, left : left + columns.size], self.device)
 
     @torch.inference_mode()
     def __call__(self, frame: np.ndarray) -> np.ndarray:
         height, width = frame.shape[:2]
         rows, columns = map(self.side, (height, width))
-        gates, result = self.gates(frame), np.empty_like(frame)
-        total = torch.zeros(rows.size, len(columns.source), 3, device=self.device)
+        tiles, gates, result = self.tiles(frame), self.gates(frame), np.empty_like(frame)
+        total = torch.zeros(rows.size, width + columns.padding, 3, device=self.device)
         for top, below, fade in zip(rows.starts, [*rows.starts[1:], height], rows.windows, strict=True):
             for left, window in zip(columns.starts, columns.windows, strict=True):
-                blurred = self.tile(frame, top, left)
-                restored = self.restore(blurred, gates)
+                restored = self.restore(blurred := next(tiles), gates)
                 if self.strength != 1:
                     restored = blurred + self.strength * (restored - blurred)
                 pixels = restored[0].permute(1, 2, 0).flatten(1)  # (rows, columns * 3), as they lie in memory
@@ -1109,12 +1033,10 @@ def score(predicted: np.ndarray, sharp: np.ndarray) -> tuple[float, float]:
 
 def mean_score(frames: Sequence[tuple[np.ndarray, np.ndarray]], sharpen: FrameFunction) -> list[float]:
     """Mean [PSNR, SSIM] of `sharpen` over (blurred, sharp) frames."""
-    scores = np.array([score(sharpen(blurred), sharp) for blurred, sharp in frames])
-    return scores.mean(axis=0).tolist()
+    return np.mean([score(sharpen(blurred), sharp) for blurred, sharp in frames], axis=0).tolist()
 
 
-# ---------------------------------------------------------------------------------------------------
-# Training: one loop for the student and for the teacher
+# --- Training: one loop for the student and for the teacher, and an ablation ------------------------------------------
 
 
 class Distillation(nn.Module):
@@ -1139,8 +1061,8 @@ class Distillation(nn.Module):
 class CropOrder(Sampler[list[tuple[int, int]]]):
     """The (epoch, index) batches of one process over a whole run, from `first_step` on.
 
-    Each epoch is a permutation, wrapped around to fill every process's last batch; N processes at 1/N of the
-    accumulation see, step by step, what one would.
+    Epochs are permutations, wrapped around to fill the last batches; N processes at 1/N of the accumulation see what
+    one would, step by step.
     """
 
     def __init__(self, count: int, config: FitConfig, rank: int = 0, processes: int = 1) -> None:
@@ -1189,33 +1111,16 @@ def write_csv(path: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def plot(path: Path, titles: Sequence[str], draw: Callable[..., None]) -> None:
-    """`draw(axes, axes)` under two titles as a picture file, where matplotlib is installed."""
+def plot(path: Path, draw: Callable[..., None]) -> None:
+    """What `draw(left axes, right axes)` draws as a picture file, where matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print(f"no {path.name}: `pip install matplotlib` would draw it")
         return
-    panels = (figure := Figure(figsize=(11, 4), layout="constrained")).subplots(1, 2)
-    draw(*panels)
-    for axes, title in zip(panels, titles, strict=True):
-        axes.set_title(title)
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    draw(*figure.subplots(1, 2))
     figure.savefig(path, dpi=110)
-
-
-def plot_curves(path: Path, rows: list[dict], terms: Iterable[str]) -> None:
-    """A run's losses and held-out scores."""
-
-    def draw(left, right) -> None:
-        for axes, names in ((left, terms), (right, ["val_psnr"])):
-            for name in names:
-                points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
-                axes.plot(*zip(*points, strict=True), label=name, lw=0.8, marker="." if axes is right else "")
-            axes.set_xlabel("step")
-        left.set_yscale("log")
-        left.legend()
-
-    plot(path, ("weighted loss terms", "held-out PSNR of the averaged weights, dB"), draw)
 
 
 @contextlib.contextmanager
@@ -1242,10 +1147,9 @@ def ignore_interrupts(worker: int) -> None:
 
 def any_process(flag: bool, device: torch.device) -> bool:
     """Whether `flag` is set in any process, so that all of them stop after the same step."""
-    if not dist.is_initialized():
-        return flag
     votes = torch.tensor(float(flag), device=device)
-    dist.all_reduce(votes)
+    if dist.is_initialized():
+        dist.all_reduce(votes)
     return bool(votes)
 
 
@@ -1265,52 +1169,40 @@ def start_run(config: FitConfig) -> list[Pair]:
     return embedded_pairs()
 
 
-def start_process(config: FitConfig) -> torch.device:
-    """The device; under torchrun, after joining the process group."""
-    device, (_, processes) = pick_device(config), process_rank()
-    if processes > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device
-
-
 class Fit:
     """One training run: `objective.network`, its averaged copy, the optimiser, and where they stand."""
 
-    def __init__(
-        self, config: FitConfig, objective: Distillation, network_config: dict,
-        pairs: list[Pair], frame_function: Callable[[nn.Module, torch.device], FrameFunction],
-    ) -> None:  # fmt: skip
-        self.device, (self.rank, processes) = start_process(config), process_rank()
+    def __init__(self, config: FitConfig, objective: Distillation, network_config: dict, pairs: list[Pair],
+                 frame_function: Callable[[nn.Module, torch.device], FrameFunction]) -> None:  # fmt: skip
+        self.device, (self.rank, processes) = pick_device(config), process_rank()
+        if processes > 1:
+            if self.device.type == "cuda":
+                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(self.device)
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         self.config, self.network_config, self.frame_function = config, network_config, frame_function
         training, held_out = hold_out(pairs, config.validation_fraction)
         training = balanced(training) if config.balance else training
         self.held_out = [pair.load() for pair in held_out]
-        self.dataset = GoProSharpeningDataset(
-            training, config.image_size, config.blur_probability, config.seed, config.cache, config.degradation
-        )
+        settings = ("image_size", "blur_probability", "seed", "cache", "degradation")
+        self.dataset = GoProSharpeningDataset(training, **{name: getattr(config, name) for name in settings})
         self.order = CropOrder(len(training), config, self.rank, processes)
         self.objective = objective.to(self.device, memory_format=torch.channels_last)
         self.autocast = mixed_precision(pick_precision(config.precision, self.device), self.device)
-        if getattr(config, "teacher_cache", None):
-            variants, teacher = config.cache_variants, self.objective.teacher
-            self.dataset = TeacherCache(config.teacher_cache, self.dataset, teacher, variants, self.autocast)
+        if folder := getattr(config, "teacher_cache", None):
+            self.dataset = TeacherCache(folder, self.dataset, objective.teacher, config.cache_variants, self.autocast)
         self.ema = copy.deepcopy(objective.network).eval().requires_grad_(False)
         self.trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         self.optimiser = torch.optim.Adam(list(self.trained.values()), config.learning_rate)
-        self.schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(
-            self.optimiser, config.restart_epochs, T_mult=2, eta_min=config.min_learning_rate
-        )
+        cycles = {"T_0": config.restart_epochs, "T_mult": 2, "eta_min": config.min_learning_rate}
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(self.optimiser, **cycles)
         self.step, self.best, self.rows = 0, -math.inf, []  # the rows of log.csv
         if config.resume:
-            self.load_last()
+            self.load_last(config.run_dir / "last.pth")
         self.order.first_step = self.step
         self.parallel = nn.parallel.DistributedDataParallel(self.objective) if processes > 1 else self.objective
 
-    def load_last(self) -> None:
-        path = self.config.run_dir / "last.pth"
+    def load_last(self, path: Path) -> None:
         state = read_checkpoint(path, "start the run without --resume")
         try:
             for name, parameter in self.trained.items():  # the frozen ones are not in the file
@@ -1324,11 +1216,9 @@ class Fit:
     def save_last(self) -> None:
         """Everything that continues the run to the same weights."""
         config = {name: str(v) if isinstance(v, Path) else v for name, v in vars(self.config).items()}
-        content = {
-            "config": config, "network": self.network_config, "ema": self.ema.state_dict(), "rows": self.rows,
-            "objective": {name: p.detach() for name, p in self.trained.items()}, "step": self.step,
-            "optimiser": self.optimiser.state_dict(), "best": self.best,
-        }  # fmt: skip
+        content = {"config": config, "network": self.network_config, "ema": self.ema.state_dict(), "rows": self.rows,
+                   "objective": {name: p.detach() for name, p in self.trained.items()}, "step": self.step,
+                   "optimiser": self.optimiser.state_dict(), "best": self.best}  # fmt: skip
         save_atomically(content, self.config.run_dir / "last.pth")
         write_csv(self.config.run_dir / "log.csv", self.rows)
 
@@ -1347,9 +1237,8 @@ class Fit:
 
     def optimise(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, float]:
         """One optimiser step over a group of batches; returns the weighted terms' means."""
-        group = self.order.batches_in_step(self.step)
+        group, means = self.order.batches_in_step(self.step), {}
         share_every = getattr(self.config, "log_gradients", 0)
-        means: dict[str, float] = {}
         for remaining in reversed(range(group)):
             batch = next(batches).items()
             batch = {name: t.to(self.device, non_blocking=True, memory_format=torch.channels_last) for name, t in batch}
@@ -1372,36 +1261,38 @@ class Fit:
         self.step += 1
         return means
 
-    def set_learning_rate(self, epoch: float) -> None:
-        """The schedule's, after a linear warm-up: Adam's first steps are as large as any and on the worst gradients."""
-        self.schedule.step(epoch)
-        for group in self.optimiser.param_groups:
-            group["lr"] *= min(1.0, (self.step + 1) / max(self.config.warmup_steps, 1))
+    def draw_curves(self, left, right) -> None:
+        for name in self.objective.loss.weights:
+            left.plot([row["step"] for row in self.rows], [row.get(name) for row in self.rows], label=name, lw=0.8)
+        scored = [row for row in self.rows if "val_psnr" in row]
+        right.plot([row["step"] for row in scored], [row["val_psnr"] for row in scored], ".-", lw=0.8)
+        left.set(title="weighted loss terms", xlabel="step", yscale="log")
+        left.legend()
+        right.set(title="held-out PSNR of the averaged weights, dB", xlabel="step")
 
     def run(self) -> None:
         """Train to the end, or to the first interruption; writes last.pth, best.pth, log.csv, curves.png."""
         config, order, terms = self.config, self.order, self.objective.loss.weights
         total = min(config.epochs * order.steps_per_epoch, config.max_steps or sys.maxsize)
-        loader = DataLoader(
-            self.dataset, batch_sampler=order, num_workers=config.workers,
-            worker_init_fn=ignore_interrupts, pin_memory=self.device.type == "cuda",
-        )  # fmt: skip
+        options = {"pin_memory": self.device.type == "cuda", "worker_init_fn": ignore_interrupts}
+        loader = DataLoader(self.dataset, batch_sampler=order, num_workers=config.workers, **options)
         config.run_dir.mkdir(parents=True, exist_ok=True)
         bar = tqdm(total=total, initial=self.step, disable=self.rank > 0, unit="step")
         with bar, deferred_interrupts() as interrupts:
             batches, saved = iter(loader), time.monotonic()
             while self.step < total and not any_process(bool(interrupts), self.device):
-                epoch = self.step / order.steps_per_epoch
-                self.set_learning_rate(epoch)
+                self.schedule.step(epoch := self.step / order.steps_per_epoch)
+                # warm up linearly: Adam's first steps are as large as any and on the worst gradients
+                rate = self.optimiser.param_groups[0]["lr"] * min(1.0, (self.step + 1) / max(config.warmup_steps, 1))
+                self.optimiser.param_groups[0]["lr"] = rate
                 started = time.perf_counter()
                 means = self.optimise(batches)
                 bar.set_postfix({name: f"{means[name]:.4f}" for name in terms}, refresh=False)
                 bar.update()
                 if self.rank:
                     continue
-                row = {"step": self.step, "epoch": epoch, "learning_rate": self.optimiser.param_groups[0]["lr"]}
-                row |= {"loss": sum(means[name] for name in terms)} | means
-                row["seconds"] = time.perf_counter() - started
+                row = {"step": self.step, "epoch": epoch, "learning_rate": rate}
+                row |= {"loss": sum(means[name] for name in terms), **means, "seconds": time.perf_counter() - started}
                 ended, within = divmod(self.step, order.steps_per_epoch)
                 if self.step == total or (not within and ended % config.validate_every == 0):
                     row |= self.validate()
@@ -1411,7 +1302,7 @@ class Fit:
                     saved = time.monotonic()
         if self.rank == 0:
             self.save_last()
-            plot_curves(config.run_dir / "curves.png", self.rows, terms)
+            plot(config.run_dir / "curves.png", self.draw_curves)
         if dist.is_initialized():
             dist.destroy_process_group()
         if interrupts:
@@ -1429,19 +1320,18 @@ def train_teacher(config: TeacherConfig) -> None:
         restormer = load_restormer(config.init)
     else:
         sizes = ("dim", "num_blocks", "num_refinement_blocks", "heads", "ffn_expansion_factor")
-        folded = 3 * config.stem_stride**2
-        restormer = StemmedRestormer(folded, folded, **{name: getattr(config, name) for name in sizes})
+        channels = [3 * config.stem_stride**2] * 2
+        restormer = StemmedRestormer(*channels, **{name: getattr(config, name) for name in sizes})
     objective = Distillation(restormer, None, DistillationLoss({"reconstruction": 1.0}))
     Fit(config, objective, restormer_dimensions(restormer.state_dict()), pairs, teacher_frames).run()
 
 
 # `train` without a dataset: small enough for two cores and ten minutes, on scikit-image's pictures.
 EMBEDDED_RUN = {
-    "run_dir": HERE / "model_checkpoints/embedded", "teacher_weights": COMPACT_TEACHER,
-    "stem_stride": 2, "widths": (16, 24, 32, 48, 64), "image_size": 128, "batch_size": 4,
+    "run_dir": HERE / "model_checkpoints/embedded", "teacher_weights": COMPACT_TEACHER, "lambda_perceptual": 0.0,
+    "stem_stride": 2, "widths": (16, 24, 32, 48, 64), "image_size": 128, "batch_size": 4, "cache": True, "workers": 0,
     "gradient_accumulation_steps": 1, "epochs": 120, "restart_epochs": 120, "validate_every": 20,
     "learning_rate": 1e-3, "blur_probability": 0.0, "validation_fraction": 0.25,
-    "lambda_perceptual": 0.0, "cache": True, "workers": 0,
 }  # fmt: skip
 
 
@@ -1472,29 +1362,9 @@ def train(config: TrainConfig) -> None:
         print(f"after:  {after['psnr']:.2f} dB, SSIM {after['ssim']:.4f}")
 
 
-# ---------------------------------------------------------------------------------------------------
-# Ablation: what does the teacher add?
-
-ABLATION = {
-    "no teacher": (), "features": ("feature",), "KL": ("kl",), "output": ("output",),
-    "all": ("feature", "kl", "output"), "no teacher, longer": (),
-}  # fmt: skip
-
-
-def plot_ablation(path: Path, scores: dict[str, dict[str, list[list[float]]]]) -> None:
-    """A point for each run's PSNR, held out and on the test split; a bar for their mean."""
-
-    def draw(*panels) -> None:
-        for axes, where in zip(panels, ("held out", "test"), strict=True):
-            for row, values in enumerate(scores.values()):
-                psnr = [value[0] for value in values[where]]
-                axes.plot(psnr, [row] * len(psnr), "o", color=f"C{row}")
-                if psnr:
-                    axes.plot(statistics.fmean(psnr), row, "|", color=f"C{row}", ms=24)
-            axes.set_yticks(range(len(scores)), scores)
-            axes.invert_yaxis()
-
-    plot(path, ("held out, x2, PSNR in dB", "test, x2, PSNR in dB"), draw)
+# What does the teacher add? Each variant's terms.
+ABLATION = {"no teacher": (), "features": ("feature",), "KL": ("kl",), "output": ("output",),
+            "all": ("feature", "kl", "output"), "no teacher, longer": ()}  # fmt: skip
 
 
 def ablate(config: AblateConfig) -> None:
@@ -1505,8 +1375,7 @@ def ablate(config: AblateConfig) -> None:
     that are there already are kept or continued, so two processes can share out the seeds, and a third the table.
     """
     test = [] if uses_embedded_sample(config) else [p.load() for p in find_pairs(config.data_root / "test", "x2")]
-    scores: dict[str, dict[str, list[list[float]]]] = {}
-    seconds: dict[str, float] = {}
+    scores, seconds = {}, {}  # {variant: {"held out" or "test": [[PSNR, SSIM] of each seed]}}, {variant: of a step}
     for name, terms in ABLATION.items():
         weights = {f"lambda_{term}": 0.0 for term in ("perceptual", "feature", "kl", "output") if term not in terms}
         epochs = round(config.epochs * seconds["all"] / seconds["no teacher"]) if "longer" in name else config.epochs
@@ -1532,40 +1401,39 @@ def ablate(config: AblateConfig) -> None:
                 line += f"   {where} {psnr:.2f} dB ({spread}) / {similarity:.4f}"
         print(line, flush=True)
     (config.run_dir / "ablation.json").write_text(json.dumps(scores, indent=1) + "\n")
-    plot_ablation(config.run_dir / "ablation.png", scores)
+
+    def draw(*panels) -> None:  # a point for each run's PSNR, a bar for their mean
+        for axes, where in zip(panels, ("held out", "test"), strict=True):
+            for row, values in enumerate(scores.values()):
+                psnr = [value[0] for value in values[where]]
+                axes.plot(psnr, [row] * len(psnr), "o", color=f"C{row}")
+                axes.plot(statistics.fmean(psnr or [math.nan]), row, "|", color=f"C{row}", ms=24)
+            axes.set(title=f"{where}, x2, PSNR in dB", yticks=range(len(scores)), yticklabels=list(scores))
+            axes.invert_yaxis()
+
+    plot(config.run_dir / "ablation.png", draw)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Sharpening: picture files in, picture files out
-
-
-def split_picture(image: Image.Image) -> tuple[np.ndarray, Image.Image | None, bytes | None]:
-    """(8-bit RGB frame, alpha channel or None, ICC profile that fits the frame or None)."""
-    icc = image.info.get("icc_profile")
-    if image.mode in ("CMYK", "LAB"):
-        source = ImageCms.ImageCmsProfile(io.BytesIO(icc) if icc else ImageCms.createProfile("LAB"))
-        icc = None  # it does not describe RGB
-        if source.profile.xcolor_space.strip() == {"CMYK": "CMYK", "LAB": "Lab"}[image.mode]:
-            srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
-            image, icc = ImageCms.profileToProfile(image, source, srgb, outputMode="RGB"), srgb.tobytes()
-    alpha = None
-    if "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
-        image = image.convert("RGBA")
-        alpha = image.getchannel("A")
-    return frame_array(image), alpha, icc
+# --- Sharpening: picture files in, picture files out ------------------------------------------------------------------
 
 
 def sharpen_picture(sharpener: FrameSharpener, image: Image.Image) -> Image.Image:
     """A sharpened 8-bit copy, greyscale or RGB: oriented by EXIF; EXIF, ICC profile, resolution and alpha kept."""
     image = ImageOps.exif_transpose(image)
-    frame, alpha, icc = split_picture(image)
-    result = Image.fromarray(sharpener(frame))
-    if image.mode[0] in "1LIF" and image.mode != "LAB":  # the grey ones
-        result = result.convert("L")
-    if alpha:
-        result.putalpha(alpha)
-    exif = image.getexif()
+    grey, exif, icc = image.mode[0] in "1LIF" and image.mode != "LAB", image.getexif(), image.info.get("icc_profile")
     kept = {"exif": exif.tobytes() if exif else None, "icc_profile": icc, "dpi": image.info.get("dpi")}
+    if image.mode in ("CMYK", "LAB"):
+        source = ImageCms.ImageCmsProfile(io.BytesIO(icc) if icc else ImageCms.createProfile("LAB"))
+        kept["icc_profile"] = None  # it does not describe RGB
+        if source.profile.xcolor_space.strip() == {"CMYK": "CMYK", "LAB": "Lab"}[image.mode]:
+            srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+            image = ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
+            kept["icc_profile"] = srgb.tobytes()
+    if "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
+        image = image.convert("RGBA")
+    result = Image.fromarray(sharpener(frame_array(image))).convert("L" if grey else "RGB")
+    if image.mode == "RGBA":
+        result.putalpha(image.getchannel("A"))
     result.info = {name: value for name, value in kept.items() if value}
     return result
 
@@ -1596,35 +1464,28 @@ def plan_outputs(config: SharpenConfig) -> list[tuple[Path, Path]]:
         sources += [(picture, picture.relative_to(folder)) for picture in pictures]
     if not sources:
         raise UserError(f"{config.inputs[0]}: no pictures in this folder")
-    output = config.output
-    if output is None:
-        plan = [(s, SAMPLES / name.with_name(f"{name.stem}_sharpened.png")) for s, name in sources]
-    elif output.suffix and not output.is_dir():
+    output, ending = (config.output, ".png") if config.output else (SAMPLES, "_sharpened.png")
+    plan = [(source, output / name.with_name(name.stem + ending)) for source, name in sources]
+    if output.suffix and not output.is_dir():
         if output.suffix.lower() not in Image.registered_extensions():
             raise UserError(f"-o {output}: Pillow does not know the file type {output.suffix}")
         if len(sources) > 1 or config.inputs[0].is_dir():
             raise UserError(f"-o {output}: a file can take one picture only; name a folder")
         plan = [(sources[0][0], output)]
-    else:
-        plan = [(source, output / name.with_suffix(".png")) for source, name in sources]
     taken: dict[Path, Path] = {}
     for source, target in plan:
         if target.resolve() == source.resolve():
             raise UserError(f"{source}: would be overwritten; choose another -o")
-        if target in taken:
+        if taken.setdefault(target, source) is not source:
             raise UserError(f"{taken[target]} and {source} would both become {target}; rename one")
-        taken[target] = source
     return plan
 
 
 def sharpen(config: SharpenConfig) -> None:
     """The `sharpen` command. One unreadable picture does not stop the others; it is named at the end."""
-    plan = plan_outputs(config)
-    student, _ = load_student(config.checkpoint)
-    sharpener = FrameSharpener(
-        student, pick_device(config), config.tile, config.overlap, config.strength, config.precision
-    )
-    failed = []
+    plan, failed = plan_outputs(config), []
+    student, device = load_student(config.checkpoint)[0], pick_device(config)
+    sharpener = FrameSharpener(student, device, config.tile, config.overlap, config.strength, config.precision)
     for source, target in tqdm(plan, "sharpen", disable=len(plan) == 1):
         try:
             save_picture(sharpen_picture(sharpener, open_picture(source)), target)
@@ -1636,15 +1497,14 @@ def sharpen(config: SharpenConfig) -> None:
         raise UserError("; ".join(failed))
 
 
-# ---------------------------------------------------------------------------------------------------
-# Evaluation
+# --- Evaluation: quality and speed ------------------------------------------------------------------------------------
 
 
 def side_by_side(panels: dict[str, np.ndarray], detail: int = 48) -> Image.Image:
     """The frames under their names and above a magnified detail, the square where the first and last differ most."""
-    height, width = next(iter(panels.values())).shape[:2]
-    side = min(detail, height, width)
     first, *_, last = panels.values()
+    height, width = first.shape[:2]
+    side = min(detail, height, width)
     change = np.square(first.astype(float) - last).sum(2)
     blocks = change[: height // side * side, : width // side * side].reshape(height // side, side, -1, side).sum((1, 3))
     top, left = (side * int(index) for index in np.unravel_index(blocks.argmax(), blocks.shape))
@@ -1666,18 +1526,6 @@ def mean_psnr(values: Sequence[float]) -> float:
         return mean
     error = statistics.fmean(10 ** (-value / 10) for value in values)
     return -10 * math.log10(error) if error else math.inf
-
-
-def average_scores(rows: list[dict], methods: Sequence[str]) -> dict[str, dict[str, list[float]]]:
-    """Mean [PSNR, SSIM] of each method, over all rows and for each category."""
-    groups = grouped(rows, lambda row: row["category"]) | {"all": rows}
-
-    def means(group: list[dict], method: str) -> list[float]:
-        psnr, similarity = ([row[f"{method}_{kind}"] for row in group] for kind in ("psnr", "ssim"))
-        return [mean_psnr(psnr), statistics.fmean(similarity)]
-
-    ordered = sorted(groups.items(), key=lambda item: (item[0] != "all", item[0]))
-    return {category: {method: means(group, method) for method in methods} for category, group in ordered}
 
 
 def score_pairs(config: EvalConfig, pairs: list[Pair], methods: dict[str, FrameFunction], folder: Path) -> list[dict]:
@@ -1707,8 +1555,7 @@ def evaluate(config: EvalConfig) -> None:
     """The `eval` command: a table on the terminal, scores.csv, and on request JSON and pictures."""
     split = config.data_root / config.split
     data = {name: find_pairs(split, name) for name in config.protocol or ("",)}
-    device = pick_device(config)
-    student, _ = load_student(config.checkpoint)
+    student, device = load_student(config.checkpoint)[0], pick_device(config)
     methods: dict[str, FrameFunction] = {"input": lambda frame: frame}
     if config.teacher:
         methods["teacher"] = teacher_frames(load_restormer(config.teacher_weights), device)
@@ -1717,19 +1564,19 @@ def evaluate(config: EvalConfig) -> None:
     for protocol, pairs in data.items():
         scored = score_pairs(config, pairs, methods, config.output_dir / protocol)
         rows += [{"protocol": protocol} | row if protocol else row for row in scored]
-        averages = average_scores(scored, list(methods))
+        groups, tables[protocol] = grouped(scored, lambda row: row["category"]) | {"all": scored}, {}
         print(f"{protocol or 'PSNR / SSIM':<12}" + "".join(f"{method:>18}" for method in methods))
-        for category, means in averages.items():
+        for category in sorted(groups, key=lambda name: (name != "all", name)):
+            tables[protocol][category] = means = {}
+            for name in methods:
+                psnr, similarity = ([row[f"{name}_{kind}"] for row in groups[category]] for kind in ("psnr", "ssim"))
+                means[name] = [mean_psnr(psnr), statistics.fmean(similarity)]
             print(f"{category:<12}" + "".join(f"{means[m][0]:>9.2f} / {means[m][1]:.4f}" for m in methods))
-        tables[protocol] = averages | {"images": len(scored)}
+        tables[protocol]["images"] = len(scored)
     config.output_dir.mkdir(parents=True, exist_ok=True)
     write_csv(config.output_dir / "scores.csv", rows)
     if config.json:
         config.json.write_text(json.dumps(tables.get("", tables), indent=1) + "\n")
-
-
-# ---------------------------------------------------------------------------------------------------
-# Speed
 
 
 def multiply_adds_per_pixel(student: StudentUNet) -> float:
@@ -1747,6 +1594,7 @@ def sample_frames(height: int, width: int) -> list[np.ndarray]:
     return [np.array(PROTOCOLS["x2"](even_sized(frame))) for frame in frames]
 
 
+@torch.inference_mode()
 def milliseconds(function: Callable[[], object], device: torch.device, config: FpsConfig) -> list[float]:
     """Time of each call after the warm-up, waiting for the device on both ends."""
     wait = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
@@ -1760,41 +1608,35 @@ def milliseconds(function: Callable[[], object], device: torch.device, config: F
     return times[config.warmup :]
 
 
-@torch.inference_mode()
 def time_frames(sharpener: FrameSharpener, frames: list[np.ndarray], config: FpsConfig) -> dict[str, float]:
     """Median network time, and median and 95th percentile of the 8-bit frame's time, in milliseconds."""
-    device, turns = sharpener.device, itertools.cycle(frames)
-    gates = sharpener.gates(frames[0])
-    places = itertools.product(*(sharpener.side(length).starts for length in frames[0].shape[:2]))
-    batches = [sharpener.tile(frames[0], *place) for place in places]
-    network = milliseconds(lambda: [sharpener.restore(batch, gates) for batch in batches], device, config)
-    whole = milliseconds(lambda: sharpener(next(turns)), device, config)
-    median, late = statistics.median(whole), float(np.percentile(whole, 95))
-    return {"network_ms": statistics.median(network), "frame_ms": median, "frame_ms_p95": late}
+    turns, gates, batches = itertools.cycle(frames), sharpener.gates(frames[0]), list(sharpener.tiles(frames[0]))
+    network = milliseconds(lambda: [sharpener.restore(batch, gates) for batch in batches], sharpener.device, config)
+    whole = milliseconds(lambda: sharpener(next(turns)), sharpener.device, config)
+    late = float(np.percentile(whole, 95))
+    return {"network_ms": statistics.median(network), "frame_ms": statistics.median(whole), "frame_ms_p95": late}
 
 
 @torch.inference_mode()
-def time_plain_layers(precision: torch.dtype, device: torch.device, config: FpsConfig) -> float:
-    """The yardstick: median milliseconds of six plain 3x3 layers, 24 wide at half resolution, for a 1080p frame."""
+def yardsticks(precision: torch.dtype, device: torch.device, config: FpsConfig) -> tuple[float, float]:
+    """(median milliseconds of six plain 3x3 layers for a 1080p frame, GFLOP/s of the fastest of some convolutions).
+
+    The layers are 24 wide at half resolution, the convolutions 3x3 at 270x480: what arithmetic could reach here.
+    """
     widths = (12, 24, 24, 24, 24, 24, 12)
     layers = [nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.ReLU(True)) for a, b in itertools.pairwise(widths)]
     network = nn.Sequential(nn.PixelUnshuffle(2), *layers[:-1], layers[-1][0], nn.PixelShuffle(2))
     network.to(device, memory_format=torch.channels_last)
     frame = torch.rand(1, 3, 1080, 1920, device=device).to(memory_format=torch.channels_last)
     with mixed_precision(precision, device):
-        return statistics.median(milliseconds(lambda: frame + network(frame), device, config))
-
-
-@torch.inference_mode()
-def best_convolution(precision: torch.dtype, device: torch.device, config: FpsConfig) -> float:
-    """GFLOP/s of the fastest of some 3x3 convolutions at 270x480: what the network's arithmetic could reach."""
+        plain = statistics.median(milliseconds(lambda: frame + network(frame), device, config))
     best = 0.0
     for width in (32, 64, 128):
         layer = nn.Conv2d(width, width, 3, padding=1).to(device, precision, memory_format=torch.channels_last)
         maps = torch.rand(1, width, 270, 480, device=device, dtype=precision).to(memory_format=torch.channels_last)
         median = statistics.median(milliseconds(functools.partial(layer, maps), device, config))
         best = max(best, 2 * 9 * width**2 * 270 * 480 / median / 1e6)
-    return best
+    return plain, best
 
 
 def measure_fps(config: FpsConfig) -> None:
@@ -1806,29 +1648,26 @@ def measure_fps(config: FpsConfig) -> None:
     else:
         student, name = load_student(config.checkpoint)[0], config.checkpoint.name
     macs, threads = multiply_adds_per_pixel(student), torch.get_num_threads()
-    precision = pick_precision(config.precision, device)
+    precision, rows = pick_precision(config.precision, device), []
     print(f"{name}: {sum(p.numel() for p in student.parameters()):,} parameters, {macs:,.0f} multiply-adds a pixel")
     print(f"{device}, {precision}, {threads} CPU threads, PyTorch {torch.__version__}")
     print("frame               network   8-bit to 8-bit, ms median    95 %      FPS  GFLOP/s")
-    rows = []
     for (height, width), tile in itertools.product(((512, 512), (720, 1280), (1080, 1920)), (0, config.tile)):
         sharpener = FrameSharpener(student, device, tile, config.overlap, precision=config.precision)
-        tiles = math.prod(len(sharpener.side(length).starts) for length in (height, width))
-        if tile and tiles == 1:
+        if tile and all(len(sharpener.side(length).starts) == 1 for length in (height, width)):
             continue  # timed already
-        row = {
-            "checkpoint": name, "backend": "torch", "precision": str(precision).removeprefix("torch."),
-            "device": str(device), "threads": threads, "height": height, "width": width, "tiled": bool(tile),
-        }  # fmt: skip
+        row = {"checkpoint": name, "backend": "torch", "precision": str(precision).removeprefix("torch."),
+               "device": str(device), "threads": threads,
+               "height": height, "width": width, "tiled": bool(tile)}  # fmt: skip
         row |= time_frames(sharpener, sample_frames(height, width), config)
-        row |= {"fps": 1000 / row["frame_ms"], "macs_per_pixel": macs}
-        row["gflops"] = 2 * macs * height * width / row["network_ms"] / 1e6
+        gflops = 2 * macs * height * width / row["network_ms"] / 1e6
+        row |= {"fps": 1000 / row["frame_ms"], "macs_per_pixel": macs, "gflops": gflops}
         rows.append(row)
         size = f"{width}x{height}{' tiled' if tile else ''}"
         times = f"{row['network_ms']:>11.1f}{row['frame_ms']:>28.1f}{row['frame_ms_p95']:>8.1f}"
         print(f"{size:<16}{times}{row['fps']:>9.1f}{row['gflops']:>9.0f}", flush=True)
     for kind in dict.fromkeys((torch.float32, precision)):
-        plain, best = time_plain_layers(kind, device, config), best_convolution(kind, device, config)
+        plain, best = yardsticks(kind, device, config)
         ratio = f"a {size} frame above takes {row['frame_ms'] / plain:.2f} times that"
         print(f"{kind}: six plain 3x3 layers, 24 wide at half of 1080p, {plain:.1f} ms; {ratio}")
         print(f"{kind}: the best 3x3 convolution reaches {best:.0f} GFLOP/s")
@@ -1836,33 +1675,51 @@ def measure_fps(config: FpsConfig) -> None:
         config.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
 
 
-# ---------------------------------------------------------------------------------------------------
-# Command line
+# --- Command line -----------------------------------------------------------------------------------------------------
+
+COMMANDS: dict[str, tuple[type, Callable]] = {
+    "prepare": (PrepareConfig, prepare), "teacher": (TeacherConfig, train_teacher), "train": (TrainConfig, train),
+    "ablate": (AblateConfig, ablate), "eval": (EvalConfig, evaluate), "sharpen": (SharpenConfig, sharpen),
+    "fps": (FpsConfig, measure_fps)}  # fmt: skip
 
 
-def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
+def build_parser() -> argparse.ArgumentParser:
     """One argument a field: its type from the annotation, its meaning and options from the metadata."""
-    hints = typing.get_type_hints(config_class)
-    for item in dataclasses.fields(config_class):
-        options, default, many = dict(item.metadata["options"]), item.default, isinstance(item.default, tuple)
-        kind, *_ = typing.get_args(hints[item.name]) or (hints[item.name],)  # Path of `Path | None`
-        if "nargs" in options:
-            parser.add_argument(item.name, type=kind, **options)
-            continue
-        names = [*options.pop("short", ()), "--" + item.name.replace("_", "-")]
-        if kind is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            metavar = None if "choices" in options else kind.__name__.upper()
-            options |= {"type": kind, "nargs": "+" if many else None, "metavar": metavar}
-        if default not in (None, False, ()):
-            shown = default.relative_to(HERE) if kind is Path else default
-            options["help"] += f" (default: {' '.join(map(str, shown)) if many else shown})"
-        parser.add_argument(*names, default=argparse.SUPPRESS, **options)
+    parser = argparse.ArgumentParser(prog="sharpen_kd.py", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (config_class, _) in COMMANDS.items():
+        command = commands.add_parser(name, help=config_class.__doc__, description=config_class.__doc__)
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        hints = typing.get_type_hints(config_class)
+        for item in dataclasses.fields(config_class):
+            options, default, many = dict(item.metadata["options"]), item.default, isinstance(item.default, tuple)
+            kind, *_ = typing.get_args(hints[item.name]) or (hints[item.name],)  # Path of `Path | None`
+            if "nargs" in options:
+                command.add_argument(item.name, type=kind, **options)
+                continue
+            names = [*options.pop("short", ()), "--" + item.name.replace("_", "-")]
+            if kind is bool:
+                options["action"] = argparse.BooleanOptionalAction
+            else:
+                metavar = None if "choices" in options else kind.__name__.upper()
+                options |= {"type": kind, "nargs": "+" if many else None, "metavar": metavar}
+            if default not in (None, False, ()):
+                shown = default.relative_to(HERE) if kind is Path else default
+                options["help"] += f" (default: {' '.join(map(str, shown)) if many else shown})"
+            command.add_argument(*names, default=argparse.SUPPRESS, **options)
+    return parser
 
 
-def check_bounds(config: object) -> None:
-    """UserError for a flag whose value is outside the bounds of its field."""
+def settle(config_class: type, given: dict) -> object:
+    """The command's configuration: given flags over a resumed run's over the embedded run's; UserError off bounds."""
+    config = config_class(**given)
+    if isinstance(config, FitConfig) and uses_embedded_sample(config):
+        config = config_class(**(EMBEDDED_RUN | given))
+    if isinstance(config, FitConfig) and config.resume:
+        saved = read_checkpoint(config.run_dir / "last.pth", "start the run without --resume")["config"]
+        paths = [name for name, hint in typing.get_type_hints(config_class).items() if hint in (Path, Path | None)]
+        saved |= {name: Path(saved[name]) for name in paths if saved[name] is not None}
+        config = config_class(**(saved | given))
     for item in dataclasses.fields(config):
         at_least, above = item.metadata["bounds"]
         value = getattr(config, item.name)
@@ -1870,56 +1727,17 @@ def check_bounds(config: object) -> None:
             if (at_least is not None and not number >= at_least) or (above is not None and not number > above):
                 bound = f"at least {at_least}" if above is None else f"above {above}"
                 raise UserError(f"--{item.name.replace('_', '-')} {number}: must be {bound}")
-
-
-COMMANDS: dict[str, tuple[type, Callable]] = {
-    "prepare": (PrepareConfig, prepare),
-    "teacher": (TeacherConfig, train_teacher),
-    "train": (TrainConfig, train),
-    "ablate": (AblateConfig, ablate),
-    "eval": (EvalConfig, evaluate),
-    "sharpen": (SharpenConfig, sharpen),
-    "fps": (FpsConfig, measure_fps),
-}
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="sharpen_kd.py", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (config_class, _) in COMMANDS.items():
-        meaning = config_class.__doc__
-        command = commands.add_parser(name, help=meaning, description=meaning)
-        add_flags(command, config_class)
-        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser
-
-
-def settle(config_class: type, given: dict) -> object:
-    """The command's configuration: given flags over a resumed run's over the embedded run's."""
-    config = config_class(**given)
-    if not isinstance(config, FitConfig):
-        return config
-    if uses_embedded_sample(config):
-        config = config_class(**(EMBEDDED_RUN | given))
-    if config.resume:
-        saved = read_checkpoint(config.run_dir / "last.pth", "start the run without --resume")["config"]
-        for name, hint in typing.get_type_hints(config_class).items():
-            if hint in (Path, Path | None) and saved[name] is not None:
-                saved[name] = Path(saved[name])
-        config = config_class(**(saved | given))
     return config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
-    given = vars(build_parser().parse_args(arguments))
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    given = vars(build_parser().parse_args(arguments)).items()
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given}
     config_class, command = COMMANDS[given.pop("command")]
     debug = given.pop("debug")
     try:
-        config = settle(config_class, given)
-        check_bounds(config)
-        command(config)
+        command(settle(config_class, given))
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         if debug:
             raise

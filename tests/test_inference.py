@@ -21,7 +21,7 @@ def test_tiles_cover_the_frame_and_share_the_overlap(tile, overlap, alignment):
         assert side.size % alignment == 0
         assert all(start % alignment == 0 for start in side.starts)
         assert side.starts[0] == 0
-        assert side.starts[-1] + side.size == len(side.source) == -(-length // alignment) * alignment
+        assert side.starts[-1] + side.size == length + side.padding == -(-length // alignment) * alignment
         assert all(a + side.size - b >= overlap for a, b in itertools.pairwise(side.starts))
         assert all(a < b for a, b in itertools.pairwise(side.starts))
         assert side.size <= max(1.5 * tile, tile + alignment) + alignment
@@ -48,10 +48,11 @@ def test_blending_weights_add_up_to_one_smoothly():
     assert side.windows[0][0] == 1  # full weight at the frame's own edge
 
 
-def test_tiles_of_a_local_operation_join_without_a_trace(student_file, random_frame):
+@pytest.mark.parametrize("overlap", [32, 0])
+def test_tiles_of_a_local_operation_join_without_a_trace(student_file, random_frame, overlap):
     student, _ = kd.load_student(student_file)
     frame = random_frame(150, 210)
-    sharpener = kd.FrameSharpener(student, CPU, tile=64, overlap=32)
+    sharpener = kd.FrameSharpener(student, CPU, tile=64, overlap=overlap)
     sharpener.restore = lambda blurred, gates: 1 - blurred
     assert np.abs(sharpener(frame).astype(int) - (255 - frame)).max() <= 1
 
