@@ -33,7 +33,7 @@ def test_a_1080p_frame_in_tiles_is_little_more_than_the_frame():
     rows, columns = (kd.TileSide(length, kd.TILE, kd.OVERLAP, 32) for length in (1080, 1920))
     computed = len(rows.starts) * rows.size * len(columns.starts) * columns.size
     assert len(rows.starts) * len(columns.starts) > 1
-    assert computed / (1080 * 1920) < 1.05
+    assert computed / (1080 * 1920) < 1.15
 
 
 def test_blending_weights_add_up_to_one_smoothly():
@@ -57,13 +57,14 @@ def test_tiles_of_a_local_operation_join_without_a_trace(student_file, random_fr
     assert np.abs(sharpener(frame).astype(int) - (255 - frame)).max() <= 1
 
 
-def test_tiled_and_whole_agree_at_1080p(photographs):
+@pytest.mark.parametrize("name", ["coffee", "astronaut"])
+def test_tiled_and_whole_agree_at_1080p(photographs, name):
     student, _ = kd.load_student(kd.SHIPPED_STUDENT)
-    frame = np.array(photographs["coffee"].resize((1920, 1080), Image.BICUBIC))
+    frame = np.array(photographs[name].resize((1920, 1080), Image.BICUBIC))
     whole = kd.FrameSharpener(student, CPU, tile=0)(frame).astype(int)
-    assert np.abs(whole - frame).mean() > 0.5  # the network does something
-    for tile in (512, kd.TILE):
-        difference = np.abs(whole - kd.FrameSharpener(student, CPU, tile, overlap=64)(frame))
+    assert np.abs(whole - frame).mean() > 0.1  # the network does something
+    for tile, overlap in ((kd.TILE, kd.OVERLAP), (768, 256)):
+        difference = np.abs(whole - kd.FrameSharpener(student, CPU, tile, overlap)(frame))
         assert difference.max() <= 2
         assert difference.mean() <= 0.05
 
