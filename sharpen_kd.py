@@ -980,6 +980,7 @@ class FrameSharpener:
             raise UserError(f"--tile {tile} --overlap {overlap}: tiles must be larger than their overlap")
         self.student = student.to(device, memory_format=torch.channels_last).eval()
         self.device, self.strength, self.precision = device, strength, pick_precision(precision, device)
+        self.accumulator = functools.lru_cache(1)(lambda *shape: torch.empty(shape, device=device))
         self.side = functools.lru_cache(lambda length: TileSide(length, tile, overlap, student.alignment))
 
     def restore(self, blurred: Tensor, gates: Sequence[Tensor]) -> Tensor:
@@ -1002,7 +1003,7 @@ class FrameSharpener:
         height, width = frame.shape[:2]
         rows, columns = map(self.side, (height, width))
         tiles, gates, result = self.tiles(frame), self.gates(frame), np.empty_like(frame)
-        total = torch.zeros(rows.size, width + columns.padding, 3, device=self.device)
+        total = self.accumulator(rows.size, 3 * (width + columns.padding)).zero_()
         for top, below, fade in zip(rows.starts, [*rows.starts[1:], height], rows.windows, strict=True):
             for left, window in zip(columns.starts, columns.windows, strict=True):
                 restored = self.restore(blurred := next(tiles), gates)
@@ -1010,13 +1011,14 @@ class FrameSharpener:
                     restored = blurred + self.strength * (restored - blurred)
                 pixels = restored[0].permute(1, 2, 0).flatten(1)  # (rows, columns * 3), as they lie in memory
                 if len(rows.starts) > 1:
-                    pixels = pixels * fade.to(self.device)[:, None]
-                if len(columns.starts) > 1:
-                    pixels = pixels * window.repeat_interleave(3).to(self.device)
-                total[:, left : left + columns.size] += pixels.unflatten(1, (-1, 3))
+                    pixels *= fade.to(self.device)[:, None]
+                window = window.repeat_interleave(3).to(self.device)
+                total[:, 3 * left : 3 * (left + columns.size)].addcmul_(pixels, window)
             done = below - top  # rows that no further tile touches
-            result[top:below] = to_frame(total[:done, :width])
-            total = F.pad(total[done:], (0, 0, 0, 0, 0, done))
+            result[top:below] = to_frame(total[:done, : 3 * width].unflatten(1, (-1, 3)))
+            if below < height:
+                total[: rows.size - done] = total[done:].clone()
+                total[rows.size - done :] = 0
         return result
 
 
