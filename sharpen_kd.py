@@ -1041,7 +1041,7 @@ def mean_score(frames: Sequence[tuple[np.ndarray, np.ndarray]], sharpen: FrameFu
     return np.mean([score(sharpen(blurred), sharp) for blurred, sharp in frames], axis=0).tolist()
 
 
-# --- Training: one loop for the student and for the teacher, and an ablation ------------------------------------------
+# --- Training: one loop for the student and for the teacher -----------------------------------------------------------
 
 
 class Distillation(nn.Module):
@@ -1368,6 +1368,10 @@ def train(config: TrainConfig) -> None:
 
 
 # What does the teacher add? Each variant's terms.
+
+
+# --- Ablation: what does the teacher add? -----------------------------------------------------------------------------
+
 ABLATION = {"no teacher": (), "features": ("feature",), "KL": ("kl",), "output": ("output",),
             "all": ("feature", "kl", "output"), "no teacher, longer": ()}  # fmt: skip
 
@@ -1502,7 +1506,7 @@ def sharpen(config: SharpenConfig) -> None:
         raise UserError("; ".join(failed))
 
 
-# --- Evaluation: quality and speed ------------------------------------------------------------------------------------
+# --- Evaluation -------------------------------------------------------------------------------------------------------
 
 
 def side_by_side(panels: dict[str, np.ndarray], detail: int = 48) -> Image.Image:
@@ -1582,6 +1586,9 @@ def evaluate(config: EvalConfig) -> None:
     write_csv(config.output_dir / "scores.csv", rows)
     if config.json:
         config.json.write_text(json.dumps(tables.get("", tables), indent=1) + "\n")
+
+
+# --- Speed ------------------------------------------------------------------------------------------------------------
 
 
 def multiply_adds_per_pixel(student: StudentUNet) -> float:
