@@ -59,10 +59,7 @@ SAMPLES = HERE / "inference_samples"
 OFFICIAL_TEACHER = HERE / "Restormer/Motion_Deblurring/pretrained_models/motion_deblurring.pth"
 COMPACT_TEACHER = HERE / "model_checkpoints/teacher.pth"
 SHIPPED_STUDENT = HERE / "model_checkpoints/student.pth"
-TILE, OVERLAP = (
-    1024,
-    192,
-)  # pixels; tiles of a 1080p frame hold a tenth more than it, and differ from it by 2/255 at most
+TILE, OVERLAP = 1024, 192  # pixels; a 1080p frame's tiles hold a tenth more than it and differ by 2/255 at most
 FrameFunction = Callable[[np.ndarray], np.ndarray]  # 8-bit RGB (H, W, 3) in and out
 
 # --- Configuration: one dataclass a command; its fields are the command's flags (see `build_parser`) ------------------
@@ -960,11 +957,9 @@ def sample_patches(frame: np.ndarray, side: int = 128, count: int = 4) -> np.nda
     detail = np.abs(np.diff(green, axis=1, prepend=green[:, :1]))
     h, w = min(side, height), min(side, width)
     tops, lefts = (np.linspace(0, s - p, -(-s // p)).astype(int) for s, p in ((height, h), (width, w)))
-    places = [
-        (detail[top // 4 : (top + h) // 4 + 1, left : left + w].mean(), top, left) for top in tops for left in lefts
-    ]
-    best = sorted(places, reverse=True)[:count]
-    return np.stack([frame[top : top + h, left : left + w] for _, top, left in best])
+    places = itertools.product(tops, lefts)
+    best = sorted(places, key=lambda at: detail[at[0] // 4 : (at[0] + h) // 4 + 1, at[1] : at[1] + w].mean())[-count:]
+    return np.stack([frame[top : top + h, left : left + w] for top, left in best])
 
 
 class FrameSharpener:
@@ -1367,9 +1362,6 @@ def train(config: TrainConfig) -> None:
         print(f"after:  {after['psnr']:.2f} dB, SSIM {after['ssim']:.4f}")
 
 
-# What does the teacher add? Each variant's terms.
-
-
 # --- Ablation: what does the teacher add? -----------------------------------------------------------------------------
 
 ABLATION = {"no teacher": (), "features": ("feature",), "KL": ("kl",), "output": ("output",),
@@ -1384,6 +1376,7 @@ def ablate(config: AblateConfig) -> None:
     that are there already are kept or continued, so two processes can share out the seeds, and a third the table.
     """
     test = [] if uses_embedded_sample(config) else [p.load() for p in find_pairs(config.data_root / "test", "x2")]
+    device = pick_device(config)
     scores, seconds = {}, {}  # {variant: {"held out" or "test": [[PSNR, SSIM] of each seed]}}, {variant: of a step}
     for name, terms in ABLATION.items():
         weights = {f"lambda_{term}": 0.0 for term in ("perceptual", "feature", "kl", "output") if term not in terms}
@@ -1400,7 +1393,7 @@ def ablate(config: AblateConfig) -> None:
                 steps += [float(row["seconds"]) for row in csv.DictReader(log)]
             scores[name]["held out"].append([content["held_out"]["psnr"], content["held_out"]["ssim"]])
             if test:
-                sharpener = FrameSharpener(student, pick_device(config), precision=config.precision)
+                sharpener = FrameSharpener(student, device, precision=config.precision)
                 scores[name]["test"].append(mean_score(test, sharpener))
         seconds[name] = statistics.median(steps)
         line = f"{name:<20}{len(steps) // len(config.seeds):>6} steps of{1000 * seconds[name]:>4.0f} ms"

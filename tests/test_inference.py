@@ -62,7 +62,7 @@ def test_tiled_and_whole_agree_at_1080p(photographs, name):
     student, _ = kd.load_student(kd.SHIPPED_STUDENT)
     frame = np.array(photographs[name].resize((1920, 1080), Image.BICUBIC))
     whole = kd.FrameSharpener(student, CPU, tile=0)(frame).astype(int)
-    assert np.abs(whole - frame).mean() > 0.1  # the network does something
+    assert np.abs(whole - frame).mean() > 0.5  # the network does something
     for tile, overlap in ((kd.TILE, kd.OVERLAP), (768, 256)):
         difference = np.abs(whole - kd.FrameSharpener(student, CPU, tile, overlap)(frame))
         assert difference.max() <= 2
