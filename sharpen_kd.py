@@ -21,6 +21,7 @@ import csv
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -33,6 +34,7 @@ import statistics
 import sys
 import time
 import typing
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,8 +60,10 @@ DATASET = HERE / "GoPro_dataset"
 SAMPLES = HERE / "inference_samples"
 OFFICIAL_TEACHER = HERE / "Restormer/Motion_Deblurring/pretrained_models/motion_deblurring.pth"
 COMPACT_TEACHER = HERE / "model_checkpoints/teacher.pth"
-SHIPPED_STUDENT = HERE / "model_checkpoints/student.pth"
+SHIPPED = {"quality": HERE / "model_checkpoints/student.pth", "fast": HERE / "model_checkpoints/student_fast.pth"}
 TILE, OVERLAP = 1024, 192  # pixels; a 1080p frame's tiles hold a tenth more than it and differ by 2/255 at most
+SKIPS, BACKENDS = ("concatenate", "add"), ("torch", "compile", "onnx", "openvino")
+FPS_SIZES = ((512, 512), (720, 1280), (1080, 1920))
 FrameFunction = Callable[[np.ndarray], np.ndarray]  # 8-bit RGB (H, W, 3) in and out
 
 # --- Configuration: one dataclass a command; its fields are the command's flags (see `build_parser`) ------------------
@@ -130,6 +134,7 @@ class TrainConfig(FitConfig):
     base_channels: int = flag(256, "c of the stage widths c/4, c/2, c, 2c, 3c", at_least=8)
     stem_stride: int = flag(4, "space-to-depth factor before the first stage", choices=(1, 2, 4))
     widths: tuple[int, ...] = flag((), "the five stage widths, instead of --base-channels")
+    skips: str = flag("concatenate", "how a decoder stage takes its skip; adding is faster", choices=SKIPS)
     teacher_weights: Path | None = flag(None, "Restormer weight file (default: the official one)")
     lambda_reconstruction: float = flag(1.0, "weight of L1 to the sharp picture", at_least=0)
     lambda_perceptual: float = flag(0.01, "weight of VGG19 features against the teacher's output", at_least=0)
@@ -167,7 +172,8 @@ class TeacherConfig(FitConfig):
 
 @dataclass
 class InferenceConfig(DeviceConfig):
-    checkpoint: Path = flag(SHIPPED_STUDENT, "student checkpoint; it carries its configuration")
+    checkpoint: str = flag("quality", "quality, fast (both in model_checkpoints/), or a student checkpoint's file")
+    backend: str = flag("torch", "what runs the student", choices=BACKENDS)
     tile: int = flag(TILE, "about the side of the tiles in pixels; 0 takes a picture whole", at_least=0)
     overlap: int = flag(OVERLAP, "pixels shared by neighbouring tiles", at_least=0)
 
@@ -199,13 +205,26 @@ class EvalConfig(InferenceConfig):
 
 @dataclass
 class FpsConfig(InferenceConfig):
-    """Milliseconds a frame of 512x512, 1280x720 and 1920x1080, whole and in tiles."""
+    """Milliseconds a frame of 512x512, 1280x720 and 1920x1080, whole and in tiles, by every backend."""
 
+    checkpoint: tuple[str, ...] = flag(("quality", "fast"), "students: quality, fast, or checkpoint files")
+    backend: tuple[str, ...] = flag((), "what runs them (default: all that are installed)", choices=BACKENDS)
     base_channels: int = flag(0, "time an untrained student of this size instead (the report: 256)", at_least=0)
     stem_stride: int = flag(4, "its stem stride", choices=(1, 2, 4))
     warmup: int = flag(3, "frames before timing starts", at_least=0)
     frames: int = flag(20, "frames timed", at_least=1)
     json: Path | None = flag(None, "write the rows to this file")
+    plot: Path | None = flag(None, "draw quality at x2 against milliseconds into this file")
+    data_root: Path = flag(DATASET, "dataset folder whose test/ gives the quality (default: or the embedded sample)")
+
+
+@dataclass
+class ExportConfig:
+    """Write a student for other programs: 8-bit frames of any size in and out."""
+
+    format: str = flag("onnx", "file format", choices=("onnx", "openvino"))
+    checkpoint: str = flag("quality", "quality, fast, or a student checkpoint's file")
+    output: Path = flag(HERE / "model_checkpoints/exported/student", "files to write, without ending", short=("-o",))
 
 
 def pick_device(config: DeviceConfig) -> torch.device:
@@ -700,15 +719,16 @@ class Stage(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         self.se = SEBlock(channels)
 
-    def forward(self, x: Tensor, gate: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(features, the gate that they have passed)."""
         x = F.leaky_relu_(self.conv1(x), LEAK)
         if gate is None:
             x = F.leaky_relu_(self.conv2(x), LEAK)
-            return x * self.se(x)
+            gate = self.se(x)
+            return x * gate, gate
         # A gate is positive, so it passes through the leaky ReLU into the weights, where it costs nothing.
-        gate = gate.flatten()
-        weight, bias = self.conv2.weight * gate.view(-1, 1, 1, 1), self.conv2.bias * gate
-        return F.leaky_relu_(F.conv2d(x, weight, bias, padding=1), LEAK)
+        weight, bias = self.conv2.weight * gate.view(-1, 1, 1, 1), self.conv2.bias * gate.flatten()
+        return F.leaky_relu_(F.conv2d(x, weight, bias, padding=1), LEAK), gate
 
 
 class StudentUNet(nn.Module):
@@ -720,21 +740,24 @@ class StudentUNet(nn.Module):
     """
 
     def __init__(self, in_channels: int = 3, out_channels: int = 3, base_channels: int = 256,
-                 stem_stride: int = 4, widths: Sequence[int] | None = None) -> None:  # fmt: skip
+                 stem_stride: int = 4, widths: Sequence[int] | None = None, skips: str = "concatenate",
+                 ) -> None:  # fmt: skip
         super().__init__()
         widths = tuple(widths or (base_channels * k // 4 for k in (1, 2, 4, 8, 12)))
         if len(widths) != 5 or min(widths) < 1:
             raise UserError(f"--widths {widths}: a student has five stages, each 1 or wider")
-        if in_channels != out_channels or stem_stride not in (1, 2, 4):
-            raise ValueError("a student corrects its input (in = out) at a stem stride of 1, 2 or 4")
-        self.config = {"stem_stride": stem_stride, "widths": widths}
+        if in_channels != out_channels or stem_stride not in (1, 2, 4) or skips not in SKIPS:
+            raise ValueError(f"a student has in = out channels, a stem stride of 1, 2 or 4, and skips of {SKIPS}")
+        self.config = {"stem_stride": stem_stride, "widths": widths, "skips": skips}
+        self.merge = torch.add if skips == "add" else lambda below, skip: torch.cat([below, skip], dim=1)
         self.stem_stride, folded = stem_stride, in_channels * stem_stride**2
         self.alignment = 16 * stem_stride  # sides that are its multiples pass through every stage without padding
+        self.gate_widths = (*widths, *widths[3::-1])
         self.feature_widths = {"e2": widths[1], "e4": widths[3], "b": widths[4]}
         self.encoder = nn.ModuleList(map(Stage, (folded, *widths[:3]), widths[:4]))
         self.bottleneck = Stage(widths[3], widths[4])
         self.up = nn.ModuleList(nn.ConvTranspose2d(a, b, 2, stride=2) for a, b in itertools.pairwise(widths[::-1]))
-        self.decoder = nn.ModuleList(Stage(2 * width, width) for width in widths[3::-1])
+        self.decoder = nn.ModuleList(Stage(width if skips == "add" else 2 * width, width) for width in widths[3::-1])
         self.output = nn.Conv2d(widths[0], folded, 1)
         self.initialise()
 
@@ -756,47 +779,37 @@ class StudentUNet(nn.Module):
             nn.init.constant_(stage.se.excite.bias, 2.0)
         nn.init.normal_(self.output.weight, std=1e-3)
 
-    def forward(self, blurred: Tensor, gates: Sequence[Tensor] | None = None, features: bool = False) -> Tensor | tuple:
-        height, width = blurred.shape[-2:]
-        gate = iter(gates or [None] * 9)
-        x = F.pixel_unshuffle(pad_to_multiple(blurred, self.stem_stride), self.stem_stride)
-        skips = []
+    def correct(self, folded: Tensor, gates: Iterable[Tensor] = (None,) * 9) -> tuple[Tensor, dict, list[Tensor]]:
+        """The correction of a folded picture, the features to be compared with the teacher's, every stage's gate."""
+        gates, used, skips = iter(gates), [], []
+        x = folded
         for stage in self.encoder:
-            skips.append(stage(x, next(gate)))
-            x = F.max_pool2d(skips[-1], 2, ceil_mode=True)
-        bottleneck = x = self.bottleneck(x, next(gate))
+            skip, gate = stage(x, next(gates))
+            skips.append(skip)
+            used.append(gate)
+            x = F.max_pool2d(skip, 2, ceil_mode=True)
+        bottleneck, gate = self.bottleneck(x, next(gates))
+        x = bottleneck
+        used.append(gate)
         for up, stage, skip in zip(self.up, self.decoder, reversed(skips), strict=True):
             x = up(x)
             if x.shape[-2:] != skip.shape[-2:]:
                 x = F.interpolate(x, skip.shape[-2:], mode="bilinear", align_corners=False)
-            x = stage(torch.cat([x, skip], dim=1), next(gate))
-        correction = F.pixel_shuffle(self.output(x), self.stem_stride)
-        restored = blurred + correction[..., :height, :width]
-        return (restored, {"e2": skips[1], "e4": skips[3], "b": bottleneck}) if features else restored
+            x, gate = stage(self.merge(x, skip), next(gates))
+            used.append(gate)
+        return self.output(x), {"e2": skips[1], "e4": skips[3], "b": bottleneck}, used
 
-    @torch.no_grad()
-    def frame_gates(self, patches: Tensor) -> list[Tensor]:
-        """One gate a channel and stage, (1, C, 1, 1) each, for a whole frame seen in `patches`.
-
-        The plain SE block averages over its whole input, so every tile would have other gates than its neighbours:
-        seams. Instead all tiles share gates taken once, from patches (N, 3, h, w) of about the training crop's
-        size, whose statistics the gates were trained on. With one patch that is the frame, these are the plain gates.
-        """
-        gates: list[Tensor] = []
-
-        def share(module: nn.Module, inputs: tuple, gate: Tensor) -> Tensor:
-            gates.append(gate.mean(0, keepdim=True))
-            return gates[-1]
-
-        with contextlib.ExitStack() as hooks:
-            for stage in (*self.encoder, self.bottleneck, *self.decoder):
-                hooks.enter_context(stage.se.register_forward_hook(share))
-            self(patches)
-        return gates
+    def forward(self, blurred: Tensor, features: bool = False) -> Tensor | tuple[Tensor, dict]:
+        height, width = blurred.shape[-2:]
+        folded = F.pixel_unshuffle(pad_to_multiple(blurred, self.stem_stride), self.stem_stride)
+        correction, tapped, _ = self.correct(folded)
+        restored = blurred + F.pixel_shuffle(correction, self.stem_stride)[..., :height, :width]
+        return (restored, tapped) if features else restored
 
 
-def load_student(path: Path) -> tuple[StudentUNet, dict]:
-    """(student in evaluation mode and channels_last, the checkpoint's other entries)."""
+def load_student(name: str | Path) -> tuple[StudentUNet, dict]:
+    """(student in evaluation mode and channels_last, the checkpoint's other entries), of a file or a shipped one."""
+    path = SHIPPED.get(name) or Path(name)
     content = read_checkpoint(path, "train one with `python sharpen_kd.py train` or name another")
     try:
         student = StudentUNet(**content["network"])
@@ -913,35 +926,172 @@ class DistillationLoss(nn.Module):
 # --- Inference: 8-bit frames in, 8-bit frames out ---------------------------------------------------------------------
 
 
-def to_batch(frames: np.ndarray, device: torch.device) -> Tensor:
-    """8-bit RGB (B, H, W, 3) to floats (B, 3, H, W) in [0, 1], which are channels_last as they stand."""
-    return torch.from_numpy(frames).to(device).permute(0, 3, 1, 2).float().div_(255)
+class FrameNetwork(nn.Module):
+    """A student between 8-bit frames (B, H, W, 3) whose sides are multiples of its stem stride: what a backend runs.
+
+    `gates` (the sum of its gate widths,) are the whole frame's. Pixels are folded before they become floats and
+    unfolded after they are bytes again, since moving bytes is the cheaper.
+    """
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        self.student, self.stride = student, student.stem_stride
+
+    def fold(self, frames: Tensor) -> Tensor:
+        """Floats (B, 3 r^2, H / r, W / r) of 0 to 255, which are channels_last as they stand."""
+        blocks = frames.unflatten(2, (-1, self.stride)).unflatten(1, (-1, self.stride))
+        return blocks.permute(0, 1, 3, 5, 2, 4).flatten(3).permute(0, 3, 1, 2).float()
+
+    def forward(self, frames: Tensor, gates: Tensor) -> Tensor:
+        pixels = self.fold(frames)
+        correction, *_ = self.student.correct(pixels * (1 / 255), gates.split(self.student.gate_widths))
+        restored = (pixels + 255 * correction).round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+        blocks = restored.unflatten(3, (3, self.stride, self.stride)).permute(0, 1, 4, 2, 5, 3)
+        return blocks.flatten(3, 4).flatten(1, 2)
 
 
-def to_frame(image: Tensor) -> np.ndarray:
-    """A float image (H, W, 3) to 8-bit RGB, clamped and rounded."""
-    return (image * 255).round_().clamp_(0, 255).to(torch.uint8).cpu().numpy()
+class GateNetwork(FrameNetwork):
+    """A frame's gates, from 8-bit patches (N, h, w, 3) of it: every stage's, averaged over the patches, in a vector.
+
+    The plain SE block averages over its whole input, so every tile would have other gates than its neighbours: seams.
+    Instead all tiles share gates taken once, from patches of about the training crop's size, whose statistics the
+    gates were trained on. With one patch that is the frame, these are the plain gates.
+    """
+
+    def forward(self, patches: Tensor) -> Tensor:
+        _, _, gates = self.student.correct(self.fold(patches) * (1 / 255))
+        return torch.cat([gate.mean(0).flatten() for gate in gates]).float()
+
+
+Arrays = Callable[..., np.ndarray]  # a compiled network: arrays in, an array out
+
+
+def torch_backend(network: nn.Module, device: torch.device, precision: torch.dtype) -> Arrays:
+    """PyTorch as it is."""
+
+    @torch.inference_mode()
+    def run(*arrays: np.ndarray) -> np.ndarray:
+        tensors = map(torch.from_numpy, arrays)
+        if device.type == "cuda":  # from pinned memory, a copy need not be waited for
+            tensors = (tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors)
+        with mixed_precision(precision, device):
+            return network(*(tensor.to(device) for tensor in tensors)).cpu().numpy()
+
+    return run
+
+
+def compile_backend(network: nn.Module, device: torch.device, precision: torch.dtype) -> Arrays:
+    """PyTorch's compiler, with CUDA graphs on CUDA."""
+    mode = "reduce-overhead" if device.type == "cuda" else "default"
+    return torch_backend(torch.compile(network, mode=mode, dynamic=False), device, precision)
+
+
+def onnx_backend(network: nn.Module, device: torch.device, precision: torch.dtype) -> Arrays:
+    """ONNX Runtime, in float32."""
+    runtime = optional_package("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = runtime.InferenceSession(onnx_file(network), options, providers=["CPUExecutionProvider"])
+    names = [item.name for item in session.get_inputs()]
+    return lambda *arrays: session.run(None, dict(zip(names, arrays, strict=False)))[0]  # an unused input is left out
+
+
+def openvino_backend(network: nn.Module, device: torch.device, precision: torch.dtype) -> Arrays:
+    """OpenVINO on the CPU."""
+    openvino = optional_package("openvino")
+    hints = {"INFERENCE_PRECISION_HINT": "bf16" if precision == torch.bfloat16 else "f32",
+             "INFERENCE_NUM_THREADS": torch.get_num_threads()}  # fmt: skip
+    model = openvino_model(network)
+
+    @functools.lru_cache(8)
+    def compiled(*shapes: tuple[int, ...]):
+        fixed = model.clone()
+        fixed.reshape(dict(zip(fixed.inputs, shapes, strict=True)))
+        return openvino.compile_model(fixed, "CPU", hints).create_infer_request()
+
+    def run(*arrays: np.ndarray) -> np.ndarray:
+        request = compiled(*(array.shape for array in arrays))
+        request.infer([np.ascontiguousarray(array) for array in arrays], share_inputs=True)
+        return request.get_output_tensor().data.copy()
+
+    return run
+
+
+RUNNERS = dict(zip(BACKENDS, (torch_backend, compile_backend, onnx_backend, openvino_backend), strict=True))
+
+
+def installed_backends(device: torch.device) -> list[str]:
+    """The backends that can run here."""
+    packages = {"onnx": "onnxruntime", "openvino": "openvino"}
+    here = device.type == "cpu"
+    return [name for name in BACKENDS if name not in packages or (here and importlib.util.find_spec(packages[name]))]
+
+
+def optional_package(name: str):
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"{name} is not installed: pip install {name}") from error
+
+
+def example_inputs(network: nn.Module) -> tuple[Tensor, ...]:
+    """Small inputs of a `FrameNetwork` or `GateNetwork` to trace it with."""
+    side = network.student.alignment
+    frames = torch.zeros(1, side, side, 3, dtype=torch.uint8)
+    return (frames,) if isinstance(network, GateNetwork) else (frames, torch.ones(sum(network.student.gate_widths)))
+
+
+@contextlib.contextmanager
+def quiet_tracing() -> Iterator[None]:
+    """Without tracing's warnings of branches that frames of aligned sides never take."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def openvino_model(network: nn.Module):
+    """An `openvino.Model` for frames of any size that is a multiple of the student's alignment."""
+    convert, examples = optional_package("openvino").convert_model, example_inputs(network)
+    shapes = [[-1, -1, -1, 3], *([len(gates)] for gates in examples[1:])]
+    with quiet_tracing():
+        return convert(network, example_input=examples, input=shapes)
+
+
+def onnx_file(network: nn.Module) -> bytes:
+    """The same as ONNX."""
+    optional_package("onnx")
+    file, names = io.BytesIO(), ["frames", "gates"][: len(example_inputs(network))]
+    sizes = {name: {0: "batch", 1: "height", 2: "width"} for name in ("frames", "restored")}
+    with quiet_tracing():
+        torch.onnx.export(network, example_inputs(network), file, input_names=names, output_names=["restored"],
+                          dynamic_axes=sizes, dynamo=False)  # fmt: skip
+    return file.getvalue()
+
+
+class Part(typing.NamedTuple):
+    """One tile along a side: what it takes of the padded frame, what it gives to the result, where it has that."""
+
+    taken: slice
+    given: slice
+    inner: slice
 
 
 class TileSide:
     """How equal tiles of about `tile` pixels cover one side of a frame; 0 takes it whole.
 
     Tiles are aligned to the network's strides, so that one sees the pooling grid of the whole frame, and share at
-    least `overlap` pixels. `windows` are their blending weights, raised cosines that add up to 1 everywhere.
+    least `overlap` pixels, of which each gives the half that is farther from its edge.
     """
 
     def __init__(self, length: int, tile: int, overlap: int, alignment: int) -> None:
         padded, tile, overlap = (math.ceil(side / alignment) * alignment for side in (length, tile, overlap))
         count = max(1, round((padded - overlap) / max(tile - overlap, alignment))) if tile else 1
-        self.size = math.ceil(((padded - overlap) / count + overlap) / alignment) * alignment if count > 1 else padded
-        self.starts = sorted({min(i * (self.size - overlap), padded - self.size) for i in range(count)})
-        self.padding, overlap = padded - length, max(overlap, 0.5)  # half a pixel: the first is at 0.5, and not faded
-        fade = torch.sin(torch.pi / 2 * (torch.arange(self.size) + 0.5).clamp(max=overlap) / overlap) ** 2
-        weights = torch.zeros(len(self.starts), padded)
-        for row, at in zip(weights, self.starts, strict=True):
-            row[at : at + self.size] = (fade if at else 1) * (fade.flip(0) if at < self.starts[-1] else 1)
-        weights /= weights.sum(0)
-        self.windows = [row[at : at + self.size] for row, at in zip(weights, self.starts, strict=True)]
+        size = math.ceil(((padded - overlap) / count + overlap) / alignment) * alignment if count > 1 else padded
+        starts = sorted({min(i * (size - overlap), padded - size) for i in range(count)})
+        cuts = [0, *((left + size + right) // 2 for left, right in itertools.pairwise(starts)), length]
+        self.padding = padded - length
+        self.parts = [Part(slice(start, start + size), slice(a, b), slice(a - start, b - start))
+                      for start, (a, b) in zip(starts, itertools.pairwise(cuts), strict=True)]  # fmt: skip
 
 
 def sample_patches(frame: np.ndarray, side: int = 128, count: int = 4) -> np.ndarray:
@@ -965,62 +1115,63 @@ def sample_patches(frame: np.ndarray, side: int = 128, count: int = 4) -> np.nda
 class FrameSharpener:
     """A student applied to 8-bit RGB frames (H, W, 3) of any size; returns frames alike.
 
-    The accumulator of blended tiles is one row of tiles high, so memory does not grow with the picture beyond the
-    picture itself. A frame's gates are taken once, so tiled and whole outputs agree. `strength` scales the correction.
+    It holds one tile at a time beside the frame and the result (one row of tiles on an accelerator, which takes them
+    as a batch). A frame's gates are taken once, so tiled and whole outputs agree. `strength` scales the correction.
     """
 
     def __init__(self, student: StudentUNet, device: torch.device, tile: int = TILE, overlap: int = OVERLAP,
-                 strength: float = 1.0, precision: str = "auto") -> None:  # fmt: skip
+                 strength: float = 1.0, precision: str = "auto", backend: str = "torch") -> None:  # fmt: skip
         if tile and overlap >= tile:
             raise UserError(f"--tile {tile} --overlap {overlap}: tiles must be larger than their overlap")
-        self.student = student.to(device, memory_format=torch.channels_last).eval()
-        self.device, self.strength, self.precision = device, strength, pick_precision(precision, device)
-        self.accumulator = functools.lru_cache(1)(lambda *shape: torch.empty(shape, device=device))
+        if backend in ("onnx", "openvino") and device.type != "cpu":
+            raise UserError(f"--backend {backend}: computes on the CPU; add --device cpu")
+        student = student.to(device, memory_format=torch.channels_last).eval()
+        compiled = functools.partial(RUNNERS[backend], device=device, precision=pick_precision(precision, device))
+        self.network, self.gates = (compiled(kind(student)) for kind in (FrameNetwork, GateNetwork))
         self.side = functools.lru_cache(lambda length: TileSide(length, tile, overlap, student.alignment))
+        self.strength, self.device = strength, device
 
-    def restore(self, blurred: Tensor, gates: Sequence[Tensor]) -> Tensor:
-        """The network alone, on a batch (B, 3, H, W)."""
-        with mixed_precision(self.precision, self.device):
-            return self.student(blurred, gates).float()
+    def prepare(self, frame: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The frame, continued by its reflection to whole tiles, and its gates."""
+        padding = [(0, self.side(length).padding) for length in frame.shape[:2]]
+        padded = np.pad(frame, (*padding, (0, 0)), "reflect") if np.any(padding) else frame
+        return padded, self.gates(sample_patches(padded))
 
-    def gates(self, frame: np.ndarray) -> list[Tensor]:
-        return self.student.frame_gates(to_batch(sample_patches(frame), self.device))
+    def tiles(self, padded: np.ndarray, size: Sequence[int]) -> Iterator[tuple[np.ndarray, Part, list[Part]]]:
+        """Batches (B, h, w, 3) of tiles with their row and their columns; on a CPU one tile is enough at a time."""
+        rows, columns = (self.side(length).parts for length in size)
+        groups = [[column] for column in columns] if self.device.type == "cpu" else [columns]
+        for row, group in itertools.product(rows, groups):
+            tiles = [padded[None, row.taken, column.taken] for column in group]
+            yield tiles[0] if len(tiles) == 1 else np.concatenate(tiles), row, group
 
-    def tiles(self, frame: np.ndarray) -> Iterator[Tensor]:
-        """The tiles (1, 3, h, w), row by row; beyond the frame they are its reflection."""
-        rows, columns = map(self.side, frame.shape[:2])
-        frame = np.pad(frame, ((0, rows.padding), (0, columns.padding), (0, 0)), "reflect")
-        for top, left in itertools.product(rows.starts, columns.starts):
-            yield to_batch(frame[None, top : top + rows.size, left : left + columns.size], self.device)
-
-    @torch.inference_mode()
     def __call__(self, frame: np.ndarray) -> np.ndarray:
-        height, width = frame.shape[:2]
-        rows, columns = map(self.side, (height, width))
-        tiles, gates, result = self.tiles(frame), self.gates(frame), np.empty_like(frame)
-        total = self.accumulator(rows.size, 3 * (width + columns.padding)).zero_()
-        for top, below, fade in zip(rows.starts, [*rows.starts[1:], height], rows.windows, strict=True):
-            for left, window in zip(columns.starts, columns.windows, strict=True):
-                restored = self.restore(blurred := next(tiles), gates)
+        (padded, gates), result = self.prepare(frame), np.empty_like(frame)
+        for tiles, row, group in self.tiles(padded, frame.shape[:2]):
+            for column, restored in zip(group, self.network(tiles, gates), strict=True):
+                given, restored = (row.given, column.given), restored[row.inner, column.inner]
                 if self.strength != 1:
-                    restored = blurred + self.strength * (restored - blurred)
-                pixels = restored[0].permute(1, 2, 0).flatten(1)  # (rows, columns * 3), as they lie in memory
-                if len(rows.starts) > 1:
-                    pixels *= fade.to(self.device)[:, None]
-                window = window.repeat_interleave(3).to(self.device)
-                total[:, 3 * left : 3 * (left + columns.size)].addcmul_(pixels, window)
-            done = below - top  # rows that no further tile touches
-            result[top:below] = to_frame(total[:done, : 3 * width].unflatten(1, (-1, 3)))
-            if below < height:
-                total[: rows.size - done] = total[done:].clone()
-                total[rows.size - done :] = 0
+                    change = self.strength * (restored.astype(np.float32) - frame[given])
+                    restored = np.rint(frame[given] + change).clip(0, 255)
+                result[given] = restored
         return result
+
+
+def student_frames(config: InferenceConfig, strength: float = 1.0) -> FrameSharpener:
+    """The student that a command's flags name, run as they say."""
+    student, device = load_student(config.checkpoint)[0], pick_device(config)
+    return FrameSharpener(student, device, config.tile, config.overlap, strength, config.precision, config.backend)
 
 
 def teacher_frames(restormer: StemmedRestormer, device: torch.device) -> FrameFunction:
     """A function that applies a teacher to whole 8-bit RGB frames (H, W, 3)."""
     teacher = RestormerTeacherWrapper(restormer).to(device, memory_format=torch.channels_last)
-    return lambda frame: to_frame(teacher(to_batch(frame[None], device))[0].permute(1, 2, 0))
+
+    def restore(frame: np.ndarray) -> np.ndarray:
+        restored = teacher(torch.from_numpy(frame).to(device).permute(2, 0, 1)[None].float() / 255)
+        return (restored[0].permute(1, 2, 0) * 255).round_().clamp_(0, 255).to(torch.uint8).cpu().numpy()
+
+    return restore
 
 
 def score(predicted: np.ndarray, sharp: np.ndarray) -> tuple[float, float]:
@@ -1338,7 +1489,7 @@ EMBEDDED_RUN = {
 def train(config: TrainConfig) -> None:
     """The `train` command; its last lines are the held-out scores before and after."""
     pairs = start_run(config)
-    student = StudentUNet(base_channels=config.base_channels, stem_stride=config.stem_stride, widths=config.widths)
+    student = StudentUNet(3, 3, config.base_channels, config.stem_stride, config.widths, config.skips)
     if config.init and not config.resume:
         source, _ = load_student(config.init)
         if source.config != student.config:
@@ -1486,8 +1637,7 @@ def plan_outputs(config: SharpenConfig) -> list[tuple[Path, Path]]:
 def sharpen(config: SharpenConfig) -> None:
     """The `sharpen` command. One unreadable picture does not stop the others; it is named at the end."""
     plan, failed = plan_outputs(config), []
-    student, device = load_student(config.checkpoint)[0], pick_device(config)
-    sharpener = FrameSharpener(student, device, config.tile, config.overlap, config.strength, config.precision)
+    sharpener = student_frames(config, config.strength)
     for source, target in tqdm(plan, "sharpen", disable=len(plan) == 1):
         try:
             save_picture(sharpen_picture(sharpener, open_picture(source)), target)
@@ -1557,11 +1707,10 @@ def evaluate(config: EvalConfig) -> None:
     """The `eval` command: a table on the terminal, scores.csv, and on request JSON and pictures."""
     split = config.data_root / config.split
     data = {name: find_pairs(split, name) for name in config.protocol or ("",)}
-    student, device = load_student(config.checkpoint)[0], pick_device(config)
     methods: dict[str, FrameFunction] = {"input": lambda frame: frame}
     if config.teacher:
-        methods["teacher"] = teacher_frames(load_restormer(config.teacher_weights), device)
-    methods["student"] = FrameSharpener(student, device, config.tile, config.overlap, precision=config.precision)
+        methods["teacher"] = teacher_frames(load_restormer(config.teacher_weights), pick_device(config))
+    methods["student"] = student_frames(config)
     tables, rows = {}, []
     for protocol, pairs in data.items():
         scored = score_pairs(config, pairs, methods, config.output_dir / protocol)
@@ -1584,11 +1733,27 @@ def evaluate(config: EvalConfig) -> None:
 # --- Speed ------------------------------------------------------------------------------------------------------------
 
 
-def multiply_adds_per_pixel(student: StudentUNet) -> float:
+class PlainLayers(nn.Module):
+    """The yardstick, in a student's place: six plain 3x3 layers of 24 channels at half the resolution."""
+
+    stem_stride, alignment, gate_widths = 2, 2, (1,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (12, 24, 24, 24, 24, 24, 12)
+        layers = [[nn.Conv2d(a, b, 3, padding=1), nn.ReLU(True)] for a, b in itertools.pairwise(widths)]
+        self.layers = nn.Sequential(*itertools.chain(*layers))[:-1]
+
+    def correct(self, folded: Tensor, gates: Iterable[Tensor] = ()) -> tuple[Tensor, dict, list[Tensor]]:
+        return self.layers(folded), {}, [folded[:, :1].mean((2, 3))]
+
+
+def multiply_adds_per_pixel(student: nn.Module) -> float:
     """Multiply-adds of the convolutions for each pixel of a large frame."""
-    side = 16 * student.alignment
+    side, stride = 16 * student.alignment, student.stem_stride
     with FlopCounterMode(display=False) as counter:
-        copy.deepcopy(student).to("meta")(torch.empty(1, 3, side, side, device="meta"))
+        folded = torch.empty(1, 3 * stride**2, side // stride, side // stride, device="meta")
+        copy.deepcopy(student).to("meta").correct(folded)
     return counter.get_total_flops() / 2 / side**2
 
 
@@ -1613,71 +1778,119 @@ def milliseconds(function: Callable[[], object], device: torch.device, config: F
     return times[config.warmup :]
 
 
-def time_frames(sharpener: FrameSharpener, frames: list[np.ndarray], config: FpsConfig) -> dict[str, float]:
+def time_frames(sharpener: FrameSharpener, height: int, width: int, config: FpsConfig) -> dict[str, float]:
     """Median network time, and median and 95th percentile of the 8-bit frame's time, in milliseconds."""
-    turns, gates, batches = itertools.cycle(frames), sharpener.gates(frames[0]), list(sharpener.tiles(frames[0]))
-    network = milliseconds(lambda: [sharpener.restore(batch, gates) for batch in batches], sharpener.device, config)
+    frames = sample_frames(height, width)
+    turns, (padded, gates) = itertools.cycle(frames), sharpener.prepare(frames[0])
+    batches = [tiles for tiles, *_ in sharpener.tiles(padded, (height, width))]
+    network = milliseconds(lambda: [sharpener.network(b, gates) for b in batches], sharpener.device, config)
     whole = milliseconds(lambda: sharpener(next(turns)), sharpener.device, config)
     late = float(np.percentile(whole, 95))
     return {"network_ms": statistics.median(network), "frame_ms": statistics.median(whole), "frame_ms_p95": late}
 
 
 @torch.inference_mode()
-def yardsticks(precision: torch.dtype, device: torch.device, config: FpsConfig) -> tuple[float, float]:
-    """(median milliseconds of six plain 3x3 layers for a 1080p frame, GFLOP/s of the fastest of some convolutions).
-
-    The layers are 24 wide at half resolution, the convolutions 3x3 at 270x480: what arithmetic could reach here.
-    """
-    widths = (12, 24, 24, 24, 24, 24, 12)
-    layers = [nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.ReLU(True)) for a, b in itertools.pairwise(widths)]
-    network = nn.Sequential(nn.PixelUnshuffle(2), *layers[:-1], layers[-1][0], nn.PixelShuffle(2))
-    network.to(device, memory_format=torch.channels_last)
-    frame = torch.rand(1, 3, 1080, 1920, device=device).to(memory_format=torch.channels_last)
-    with mixed_precision(precision, device):
-        plain = statistics.median(milliseconds(lambda: frame + network(frame), device, config))
+def best_convolution(precision: torch.dtype, device: torch.device, config: FpsConfig) -> float:
+    """GFLOP/s of the fastest of some 3x3 convolutions at 270x480 in PyTorch: what arithmetic could reach here."""
     best = 0.0
     for width in (32, 64, 128):
         layer = nn.Conv2d(width, width, 3, padding=1).to(device, precision, memory_format=torch.channels_last)
         maps = torch.rand(1, width, 270, 480, device=device, dtype=precision).to(memory_format=torch.channels_last)
         median = statistics.median(milliseconds(functools.partial(layer, maps), device, config))
         best = max(best, 2 * 9 * width**2 * 270 * 480 / median / 1e6)
-    return plain, best
+    return best
+
+
+def timed_networks(config: FpsConfig) -> dict[str, nn.Module]:
+    """The yardstick and the students that `fps` was asked for, by name."""
+    if config.base_channels:
+        student = StudentUNet(base_channels=config.base_channels, stem_stride=config.stem_stride)
+        students = {f"c={config.base_channels} r={config.stem_stride}": student}
+    else:
+        students = {Path(name).stem: load_student(name)[0] for name in config.checkpoint}
+    return {"plain layers": PlainLayers()} | students
+
+
+def draw_quality(config: FpsConfig, students: dict[str, nn.Module], rows: list[dict], device: torch.device) -> None:
+    """`--plot`: PSNR and SSIM at x2 against the milliseconds of a 1280x720 frame, also printed."""
+    found = list_pictures(config.data_root / "test")
+    pairs = [pair.load() for pair in (find_pairs(config.data_root / "test", "x2") if found else embedded_pairs())]
+    unsharp = ImageFilter.UnsharpMask(2, 100)
+    methods = {"input": lambda frame: frame, "unsharp mask": lambda f: np.array(Image.fromarray(f).filter(unsharp))}
+    options = {"precision": config.precision, "backend": rows[0]["backend"]}
+    methods |= {name: FrameSharpener(student, device, **options) for name, student in students.items()}
+    scores = {name: mean_score(pairs, method) for name, method in tqdm(methods.items(), "quality")}
+    frame = sample_frames(720, 1280)[0]
+    points = [(name, name, statistics.median(milliseconds(lambda name=name: methods[name](frame), device, config)))
+              for name in ("input", "unsharp mask")]  # fmt: skip
+    points += [(f"{row['network']}, {row['backend']}", row["network"], row["frame_ms"]) for row in rows
+               if row["network"] in students and row["height"] == 720 and not row["tiled"]]  # fmt: skip
+    for name, (psnr, similarity) in scores.items():
+        print(f"{name:<14}{psnr:.2f} dB / {similarity:.4f} at x2, {len(pairs)} pictures")
+
+    def draw(*panels) -> None:
+        for axes, which, title in zip(panels, (0, 1), ("PSNR, dB", "SSIM"), strict=True):
+            for label, name, duration in points:
+                axes.plot(duration, scores[name][which], "o")
+                axes.annotate(label, (duration, scores[name][which]), xytext=(4, 4), textcoords="offset points")
+            axes.set(title=f"{title}, x2", xlabel="ms for a 1280x720 frame, 8-bit to 8-bit")
+            axes.margins(0.15)
+
+    plot(config.plot, draw)
 
 
 def measure_fps(config: FpsConfig) -> None:
     """The `fps` command."""
-    device = pick_device(config)
-    if config.base_channels:
-        student = StudentUNet(base_channels=config.base_channels, stem_stride=config.stem_stride)
-        name = f"untrained, base_channels={config.base_channels}, stem_stride={config.stem_stride}"
-    else:
-        student, name = load_student(config.checkpoint)[0], config.checkpoint.name
-    macs, threads = multiply_adds_per_pixel(student), torch.get_num_threads()
-    precision, rows = pick_precision(config.precision, device), []
-    print(f"{name}: {sum(p.numel() for p in student.parameters()):,} parameters, {macs:,.0f} multiply-adds a pixel")
-    print(f"{device}, {precision}, {threads} CPU threads, PyTorch {torch.__version__}")
-    print("frame               network   8-bit to 8-bit, ms median    95 %      FPS  GFLOP/s")
-    for (height, width), tile in itertools.product(((512, 512), (720, 1280), (1080, 1920)), (0, config.tile)):
-        sharpener = FrameSharpener(student, device, tile, config.overlap, precision=config.precision)
-        if tile and all(len(sharpener.side(length).starts) == 1 for length in (height, width)):
-            continue  # timed already
-        row = {"checkpoint": name, "backend": "torch", "precision": str(precision).removeprefix("torch."),
-               "device": str(device), "threads": threads,
-               "height": height, "width": width, "tiled": bool(tile)}  # fmt: skip
-        row |= time_frames(sharpener, sample_frames(height, width), config)
-        gflops = 2 * macs * height * width / row["network_ms"] / 1e6
-        row |= {"fps": 1000 / row["frame_ms"], "macs_per_pixel": macs, "gflops": gflops}
-        rows.append(row)
-        size = f"{width}x{height}{' tiled' if tile else ''}"
-        times = f"{row['network_ms']:>11.1f}{row['frame_ms']:>28.1f}{row['frame_ms_p95']:>8.1f}"
-        print(f"{size:<16}{times}{row['fps']:>9.1f}{row['gflops']:>9.0f}", flush=True)
-    for kind in dict.fromkeys((torch.float32, precision)):
-        plain, best = yardsticks(kind, device, config)
-        ratio = f"a {size} frame above takes {row['frame_ms'] / plain:.2f} times that"
-        print(f"{kind}: six plain 3x3 layers, 24 wide at half of 1080p, {plain:.1f} ms; {ratio}")
-        print(f"{kind}: the best 3x3 convolution reaches {best:.0f} GFLOP/s")
+    device, networks, rows = pick_device(config), timed_networks(config), []
+    precision, backends = pick_precision(config.precision, device), config.backend or installed_backends(device)
+    macs = {name: multiply_adds_per_pixel(network) for name, network in networks.items()}
+    for name, network in networks.items():
+        count = sum(p.numel() for p in network.parameters())
+        print(f"{name}: {count:,} parameters, {macs[name]:,.0f} multiply-adds a pixel")
+    print(f"{device}, {precision}, {torch.get_num_threads()} CPU threads, PyTorch {torch.__version__}")
+    print("network       backend   frame              network   8-bit to 8-bit, ms   95 %    FPS  GFLOP/s  x plain")
+    for backend, (height, width) in itertools.product(backends, FPS_SIZES):
+        for (name, network), tile in itertools.product(networks.items(), (0, config.tile)):
+            sharpener = FrameSharpener(network, device, tile, config.overlap, 1.0, config.precision, backend)
+            parts = math.prod(len(sharpener.side(length).parts) for length in (height, width))
+            if tile and (parts == 1 or name == "plain layers"):
+                continue  # timed already, or not of interest
+            row = {"network": name, "backend": backend, "precision": str(precision).removeprefix("torch."),
+                   "device": str(device), "threads": torch.get_num_threads(),
+                   "height": height, "width": width, "tiled": bool(tile)}  # fmt: skip
+            row |= time_frames(sharpener, height, width, config)
+            plain = rows[-1]["plain_ms"] if name != "plain layers" else row["frame_ms"]
+            gflops = 2 * macs[name] * height * width / row["network_ms"] / 1e6
+            row |= {"fps": 1000 / row["frame_ms"], "macs_per_pixel": macs[name], "gflops": gflops, "plain_ms": plain}
+            rows.append(row)
+            size = f"{width}x{height}{' tiled' if tile else ''}"
+            times = f"{row['network_ms']:>10.1f}{row['frame_ms']:>22.1f}{row['frame_ms_p95']:>7.1f}{row['fps']:>7.1f}"
+            print(f"{name:<14}{backend:<10}{size:<16}{times}{gflops:>9.0f}{row['frame_ms'] / plain:>9.2f}", flush=True)
+    best = best_convolution(precision, device, config)
+    print(f"{precision}: PyTorch's best 3x3 convolution reaches {best:.0f} GFLOP/s")
     if config.json:
         config.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    if config.plot:
+        del networks["plain layers"]
+        draw_quality(config, networks, rows, device)
+
+
+# --- Export -----------------------------------------------------------------------------------------------------------
+
+
+def export(config: ExportConfig) -> None:
+    """The `export` command: two files, the frame's network and the one that its gates come from."""
+    student, _ = load_student(config.checkpoint)
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    name, suffix = config.output.name, {"onnx": ".onnx", "openvino": ".xml"}[config.format]
+    for network, ending in ((FrameNetwork(student), ""), (GateNetwork(student), "_gates")):
+        path = config.output.with_name(name + ending + suffix)
+        if config.format == "onnx":
+            path.write_bytes(onnx_file(network))
+        else:
+            optional_package("openvino").save_model(openvino_model(network), path, compress_to_fp16=False)
+        print(path)
+    print(f"frames (1, H, W, 3) and patches (N, h, w, 3) are 8-bit RGB, sides multiples of {student.alignment}")
 
 
 # --- Command line -----------------------------------------------------------------------------------------------------
@@ -1685,7 +1898,7 @@ def measure_fps(config: FpsConfig) -> None:
 COMMANDS: dict[str, tuple[type, Callable]] = {
     "prepare": (PrepareConfig, prepare), "teacher": (TeacherConfig, train_teacher), "train": (TrainConfig, train),
     "ablate": (AblateConfig, ablate), "eval": (EvalConfig, evaluate), "sharpen": (SharpenConfig, sharpen),
-    "fps": (FpsConfig, measure_fps)}  # fmt: skip
+    "fps": (FpsConfig, measure_fps), "export": (ExportConfig, export)}  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -85,27 +85,39 @@ def test_the_sheet_magnifies_what_changed_most():
     assert (magnified[10:60, 0:50] == 250).all()
 
 
-def test_fps_rows(tmp_path, student_file, capsys):
-    command = ["fps", "--checkpoint", str(student_file), "--frames", "2", "--warmup", "1"]
+def test_fps_rows(tmp_path, student_file, sharp_folder, capsys, monkeypatch):
+    (tmp_path / "test").symlink_to(sharp_folder)
+    monkeypatch.setattr(kd, "FPS_SIZES", ((96, 64), (720, 1280)))
+    command = ["fps", "--checkpoint", str(student_file), "--frames", "2", "--warmup", "1", "--tile", "768"]
+    command += ["--backend", "torch", "openvino", "--data-root", str(tmp_path), "--plot", str(tmp_path / "fps.png")]
     assert kd.main([*command, "--json", str(tmp_path / "fps.json")]) == 0
     rows = json.loads((tmp_path / "fps.json").read_text())["rows"]
-    frames = [(row["width"], row["height"], row["tiled"]) for row in rows]
-    assert frames == [(512, 512, False), (1280, 720, False), (1920, 1080, False), (1920, 1080, True)]
+    names = ("plain", "student")
+    expected = [
+        (b, name, size, False) for b in ("torch", "openvino") for size in ((64, 96), (1280, 720)) for name in names
+    ]
+    for at in (4, 9):  # the student alone, in tiles, where there are several
+        expected.insert(at, (expected[at - 1][0], "student", (1280, 720), True))
+    found = [(r["backend"], r["network"].split()[0], (r["width"], r["height"]), r["tiled"]) for r in rows]
+    assert found == expected
     for row in rows:
-        assert set(row) == {
-            *("checkpoint", "backend", "precision", "device", "threads", "height", "width", "tiled"),
-            *("network_ms", "frame_ms", "frame_ms_p95", "fps", "macs_per_pixel", "gflops"),
-        }
         assert row["fps"] == pytest.approx(1000 / row["frame_ms"])
         multiply_adds = row["macs_per_pixel"] * row["height"] * row["width"]
         assert row["gflops"] == pytest.approx(2 * multiply_adds / (row["network_ms"] * 1e6))
         assert row["network_ms"] > 0
         assert row["frame_ms"] <= row["frame_ms_p95"]
+        plain = [
+            r for r in rows if r["network"] == "plain layers" and all(r[k] == row[k] for k in ("backend", "height"))
+        ]
+        assert row["plain_ms"] == plain[0]["frame_ms"]
     printed = capsys.readouterr().out
     assert "multiply-adds a pixel" in printed
-    plain, ratio = re.search(r"half of 1080p, ([\d.]+) ms; .* takes ([\d.]+) times", printed).groups()
-    assert float(ratio) == pytest.approx(rows[-1]["frame_ms"] / float(plain), abs=0.006)
+    ratio = re.findall(r"student .* tiled .* ([\d.]+)\n", printed)[0]
+    assert float(ratio) == pytest.approx(rows[4]["frame_ms"] / rows[4]["plain_ms"], abs=0.006)
     assert float(re.search(r"convolution reaches (\d+) GFLOP/s", printed)[1]) > 0
+    by_hand = np.mean([kd.score(*pair.load()) for pair in kd.find_pairs(tmp_path / "test", "x2")], 0)
+    assert f"input         {by_hand[0]:.2f} dB / {by_hand[1]:.4f}" in printed
+    assert Image.open(tmp_path / "fps.png").size[0] > 500
 
 
 def test_frames_are_pictures():

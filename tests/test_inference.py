@@ -1,6 +1,7 @@
-"""Tiles, frames and picture files."""
+"""Tiles, frames, backends and picture files."""
 
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -15,51 +16,48 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("alignment", [32, 64])
 @pytest.mark.parametrize(("tile", "overlap"), [(1024, 64), (512, 64), (128, 32), (100, 10), (64, 0)])
-def test_tiles_cover_the_frame_and_share_the_overlap(tile, overlap, alignment):
+def test_tiles_cover_the_frame_once_and_share_the_overlap(tile, overlap, alignment):
     for length in (1, 31, 64, 100, 127, 129, 513, 720, 1080, 1920):
         side = kd.TileSide(length, tile, overlap, alignment)
-        assert side.size % alignment == 0
-        assert all(start % alignment == 0 for start in side.starts)
-        assert side.starts[0] == 0
-        assert side.starts[-1] + side.size == length + side.padding == -(-length // alignment) * alignment
-        assert all(a + side.size - b >= overlap for a, b in itertools.pairwise(side.starts))
-        assert all(a < b for a, b in itertools.pairwise(side.starts))
-        assert side.size <= max(1.5 * tile, tile + alignment) + alignment
+        taken = [part.taken for part in side.parts]
+        size = taken[0].stop
+        assert size % alignment == 0
+        assert size <= max(1.5 * tile, tile + alignment) + alignment
+        assert all(t.stop - t.start == size and t.start % alignment == 0 for t in taken)
+        assert taken[-1].stop == length + side.padding == -(-length // alignment) * alignment
+        assert all(a.stop - b.start >= overlap and a.start < b.start for a, b in itertools.pairwise(taken))
+        positions = np.arange(length + side.padding)
+        assert np.array_equal(np.concatenate([positions[part.given] for part in side.parts]), np.arange(length))
+        for part in side.parts:
+            assert np.array_equal(positions[part.taken][part.inner], positions[part.given])
+        for a, b in itertools.pairwise(side.parts):  # the cut is in the middle of what two tiles share
+            assert abs((a.taken.stop - a.given.stop) - (b.given.start - b.taken.start)) <= 1
     whole = kd.TileSide(1080, 0, overlap, alignment)
-    assert (whole.size, whole.starts) == (1088, [0])
+    assert [part.taken for part in whole.parts] == [slice(0, 1088)]
 
 
 def test_a_1080p_frame_in_tiles_is_little_more_than_the_frame():
-    rows, columns = (kd.TileSide(length, kd.TILE, kd.OVERLAP, 32) for length in (1080, 1920))
-    computed = len(rows.starts) * rows.size * len(columns.starts) * columns.size
-    assert len(rows.starts) * len(columns.starts) > 1
+    rows, columns = (kd.TileSide(length, kd.TILE, kd.OVERLAP, 32).parts for length in (1080, 1920))
+    computed = len(rows) * rows[0].taken.stop * len(columns) * columns[0].taken.stop
+    assert len(rows) * len(columns) > 1
     assert computed / (1080 * 1920) < 1.15
 
 
-def test_blending_weights_add_up_to_one_smoothly():
-    side = kd.TileSide(300, 128, 32, 32)
-    total = torch.zeros(320)
-    for start, window in zip(side.starts, side.windows, strict=True):
-        total[start : start + side.size] += window
-        assert window.min() >= 0
-        assert window.diff().abs().max() < 0.06
-    assert torch.allclose(total, torch.ones(320))
-    assert len(side.starts) == 3
-    assert side.windows[0][0] == 1  # full weight at the frame's own edge
-
-
+@pytest.mark.parametrize("device", ["cpu", "batches"])
 @pytest.mark.parametrize("overlap", [32, 0])
-def test_tiles_of_a_local_operation_join_without_a_trace(student_file, random_frame, overlap):
+def test_tiles_of_a_local_operation_join_without_a_trace(student_file, random_frame, overlap, device):
     student, _ = kd.load_student(student_file)
     frame = random_frame(150, 210)
     sharpener = kd.FrameSharpener(student, CPU, tile=64, overlap=overlap)
-    sharpener.restore = lambda blurred, gates: 1 - blurred
-    assert np.abs(sharpener(frame).astype(int) - (255 - frame)).max() <= 1
+    sharpener.network = lambda tiles, gates: 255 - tiles
+    if device == "batches":  # as on an accelerator: a row of tiles at a time
+        sharpener.device = torch.device("meta")
+    assert np.array_equal(sharpener(frame), 255 - frame)
 
 
 @pytest.mark.parametrize("name", ["coffee", "astronaut"])
 def test_tiled_and_whole_agree_at_1080p(photographs, name):
-    student, _ = kd.load_student(kd.SHIPPED_STUDENT)
+    student, _ = kd.load_student("quality")
     frame = np.array(photographs[name].resize((1920, 1080), Image.BICUBIC))
     whole = kd.FrameSharpener(student, CPU, tile=0)(frame).astype(int)
     assert np.abs(whole - frame).mean() > 0.5  # the network does something
@@ -76,6 +74,58 @@ def test_any_size(student_file, random_frame, size):
     output = kd.FrameSharpener(student, CPU, tile=64, overlap=32)(frame)
     assert output.shape == frame.shape
     assert output.dtype == np.uint8
+
+
+@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+def test_backends_agree_with_pytorch(random_frame, backend):
+    torch.manual_seed(0)
+    student = kd.StudentUNet(stem_stride=2, widths=(4, 4, 4, 4, 4), skips="add")
+    torch.nn.init.normal_(student.output.weight, std=0.05)
+    options = {"tile": 96, "overlap": 32, "precision": "float32"}
+    ours, theirs = (kd.FrameSharpener(student, CPU, **options, backend=name) for name in ("torch", backend))
+    frame = random_frame(80, 130)
+    patches = kd.sample_patches(ours.prepare(frame)[0])
+    assert np.allclose(ours.gates(patches), theirs.gates(patches), atol=1e-4)
+    difference = np.abs(ours(frame).astype(int) - theirs(frame))
+    assert difference.max() <= 1  # a half that is rounded the other way
+    assert difference.mean() < 1e-3
+    assert np.abs(ours(frame).astype(int) - frame).mean() > 1
+
+
+def test_the_compiler_agrees_with_pytorch(random_frame):
+    torch.manual_seed(0)
+    layers = kd.PlainLayers()  # a student would be compiled for a minute
+    ours, theirs = (kd.FrameSharpener(layers, CPU, precision="float32", backend=name) for name in ("torch", "compile"))
+    frame = random_frame(64, 96)
+    theirs.gates = ours.gates
+    assert np.abs(ours(frame).astype(int) - theirs(frame)).max() <= 1
+    assert np.abs(ours(frame).astype(int) - frame).mean() > 1
+
+
+def test_a_missing_package_is_named(student_file, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    command = ["--checkpoint", str(student_file)]
+    picture = str(kd.SAMPLES / "blurred_cat.png")
+    assert kd.main(["sharpen", picture, *command, "-o", str(tmp_path / "a.png"), "--backend", "openvino"]) == 2
+    assert "pip install openvino" in capsys.readouterr().err
+    assert kd.main(["export", *command, "-o", str(tmp_path / "student"), "--format", "openvino"]) == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_exported_files_are_the_student(tmp_path, student_file, random_frame):
+    import onnxruntime
+    import openvino
+
+    frame = random_frame(64, 96)[None]
+    expected = kd.FrameSharpener(kd.load_student(student_file)[0], CPU, precision="float32")(frame[0]).astype(int)
+    command = ["export", "--checkpoint", str(student_file), "-o", str(tmp_path / "s"), "--format"]
+    assert kd.main([*command, "onnx"]) == kd.main([*command, "openvino"]) == 0
+    session, gates = (onnxruntime.InferenceSession(tmp_path / name) for name in ("s.onnx", "s_gates.onnx"))
+    (restored,) = session.run(None, {"frames": frame, "gates": gates.run(None, {"frames": frame})[0]})
+    assert np.abs(restored[0] - expected).max() <= 1
+    hint = {"INFERENCE_PRECISION_HINT": "f32"}
+    model, gates = (openvino.compile_model(tmp_path / name, "CPU", hint) for name in ("s.xml", "s_gates.xml"))
+    assert np.abs(model([frame, gates([frame])[0]])[0][0] - expected).max() <= 1
 
 
 def test_strength_scales_the_correction(student_file, random_frame):

@@ -27,6 +27,7 @@ def test_multiply_adds_worked_by_hand():
     gates = sum(2 * w * max(1, w // 8) for w in (*widths, *widths[:4]))  # once a frame
     side = 16 * student.alignment
     assert kd.multiply_adds_per_pixel(student) == pytest.approx(by_hand + gates / side**2)
+    assert kd.multiply_adds_per_pixel(kd.PlainLayers()) == 9 * (12 * 24 + 4 * 24 * 24 + 24 * 12) / 4
 
 
 @pytest.mark.parametrize("stem_stride", [1, 2, 4])
@@ -75,30 +76,48 @@ def test_deep_stages_come_in_as_they_learn():
 
 
 def test_wrong_dimensions_are_refused():
-    for options in ({"widths": (1, 2, 3)}, {"stem_stride": 3}, {"out_channels": 1}):
+    for options in ({"widths": (1, 2, 3)}, {"stem_stride": 3}, {"out_channels": 1}, {"skips": "none"}):
         with pytest.raises(ValueError, match=r"five stages|stem stride"):
             kd.StudentUNet(**options)
 
 
-def test_gates_of_one_patch_are_the_plain_ones(student_file):
-    student, _ = kd.load_student(student_file)
-    picture = torch.rand(1, 3, 64, 96)
-    gates = student.frame_gates(picture)
-    assert [g.shape[1] for g in gates] == [8, 12, 16, 16, 24, 16, 16, 12, 8]
+def to_frames(pictures):
+    return (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("skips", kd.SKIPS)
+def test_gates_of_one_patch_are_the_plain_ones(student_file, skips):
+    torch.manual_seed(0)
+    student = kd.StudentUNet(stem_stride=2, widths=(8, 12, 16, 16, 24), skips=skips)
+    torch.nn.init.normal_(student.output.weight, std=0.05)
+    frames = to_frames(torch.rand(1, 3, 64, 96))
+    picture = frames.permute(0, 3, 1, 2) / 255
     with torch.no_grad():
-        assert torch.allclose(student(picture, gates), student(picture), atol=1e-5)
-        other = student.frame_gates(1 - picture)
-        assert not torch.allclose(student(picture, other), student(picture), atol=1e-4)
+        gates = kd.GateNetwork(student)(frames)
+        assert len(gates) == sum((8, 12, 16, 16, 24, 16, 16, 12, 8)) == sum(student.gate_widths)
+        plain, restored = to_frames(student(picture).clamp(0, 1)).int(), kd.FrameNetwork(student)(frames, gates).int()
+        assert (plain - restored).abs().max() <= 1
+        assert (plain - restored).abs().float().mean() < 0.01
+        assert (restored - frames.int()).abs().float().mean() > 1
+        other = kd.FrameNetwork(student)(frames, 0.5 * gates).int()
+        assert (plain - other).abs().float().mean() > 0.1
 
 
 def test_gates_are_the_mean_over_patches(student_file):
     student, _ = kd.load_student(student_file)
-    patches = torch.rand(3, 3, 32, 32) * torch.tensor([0.2, 0.6, 1.0]).view(3, 1, 1, 1)
-    first = student.encoder[0]
+    patches = to_frames(torch.rand(3, 3, 32, 32) * torch.tensor([0.2, 0.6, 1.0]).view(3, 1, 1, 1))
+    network = kd.GateNetwork(student)
     with torch.no_grad():
-        folded = torch.nn.functional.pixel_unshuffle(patches, 2)
-        leaky = torch.nn.LeakyReLU(0.1)
-        features = leaky(first.conv2(leaky(first.conv1(folded))))
-        expected = first.se(features).mean(0)
-    assert torch.allclose(student.frame_gates(patches)[0][0], expected, atol=1e-6)
-    assert not any(module._forward_hooks for module in student.modules())
+        each = torch.stack([network(patch[None]) for patch in patches])
+        assert torch.allclose(network(patches), each.mean(0), atol=1e-6)
+        assert each.std(0).max() > 0.01
+        folded = torch.nn.functional.pixel_unshuffle(patches.permute(0, 3, 1, 2) / 255, 2)
+        leaky, first = torch.nn.LeakyReLU(0.1), student.encoder[0]
+        by_hand = first.se(leaky(first.conv2(leaky(first.conv1(folded))))).mean((0, 2, 3))
+        assert torch.allclose(network(patches)[:8], by_hand, atol=1e-6)
+
+
+def test_added_skips_need_narrower_stages():
+    widths = (4, 6, 8, 10, 12)
+    fewer = count(widths=widths) - count(widths=widths, skips="add")
+    assert fewer == sum(9 * width * width for width in widths[:4])
