@@ -62,7 +62,8 @@ OFFICIAL_TEACHER = HERE / "Restormer/Motion_Deblurring/pretrained_models/motion_
 COMPACT_TEACHER = HERE / "model_checkpoints/teacher.pth"
 SHIPPED = {"quality": HERE / "model_checkpoints/student.pth", "fast": HERE / "model_checkpoints/student_fast.pth"}
 TILE, OVERLAP = 1024, 192  # pixels; a 1080p frame's tiles hold a tenth more than it and differ by 2/255 at most
-SKIPS, BACKENDS = ("concatenate", "add"), ("torch", "compile", "onnx", "openvino")
+SKIPS = ("concatenate", "add")
+BACKENDS = {"torch": "torch", "compile": "torch", "onnx": "onnxruntime", "openvino": "openvino"}  # with their packages
 FPS_SIZES = ((512, 512), (720, 1280), (1080, 1920))
 FrameFunction = Callable[[np.ndarray], np.ndarray]  # 8-bit RGB (H, W, 3) in and out
 
@@ -243,11 +244,6 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     processor = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     native = device.type == "cuda" or processor.get("avx512_bf16", False)
     return torch.bfloat16 if name == "bf16" or (name == "auto" and native) else torch.float32
-
-
-def mixed_precision(precision: torch.dtype, device: torch.device) -> torch.autocast:
-    """A context in which networks compute in `precision`; float32 leaves them as they are."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
 
 
 def process_rank() -> tuple[int, int]:
@@ -963,6 +959,31 @@ class GateNetwork(FrameNetwork):
         return torch.cat([gate.mean(0).flatten() for gate in gates]).float()
 
 
+def optional_package(name: str):
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"{name} is not installed: pip install {name}") from error
+
+
+def traced(network: FrameNetwork, library: str):
+    """The network for frames of any size that is a multiple of its alignment: `openvino.Model`, or ONNX as bytes."""
+    package, side, file = optional_package(library), network.student.alignment, io.BytesIO()
+    examples = {"frames": torch.zeros(1, side, side, 3, dtype=torch.uint8)}
+    if not isinstance(network, GateNetwork):
+        examples["gates"] = torch.ones(sum(network.student.gate_widths))
+    inputs = tuple(examples.values())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of branches that frames of aligned sides never take
+        if library == "openvino":
+            shapes = [[-1, -1, -1, 3], *(list(gates.shape) for gates in inputs[1:])]
+            return package.convert_model(network, example_input=inputs, input=shapes)
+        sizes = {name: {0: "batch", 1: "height", 2: "width"} for name in ("frames", "restored")}
+        torch.onnx.export(network, inputs, file, input_names=[*examples], output_names=["restored"],
+                          dynamic_axes=sizes, dynamo=False)  # fmt: skip
+    return file.getvalue()
+
+
 Arrays = Callable[..., np.ndarray]  # a compiled network: arrays in, an array out
 
 
@@ -974,7 +995,7 @@ def torch_backend(network: nn.Module, device: torch.device, precision: torch.dty
         tensors = map(torch.from_numpy, arrays)
         if device.type == "cuda":  # from pinned memory, a copy need not be waited for
             tensors = (tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors)
-        with mixed_precision(precision, device):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
             return network(*(tensor.to(device) for tensor in tensors)).cpu().numpy()
 
     return run
@@ -991,7 +1012,7 @@ def onnx_backend(network: nn.Module, device: torch.device, precision: torch.dtyp
     runtime = optional_package("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = runtime.InferenceSession(onnx_file(network), options, providers=["CPUExecutionProvider"])
+    session = runtime.InferenceSession(traced(network, "onnx"), options, providers=["CPUExecutionProvider"])
     names = [item.name for item in session.get_inputs()]
     return lambda *arrays: session.run(None, dict(zip(names, arrays, strict=False)))[0]  # an unused input is left out
 
@@ -1001,7 +1022,7 @@ def openvino_backend(network: nn.Module, device: torch.device, precision: torch.
     openvino = optional_package("openvino")
     hints = {"INFERENCE_PRECISION_HINT": "bf16" if precision == torch.bfloat16 else "f32",
              "INFERENCE_NUM_THREADS": torch.get_num_threads()}  # fmt: skip
-    model = openvino_model(network)
+    model = traced(network, "openvino")
 
     @functools.lru_cache(8)
     def compiled(*shapes: tuple[int, ...]):
@@ -1017,55 +1038,7 @@ def openvino_backend(network: nn.Module, device: torch.device, precision: torch.
     return run
 
 
-RUNNERS = dict(zip(BACKENDS, (torch_backend, compile_backend, onnx_backend, openvino_backend), strict=True))
-
-
-def installed_backends(device: torch.device) -> list[str]:
-    """The backends that can run here."""
-    packages = {"onnx": "onnxruntime", "openvino": "openvino"}
-    here = device.type == "cpu"
-    return [name for name in BACKENDS if name not in packages or (here and importlib.util.find_spec(packages[name]))]
-
-
-def optional_package(name: str):
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(f"{name} is not installed: pip install {name}") from error
-
-
-def example_inputs(network: nn.Module) -> tuple[Tensor, ...]:
-    """Small inputs of a `FrameNetwork` or `GateNetwork` to trace it with."""
-    side = network.student.alignment
-    frames = torch.zeros(1, side, side, 3, dtype=torch.uint8)
-    return (frames,) if isinstance(network, GateNetwork) else (frames, torch.ones(sum(network.student.gate_widths)))
-
-
-@contextlib.contextmanager
-def quiet_tracing() -> Iterator[None]:
-    """Without tracing's warnings of branches that frames of aligned sides never take."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def openvino_model(network: nn.Module):
-    """An `openvino.Model` for frames of any size that is a multiple of the student's alignment."""
-    convert, examples = optional_package("openvino").convert_model, example_inputs(network)
-    shapes = [[-1, -1, -1, 3], *([len(gates)] for gates in examples[1:])]
-    with quiet_tracing():
-        return convert(network, example_input=examples, input=shapes)
-
-
-def onnx_file(network: nn.Module) -> bytes:
-    """The same as ONNX."""
-    optional_package("onnx")
-    file, names = io.BytesIO(), ["frames", "gates"][: len(example_inputs(network))]
-    sizes = {name: {0: "batch", 1: "height", 2: "width"} for name in ("frames", "restored")}
-    with quiet_tracing():
-        torch.onnx.export(network, example_inputs(network), file, input_names=names, output_names=["restored"],
-                          dynamic_axes=sizes, dynamo=False)  # fmt: skip
-    return file.getvalue()
+RUNNERS = {"torch": torch_backend, "compile": compile_backend, "onnx": onnx_backend, "openvino": openvino_backend}
 
 
 class Part(typing.NamedTuple):
@@ -1123,7 +1096,7 @@ class FrameSharpener:
                  strength: float = 1.0, precision: str = "auto", backend: str = "torch") -> None:  # fmt: skip
         if tile and overlap >= tile:
             raise UserError(f"--tile {tile} --overlap {overlap}: tiles must be larger than their overlap")
-        if backend in ("onnx", "openvino") and device.type != "cpu":
+        if BACKENDS[backend] != "torch" and device.type != "cpu":
             raise UserError(f"--backend {backend}: computes on the CPU; add --device cpu")
         student = student.to(device, memory_format=torch.channels_last).eval()
         compiled = functools.partial(RUNNERS[backend], device=device, precision=pick_precision(precision, device))
@@ -1324,14 +1297,16 @@ class Fit:
     """One training run: `objective.network`, its averaged copy, the optimiser, and where they stand."""
 
     def __init__(self, config: FitConfig, objective: Distillation, network_config: dict, pairs: list[Pair],
-                 frame_function: Callable[[nn.Module, torch.device], FrameFunction]) -> None:  # fmt: skip
+                 frame_function: Callable[[nn.Module, torch.device], FrameFunction],
+                 last: dict | None = None) -> None:  # fmt: skip
+        """`last` is the content of the last.pth to continue from; UserError if it is of another kind of run."""
         self.device, (self.rank, processes) = pick_device(config), process_rank()
         if processes > 1:
             if self.device.type == "cuda":
                 self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
                 torch.cuda.set_device(self.device)
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        self.config, self.network_config, self.frame_function = config, network_config, frame_function
+        self.config, self.network_config = config, network_config
         training, held_out = hold_out(pairs, config.validation_fraction)
         training = balanced(training) if config.balance else training
         self.held_out = [pair.load() for pair in held_out]
@@ -1339,30 +1314,28 @@ class Fit:
         self.dataset = GoProSharpeningDataset(training, **{name: getattr(config, name) for name in settings})
         self.order = CropOrder(len(training), config, self.rank, processes)
         self.objective = objective.to(self.device, memory_format=torch.channels_last)
-        self.autocast = mixed_precision(pick_precision(config.precision, self.device), self.device)
+        bf16 = pick_precision(config.precision, self.device) == torch.bfloat16
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
         if folder := getattr(config, "teacher_cache", None):
             self.dataset = TeacherCache(folder, self.dataset, objective.teacher, config.cache_variants, self.autocast)
         self.ema = copy.deepcopy(objective.network).eval().requires_grad_(False)
+        self.restore = frame_function(self.ema, self.device)
         self.trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         self.optimiser = torch.optim.Adam(list(self.trained.values()), config.learning_rate)
         cycles = {"T_0": config.restart_epochs, "T_mult": 2, "eta_min": config.min_learning_rate}
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(self.optimiser, **cycles)
         self.step, self.best, self.rows = 0, -math.inf, []  # the rows of log.csv
-        if config.resume:
-            self.load_last(config.run_dir / "last.pth")
+        try:
+            if last:
+                for name, parameter in self.trained.items():  # the frozen ones are not in the file
+                    parameter.data.copy_(last["objective"][name])
+                self.ema.load_state_dict(last["ema"])
+                self.optimiser.load_state_dict(last["optimiser"])
+                self.step, self.best, self.rows = last["step"], last["best"], last["rows"]
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise UserError(f"{config.run_dir}: does not fit this run's network and loss terms ({error})") from error
         self.order.first_step = self.step
         self.parallel = nn.parallel.DistributedDataParallel(self.objective) if processes > 1 else self.objective
-
-    def load_last(self, path: Path) -> None:
-        state = read_checkpoint(path, "start the run without --resume")
-        try:
-            for name, parameter in self.trained.items():  # the frozen ones are not in the file
-                parameter.data.copy_(state["objective"][name])
-            self.ema.load_state_dict(state["ema"])
-            self.optimiser.load_state_dict(state["optimiser"])
-            self.step, self.best, self.rows = state["step"], state["best"], state["rows"]
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise UserError(f"{path}: does not fit this run's network and loss terms ({error})") from error
 
     def save_last(self) -> None:
         """Everything that continues the run to the same weights."""
@@ -1536,12 +1509,11 @@ def ablate(config: AblateConfig) -> None:
         scores[name], steps = {"held out": [], "test": []}, []
         for seed in config.seeds:
             folder = config.run_dir / f"{re.sub(r'[ ,]+', '_', name)}_{seed}"
-            resume = (folder / "last.pth").exists()
             if not (folder / "best.pth").exists():  # it is written at the end
-                train(dataclasses.replace(config, run_dir=folder, seed=seed, resume=resume, **weights, **cycle))
+                run = {"run_dir": folder, "seed": seed, "resume": (folder / "last.pth").exists()}
+                train(dataclasses.replace(config, **run, **weights, **cycle))
             student, content = load_student(folder / "best.pth")
-            with (folder / "log.csv").open(newline="") as log:
-                steps += [float(row["seconds"]) for row in csv.DictReader(log)]
+            steps += [float(row["seconds"]) for row in csv.DictReader((folder / "log.csv").read_text().splitlines())]
             scores[name]["held out"].append([content["held_out"]["psnr"], content["held_out"]["ssim"]])
             if test:
                 sharpener = FrameSharpener(student, device, precision=config.precision)
@@ -1549,9 +1521,9 @@ def ablate(config: AblateConfig) -> None:
         seconds[name] = statistics.median(steps)
         line = f"{name:<20}{len(steps) // len(config.seeds):>6} steps of{1000 * seconds[name]:>4.0f} ms"
         for where, values in scores[name].items():
-            for psnr, similarity in [np.mean(values, 0)] if values else []:
-                spread = f"{min(values)[0]:.2f} to {max(values)[0]:.2f}"
-                line += f"   {where} {psnr:.2f} dB ({spread}) / {similarity:.4f}"
+            if values:
+                (psnr, similarity), (low, _), (high, _) = np.mean(values, 0), min(values), max(values)
+                line += f"   {where} {psnr:.2f} dB ({low:.2f} to {high:.2f}) / {similarity:.4f}"
         print(line, flush=True)
     (config.run_dir / "ablation.json").write_text(json.dumps(scores, indent=1) + "\n")
 
@@ -1607,30 +1579,28 @@ def save_picture(image: Image.Image, path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def plan_outputs(config: SharpenConfig) -> list[tuple[Path, Path]]:
-    """(picture, file to write) for every input; UserError for what cannot be, before any work."""
-    sources: list[tuple[Path, Path]] = []
+def plan_outputs(config: SharpenConfig) -> dict[Path, Path]:
+    """{file to write: picture} for every input; UserError for what cannot be, before any work."""
+    output, ending = (config.output, ".png") if config.output else (SAMPLES, "_sharpened.png")
+    one_file = output.suffix and not output.is_dir()
+    if one_file and output.suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"-o {output}: Pillow does not know the file type {output.suffix}")
+    if one_file and (len(config.inputs) > 1 or config.inputs[0].is_dir()):
+        raise UserError(f"-o {output}: a file can take one picture only; name a folder")
+    plan: dict[Path, Path] = {}
     for path in config.inputs:
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
         folder, pictures = (path, list_pictures(path)) if path.is_dir() else (path.parent, [path])
-        sources += [(picture, picture.relative_to(folder)) for picture in pictures]
-    if not sources:
+        for source in pictures:
+            name = source.relative_to(folder)
+            target = output if one_file else output / name.with_name(name.stem + ending)
+            if target.resolve() == source.resolve():
+                raise UserError(f"{source}: would be overwritten; choose another -o")
+            if plan.setdefault(target, source) is not source:
+                raise UserError(f"{plan[target]} and {source} would both become {target}; rename one")
+    if not plan:
         raise UserError(f"{config.inputs[0]}: no pictures in this folder")
-    output, ending = (config.output, ".png") if config.output else (SAMPLES, "_sharpened.png")
-    plan = [(source, output / name.with_name(name.stem + ending)) for source, name in sources]
-    if output.suffix and not output.is_dir():
-        if output.suffix.lower() not in Image.registered_extensions():
-            raise UserError(f"-o {output}: Pillow does not know the file type {output.suffix}")
-        if len(sources) > 1 or config.inputs[0].is_dir():
-            raise UserError(f"-o {output}: a file can take one picture only; name a folder")
-        plan = [(sources[0][0], output)]
-    taken: dict[Path, Path] = {}
-    for source, target in plan:
-        if target.resolve() == source.resolve():
-            raise UserError(f"{source}: would be overwritten; choose another -o")
-        if taken.setdefault(target, source) is not source:
-            raise UserError(f"{taken[target]} and {source} would both become {target}; rename one")
     return plan
 
 
@@ -1638,7 +1608,7 @@ def sharpen(config: SharpenConfig) -> None:
     """The `sharpen` command. One unreadable picture does not stop the others; it is named at the end."""
     plan, failed = plan_outputs(config), []
     sharpener = student_frames(config, config.strength)
-    for source, target in tqdm(plan, "sharpen", disable=len(plan) == 1):
+    for target, source in tqdm(plan.items(), "sharpen", disable=len(plan) == 1):
         try:
             save_picture(sharpen_picture(sharpener, open_picture(source)), target)
         except UserError as error:
@@ -1680,49 +1650,48 @@ def mean_psnr(values: Sequence[float]) -> float:
     return -10 * math.log10(error) if error else math.inf
 
 
-def score_pairs(config: EvalConfig, pairs: list[Pair], methods: dict[str, FrameFunction], folder: Path) -> list[dict]:
-    """One row a picture, with every method's PSNR and SSIM; on request the student's pictures and some sheets."""
-    rows: list[dict] = []
-    for pair in tqdm(pairs, "eval"):
-        blurred, sharp = pair.load()
-        if config.resize:
-            size = (config.resize, config.resize)
-            blurred, sharp = (np.array(Image.fromarray(x).resize(size, Image.BICUBIC)) for x in (blurred, sharp))
-        if min(sharp.shape[:2]) < 7:
-            raise UserError(f"{pair.sharp}: SSIM needs at least 7x7 pixels")
-        outputs = {name: method(blurred) for name, method in methods.items()}
-        row = {"picture": pair.key, "category": pair.category}
-        for name, output in outputs.items():
-            row[f"{name}_psnr"], row[f"{name}_ssim"] = score(output, sharp)
-        if config.save_images:
-            save_picture(Image.fromarray(outputs["student"]), folder / f"{pair.key}.png")
-            if pair.category not in {row["category"] for row in rows}:  # the first of each category
-                sheet = side_by_side({"blurred": outputs.pop("input"), **outputs, "sharp": sharp})
-                save_picture(sheet, folder / "side_by_side" / f"{pair.category}.png")
-        rows.append(row)
-    return rows
+def score_pair(config: EvalConfig, pair: Pair, methods: dict[str, FrameFunction], pictures: Path, sheet: bool) -> dict:
+    """A row of scores.csv: every method's PSNR and SSIM; on request the student's picture, and a sheet of all."""
+    blurred, sharp = pair.load()
+    if config.resize:
+        size = (config.resize, config.resize)
+        blurred, sharp = (np.array(Image.fromarray(x).resize(size, Image.BICUBIC)) for x in (blurred, sharp))
+    if min(sharp.shape[:2]) < 7:
+        raise UserError(f"{pair.sharp}: SSIM needs at least 7x7 pixels")
+    outputs = {name: method(blurred) for name, method in methods.items()}
+    row = {"picture": pair.key, "category": pair.category}
+    for name, output in outputs.items():
+        row[f"{name}_psnr"], row[f"{name}_ssim"] = score(output, sharp)
+    if config.save_images:
+        save_picture(Image.fromarray(outputs["student"]), pictures / f"{pair.key}.png")
+    if config.save_images and sheet:
+        panels = {"blurred": outputs.pop("input"), **outputs, "sharp": sharp}
+        save_picture(side_by_side(panels), pictures / "side_by_side" / f"{pair.category}.png")
+    return row
 
 
 def evaluate(config: EvalConfig) -> None:
     """The `eval` command: a table on the terminal, scores.csv, and on request JSON and pictures."""
-    split = config.data_root / config.split
-    data = {name: find_pairs(split, name) for name in config.protocol or ("",)}
+    data = {name: find_pairs(config.data_root / config.split, name) for name in config.protocol or ("",)}
     methods: dict[str, FrameFunction] = {"input": lambda frame: frame}
     if config.teacher:
         methods["teacher"] = teacher_frames(load_restormer(config.teacher_weights), pick_device(config))
     methods["student"] = student_frames(config)
     tables, rows = {}, []
     for protocol, pairs in data.items():
-        scored = score_pairs(config, pairs, methods, config.output_dir / protocol)
+        firsts = [group[0] for group in grouped(pairs, lambda pair: pair.category).values()]  # which get a sheet
+        pictures = config.output_dir / protocol
+        scored = [score_pair(config, pair, methods, pictures, pair in firsts) for pair in tqdm(pairs, "eval")]
         rows += [{"protocol": protocol} | row if protocol else row for row in scored]
-        groups, tables[protocol] = grouped(scored, lambda row: row["category"]) | {"all": scored}, {}
+        tables[protocol] = {}
         print(f"{protocol or 'PSNR / SSIM':<12}" + "".join(f"{method:>18}" for method in methods))
-        for category in sorted(groups, key=lambda name: (name != "all", name)):
+        groups = {"all": []} | grouped(scored, lambda row: row["category"]) | {"all": scored}
+        for category, members in groups.items():
             tables[protocol][category] = means = {}
             for name in methods:
-                psnr, similarity = ([row[f"{name}_{kind}"] for row in groups[category]] for kind in ("psnr", "ssim"))
+                psnr, similarity = ([row[f"{name}_{kind}"] for row in members] for kind in ("psnr", "ssim"))
                 means[name] = [mean_psnr(psnr), statistics.fmean(similarity)]
-            print(f"{category:<12}" + "".join(f"{means[m][0]:>9.2f} / {means[m][1]:.4f}" for m in methods))
+            print(f"{category:<12}" + "".join(f"{mean[0]:>9.2f} / {mean[1]:.4f}" for mean in means.values()))
         tables[protocol]["images"] = len(scored)
     config.output_dir.mkdir(parents=True, exist_ok=True)
     write_csv(config.output_dir / "scores.csv", rows)
@@ -1765,8 +1734,8 @@ def sample_frames(height: int, width: int) -> list[np.ndarray]:
 
 
 @torch.inference_mode()
-def milliseconds(function: Callable[[], object], device: torch.device, config: FpsConfig) -> list[float]:
-    """Time of each call after the warm-up, waiting for the device on both ends."""
+def milliseconds(function: Callable[[], object], device: torch.device, config: FpsConfig) -> tuple[float, float]:
+    """Median and 95th percentile of a call's time after the warm-up, waiting for the device on both ends."""
     wait = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
     times = []
     for _ in range(config.warmup + config.frames):
@@ -1775,7 +1744,7 @@ def milliseconds(function: Callable[[], object], device: torch.device, config: F
         function()
         wait()
         times.append(1000 * (time.perf_counter() - start))
-    return times[config.warmup :]
+    return tuple(map(float, np.percentile(times[config.warmup :], (50, 95))))
 
 
 def time_frames(sharpener: FrameSharpener, height: int, width: int, config: FpsConfig) -> dict[str, float]:
@@ -1783,50 +1752,38 @@ def time_frames(sharpener: FrameSharpener, height: int, width: int, config: FpsC
     frames = sample_frames(height, width)
     turns, (padded, gates) = itertools.cycle(frames), sharpener.prepare(frames[0])
     batches = [tiles for tiles, *_ in sharpener.tiles(padded, (height, width))]
-    network = milliseconds(lambda: [sharpener.network(b, gates) for b in batches], sharpener.device, config)
-    whole = milliseconds(lambda: sharpener(next(turns)), sharpener.device, config)
-    late = float(np.percentile(whole, 95))
-    return {"network_ms": statistics.median(network), "frame_ms": statistics.median(whole), "frame_ms_p95": late}
+    network, _ = milliseconds(lambda: [sharpener.network(b, gates) for b in batches], sharpener.device, config)
+    whole, late = milliseconds(lambda: sharpener(next(turns)), sharpener.device, config)
+    return {"network_ms": network, "frame_ms": whole, "frame_ms_p95": late}
 
 
 @torch.inference_mode()
 def best_convolution(precision: torch.dtype, device: torch.device, config: FpsConfig) -> float:
     """GFLOP/s of the fastest of some 3x3 convolutions at 270x480 in PyTorch: what arithmetic could reach here."""
-    best = 0.0
+    reached = []
     for width in (32, 64, 128):
         layer = nn.Conv2d(width, width, 3, padding=1).to(device, precision, memory_format=torch.channels_last)
         maps = torch.rand(1, width, 270, 480, device=device, dtype=precision).to(memory_format=torch.channels_last)
-        median = statistics.median(milliseconds(functools.partial(layer, maps), device, config))
-        best = max(best, 2 * 9 * width**2 * 270 * 480 / median / 1e6)
-    return best
-
-
-def timed_networks(config: FpsConfig) -> dict[str, nn.Module]:
-    """The yardstick and the students that `fps` was asked for, by name."""
-    if config.base_channels:
-        student = StudentUNet(base_channels=config.base_channels, stem_stride=config.stem_stride)
-        students = {f"c={config.base_channels} r={config.stem_stride}": student}
-    else:
-        students = {Path(name).stem: load_student(name)[0] for name in config.checkpoint}
-    return {"plain layers": PlainLayers()} | students
+        median, _ = milliseconds(functools.partial(layer, maps), device, config)
+        reached.append(2 * 9 * width**2 * 270 * 480 / median / 1e6)
+    return max(reached)
 
 
 def draw_quality(config: FpsConfig, students: dict[str, nn.Module], rows: list[dict], device: torch.device) -> None:
     """`--plot`: PSNR and SSIM at x2 against the milliseconds of a 1280x720 frame, also printed."""
     found = list_pictures(config.data_root / "test")
     pairs = [pair.load() for pair in (find_pairs(config.data_root / "test", "x2") if found else embedded_pairs())]
-    unsharp = ImageFilter.UnsharpMask(2, 100)
-    methods = {"input": lambda frame: frame, "unsharp mask": lambda f: np.array(Image.fromarray(f).filter(unsharp))}
+    mask, frame = ImageFilter.UnsharpMask(2, 100), sample_frames(720, 1280)[0]
+    simple = {"input": lambda frame: frame, "unsharp mask": lambda f: np.array(Image.fromarray(f).filter(mask))}
     options = {"precision": config.precision, "backend": rows[0]["backend"]}
-    methods |= {name: FrameSharpener(student, device, **options) for name, student in students.items()}
+    methods = simple | {name: FrameSharpener(student, device, **options) for name, student in students.items()}
     scores = {name: mean_score(pairs, method) for name, method in tqdm(methods.items(), "quality")}
-    frame = sample_frames(720, 1280)[0]
-    points = [(name, name, statistics.median(milliseconds(lambda name=name: methods[name](frame), device, config)))
-              for name in ("input", "unsharp mask")]  # fmt: skip
-    points += [(f"{row['network']}, {row['backend']}", row["network"], row["frame_ms"]) for row in rows
-               if row["network"] in students and row["height"] == 720 and not row["tiled"]]  # fmt: skip
     for name, (psnr, similarity) in scores.items():
         print(f"{name:<14}{psnr:.2f} dB / {similarity:.4f} at x2, {len(pairs)} pictures")
+    points = [(name, name, milliseconds(functools.partial(method, frame), device, config)[0])
+              for name, method in simple.items()]  # fmt: skip
+    points += [(f"{row['network']}, {row['backend']}", row["network"], row["frame_ms"]) for row in rows
+               if row["network"] in students and row["height"] == 720 and not row["tiled"]]  # fmt: skip
 
     def draw(*panels) -> None:
         for axes, which, title in zip(panels, (0, 1), ("PSNR, dB", "SSIM"), strict=True):
@@ -1841,14 +1798,21 @@ def draw_quality(config: FpsConfig, students: dict[str, nn.Module], rows: list[d
 
 def measure_fps(config: FpsConfig) -> None:
     """The `fps` command."""
-    device, networks, rows = pick_device(config), timed_networks(config), []
-    precision, backends = pick_precision(config.precision, device), config.backend or installed_backends(device)
+    device, rows = pick_device(config), []
+    precision = pick_precision(config.precision, device)
+    here = {name for name in BACKENDS.values() if device.type == "cpu" and importlib.util.find_spec(name)} | {"torch"}
+    students = {Path(name).stem: load_student(name)[0] for name in config.checkpoint if not config.base_channels}
+    if config.base_channels:
+        name = f"c={config.base_channels} r={config.stem_stride}"
+        students[name] = StudentUNet(base_channels=config.base_channels, stem_stride=config.stem_stride)
+    networks = {"plain layers": PlainLayers()} | students
     macs = {name: multiply_adds_per_pixel(network) for name, network in networks.items()}
     for name, network in networks.items():
         count = sum(p.numel() for p in network.parameters())
         print(f"{name}: {count:,} parameters, {macs[name]:,.0f} multiply-adds a pixel")
     print(f"{device}, {precision}, {torch.get_num_threads()} CPU threads, PyTorch {torch.__version__}")
     print("network       backend   frame              network   8-bit to 8-bit, ms   95 %    FPS  GFLOP/s  x plain")
+    backends = config.backend or [name for name, package in BACKENDS.items() if package in here]
     for backend, (height, width) in itertools.product(backends, FPS_SIZES):
         for (name, network), tile in itertools.product(networks.items(), (0, config.tile)):
             sharpener = FrameSharpener(network, device, tile, config.overlap, 1.0, config.precision, backend)
@@ -1871,8 +1835,7 @@ def measure_fps(config: FpsConfig) -> None:
     if config.json:
         config.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     if config.plot:
-        del networks["plain layers"]
-        draw_quality(config, networks, rows, device)
+        draw_quality(config, students, rows, device)
 
 
 # --- Export -----------------------------------------------------------------------------------------------------------
@@ -1886,9 +1849,9 @@ def export(config: ExportConfig) -> None:
     for network, ending in ((FrameNetwork(student), ""), (GateNetwork(student), "_gates")):
         path = config.output.with_name(name + ending + suffix)
         if config.format == "onnx":
-            path.write_bytes(onnx_file(network))
+            path.write_bytes(traced(network, "onnx"))
         else:
-            optional_package("openvino").save_model(openvino_model(network), path, compress_to_fp16=False)
+            optional_package("openvino").save_model(traced(network, "openvino"), path, compress_to_fp16=False)
         print(path)
     print(f"frames (1, H, W, 3) and patches (N, h, w, 3) are 8-bit RGB, sides multiples of {student.alignment}")
 
