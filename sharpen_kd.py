@@ -266,11 +266,14 @@ def open_picture(path: Path) -> Image.Image:
         raise UserError(f"{path}: not a picture that Pillow can read ({error})") from error
 
 
-def rgb_array(image: Image.Image | np.ndarray) -> np.ndarray:
-    """RGB (H, W, 3) from a PIL image or an array: uint8 where that is, else float32 in [0, 1]; without alpha.
+def picture_size(path: Path) -> tuple[int, int] | None:
+    """(width, height) from a file's header; None if that is unreadable."""
+    with contextlib.suppress(*READABLE), Image.open(path) as image:
+        return image.size
 
-    Arrays are (H, W) or (H, W, 1 to 4): uint8, uint16, bool, or floats in [0, 1]; ValueError for others.
-    """
+
+def rgb_array(image: Image.Image | np.ndarray) -> np.ndarray:
+    """RGB (H, W, 3), uint8 or else float32 in [0, 1], of a picture or an (H, W[, 1 to 4]) array; ValueError if none."""
     if isinstance(image, Image.Image):
         if image.mode[0] not in "IF":
             return np.array(image.convert("RGB"))
@@ -373,27 +376,15 @@ def list_pictures(folder: Path) -> list[Path]:
 
 
 # A file's side of a pair is a folder's name, wherever it stands, and the rest is the key it shares with its partner:
-# `blurred/text/a_blur.png` ("text/a") and the published `GOPR0372_07_00/blur/000047.png` ("GOPR0372_07_00/000047").
+# `blurred/text/a_blur.png` ("text/a") and the published `GOPR0372_07_00/blur/000047.png` ("GOPR0372_07_00/000047"),
+# whose `blur_gamma` is passed over.
 PAIR_FILE = re.compile(r"(|.*?/)(blurred|blur|sharp)/(.*?)(_blurred|_blur|_sharp)?", re.DOTALL)
-
-
-def size_problems(pair: Pair) -> list[str]:
-    """What is wrong with a pair's files, read from their headers alone."""
-    problems, sizes = [], set()
-    for path in (pair.blurred, pair.sharp):
-        try:
-            with Image.open(path) as image:
-                sizes.add(image.size)
-        except READABLE:
-            problems.append(f"{path} is unreadable")
-    return problems + [f"{pair.blurred} has another size than {pair.sharp}"] * (len(sizes) == 2)
 
 
 def find_pairs(split_dir: Path, protocol: str = "") -> list[Pair]:
     """The pairs below a split's folder, sorted by key; with a `protocol`, sharp pictures to be degraded by it.
 
-    The sharp pictures are those of the pairs, or, in a folder that knows no sides, all. GoPro's `blur_gamma` is passed
-    over. UserError for nothing, files without a partner, unequal sizes, unreadable files, two files for one side.
+    UserError for nothing, files without a partner, unequal sizes, unreadable files, two files for one side.
     """
     sides, problems = {"blurred": {}, "sharp": {}}, []
     names = {path: path.relative_to(split_dir).with_suffix("").as_posix() for path in list_pictures(split_dir)}
@@ -403,14 +394,18 @@ def find_pairs(split_dir: Path, protocol: str = "") -> list[Pair]:
             if (other := sides[side].setdefault(match[1] + match[3], path)) != path:
                 problems.append(f"{path} and {other} are the {side} side of one pair")
     blurred, sharp = sides.values()
-    if protocol:
+    if protocol:  # of the pairs, or of a folder that knows no sides
         sharp = sharp if blurred or sharp else {name: path for path, name in names.items()}
         pairs = [Pair(key, path, degradation=PROTOCOLS[protocol]) for key, path in sorted(sharp.items())]
     else:
         problems += [f"{blurred[key]} has no sharp partner" for key in sorted(blurred.keys() - sharp.keys())]
         problems += [f"{sharp[key]} has no blurred partner" for key in sorted(sharp.keys() - blurred.keys())]
         pairs = [Pair(key, sharp[key], blurred[key]) for key in sorted(sharp.keys() & blurred.keys())]
-        problems += [problem for pair in pairs for problem in size_problems(pair)]
+        for pair in pairs:
+            sizes = {path: picture_size(path) for path in (pair.blurred, pair.sharp)}
+            problems += [f"{path} is unreadable" for path, size in sizes.items() if not size]
+            if all(sizes.values()) and sizes[pair.blurred] != sizes[pair.sharp]:
+                problems.append(f"{pair.blurred} has another size than {pair.sharp}")
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise UserError("; ".join(problems[:5]) + more + ". Mend or remove them.")
@@ -446,13 +441,10 @@ def grouped(items: Iterable, key: Callable[[typing.Any], str]) -> dict[str, list
 
 
 def hold_out(pairs: list[Pair], fraction: float) -> tuple[list[Pair], list[Pair]]:
-    """(training, validation) pairs: GoPro's sequences whole, at least one unless `fraction` is 0.
-
-    The draw is the same in every run, so that runs of several seeds, and a teacher and its student, compare.
-    """
+    """(training, validation) pairs: GoPro's sequences whole, at least one unless `fraction` is 0."""
     groups = grouped(pairs, lambda pair: (re.search(r"GOPR\d+_\d+_\d+", pair.key) or [pair.key])[0])
     names, held = sorted(groups), []
-    for index in np.random.default_rng(0).permutation(len(names))[:-1]:
+    for index in np.random.default_rng(0).permutation(len(names))[:-1]:  # one draw for all runs, so that they compare
         held += groups[names[index]] if len(held) < fraction * len(pairs) else []
     return [pair for pair in pairs if pair not in held], held
 
@@ -467,10 +459,10 @@ def balanced(pairs: list[Pair]) -> list[Pair]:
 class GoProSharpeningDataset(Dataset):
     """Blurred/sharp training crops as float RGB tensors, each (3, image_size, image_size).
 
-    An item is named by (epoch, index) and drawn from (seed, epoch, index) alone, so neither worker processes nor an
-    interruption change what a run sees. Crops start at even pixels: a frame enlarged by 2, and a student with a stem,
-    repeat every two. "pairs" blurs the pair's own blur more; the others degrade a crop of the sharp picture anew, by x2
-    or by what `Degradation.draw` draws. A student starts on "x2": from "mixed" alone it learns to do nothing.
+    An item is drawn from (seed, epoch, index) alone, so neither worker processes nor an interruption change what a run
+    sees. Crops start at even pixels: a frame enlarged by 2, and a student with a stem, repeat every two. "pairs" blurs
+    the pair's own blur more; "x2" and "mixed" degrade a crop of the sharp picture anew (see `Degradation.draw`). A
+    student starts on "x2": from "mixed" alone it learns to do nothing.
     """
 
     def __init__(self, pairs: Sequence[Pair], image_size: int, blur_probability: float = 1.0,
@@ -478,9 +470,6 @@ class GoProSharpeningDataset(Dataset):
         self.pairs, self.image_size, self.blur_probability, self.seed = pairs, image_size, blur_probability, seed
         self.degradation, self.to_tensor, self.decoded = degradation, CustomToTensor(), []
         self.decoded = [self.images(index) for index in range(len(pairs))] if cache else []
-
-    def __len__(self) -> int:
-        return len(self.pairs)
 
     def __getitem__(self, item: int | tuple[int, int]) -> dict[str, Tensor]:
         epoch, index = item if isinstance(item, tuple) else (0, item)
@@ -592,8 +581,7 @@ def load_restormer(weights: Path | None) -> StemmedRestormer:
 class RestormerTeacherWrapper(nn.Module):
     """A frozen Restormer with feature taps and trainable 1x1 projections to the student's widths.
 
-    `forward` takes blurred pictures (B, 3, H, W) of any size in [0, 1] and returns the restored ones; `tapped` then
-    holds their features, e2 at 1/2 of the folded size, e4 at 1/4, b at 1/8. The projections train with the student.
+    `forward` restores (B, 3, H, W) of any size; `tapped` then holds features at 1/2, 1/4 and 1/8 of the folded size.
     AttributeError if a tap is missing: a hook that silently is not there would be a term that silently is 0.
     """
 
@@ -629,9 +617,9 @@ class RestormerTeacherWrapper(nn.Module):
 class TeacherCache(Dataset):
     """Crops like `GoProSharpeningDataset`'s, with what the teacher made of the whole picture.
 
-    A step with the teacher costs several without, so it runs once, over each picture of `dataset` in `variants`
-    flips and degradations. Every result is one file, mapped into memory: tensors (H, W, C) in half precision. Crops
-    start where the teacher's coarsest feature grid does. UserError for the cache of another teacher or data.
+    A step with the teacher costs several without, so it runs once over each picture in `variants` flips and
+    degradations. Every result is one file of half-precision (H, W, C) tensors, mapped into memory; crops start where
+    the teacher's coarsest feature grid does. UserError for the cache of another teacher or data.
     """
 
     def __init__(self, folder: Path, dataset: GoProSharpeningDataset, teacher: RestormerTeacherWrapper,
@@ -660,7 +648,7 @@ class TeacherCache(Dataset):
         """Write every file; processes that train together share them out."""
         self.folder.mkdir(parents=True, exist_ok=True)
         device, (rank, processes) = next(teacher.parameters()).device, process_rank()
-        places = list(itertools.product(range(len(self.dataset)), range(self.variants)))[rank::processes]
+        places = list(itertools.product(range(len(self.dataset.pairs)), range(self.variants)))[rank::processes]
         for index, variant in tqdm(places, "teacher cache", disable=rank > 0):
             rng = np.random.default_rng((variant, index))  # not the run's seed: runs of several seeds share a cache
             example = self.dataset.example(self.dataset.images(index), rng)
@@ -731,8 +719,7 @@ class StudentUNet(nn.Module):
     """The report's student; (B, 3, H, W) in [0, 1] to the same shape, any size from 1x1.
 
     Stage widths are c/4, c/2, c, 2c and a bottleneck of 3c for c = `base_channels`, or `widths`. With `stem_stride` r
-    the stages see the picture folded to 1/r of its size and 3 r^2 channels; r = 1 is the report's literal network.
-    It predicts a correction to its input: an untrained student returns what it was given.
+    the stages see the picture folded to 1/r of its size; r = 1 is the report's network. It predicts a correction.
     """
 
     def __init__(self, in_channels: int = 3, out_channels: int = 3, base_channels: int = 256,
@@ -758,11 +745,10 @@ class StudentUNet(nn.Module):
         self.initialise()
 
     def initialise(self) -> None:
-        """He initialisation; gates nearly open; the last layer and what comes up from below near zero.
+        """He initialisation, gates nearly open, the last layer and what comes up from below near zero: a copy at first.
 
-        With PyTorch's default the signal fades through nine stages without a normalisation layer, and the
-        network stays at its input for hundreds of steps. Deep stages that are heard from the start are noise,
-        which training first silences for good; they come in as they learn (0.1 dB after 600 steps).
+        With PyTorch's default the signal fades through nine stages without a normalisation layer. Deep stages that are
+        heard from the start are noise, which training first silences for good; so they come in as they learn (0.1 dB).
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -844,22 +830,20 @@ def ssim(first: Tensor, second: Tensor) -> Tensor:
 
 
 def positional_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(teacher || student) of soft distributions over positions, one a channel, averaged.
+    """T^2 KL(teacher || student) of (B, C, H, W) as soft distributions over positions, one a channel, averaged.
 
-    The report's "output distributions" would say nothing over three colour channels, so this is channel-wise
-    distillation (Shu et al., ICCV 2021, eq. 4) of (B, C, H, W) outputs.
+    Over three colour channels a distribution says nothing; so channel-wise distillation (Shu et al., ICCV 2021, eq. 4).
     """
     student, teacher = ((x.flatten(2) / temperature).log_softmax(-1) for x in (student, teacher))
     return F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1).mean() * temperature**2
 
 
 def feature_loss(student: dict[str, Tensor], teacher: dict[str, Tensor]) -> Tensor:
-    """L1 between student features and projected teacher features, mean over the taps.
+    """L1 between student features and projected teacher features, both (B, C, H, W), mean over the taps.
 
     The projections train too, so a plain L1 would be smallest with both sides at zero. Here each teacher channel is
-    standardised over batch and positions, so that no projection can shrink it; the student's is only centred and has
-    to come to that size. (Standardising both leaves ReLU channels free to die: 13 of 24 in e2 after 120 steps,
-    against 4.) Maps are (B, C, H, W); the teacher's are resized to the student's.
+    standardised, so that no projection can shrink it; the student's is only centred and has to come to that size.
+    (Standardising both leaves ReLU channels free to die: 13 of 24 in e2 after 120 steps, against 4.)
     """
     losses = []
     for name, features in student.items():
@@ -885,10 +869,8 @@ class VGGFeatures(nn.Module):
             state = weights.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
             state = {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
             self.features.load_state_dict(state)
-        except OSError as error:
-            raise UserError(f"{path}: no VGG19 weights and no download ({error}); {remedy}") from error
-        except Exception as error:  # torch.load raises whatever a damaged archive happens to cause
-            raise UserError(f"{path}: not VGG19's weights ({type(error).__name__}); {remedy}") from error
+        except Exception as error:  # no file and no download, or what a damaged file happens to cause
+            raise UserError(f"{path}: no VGG19 weights ({type(error).__name__}: {error}); {remedy}") from error
         self.requires_grad_(False).eval()
 
     def forward(self, image: Tensor) -> Tensor:
@@ -925,8 +907,7 @@ class DistillationLoss(nn.Module):
 class FrameNetwork(nn.Module):
     """A student between 8-bit frames (B, H, W, 3) whose sides are multiples of its stem stride: what a backend runs.
 
-    `gates` (the sum of its gate widths,) are the whole frame's. Pixels are folded before they become floats and
-    unfolded after they are bytes again, since moving bytes is the cheaper.
+    `gates` are the whole frame's. Pixels are folded as bytes and unfolded as bytes, since those are cheaper to move.
     """
 
     def __init__(self, student: nn.Module) -> None:
@@ -947,11 +928,10 @@ class FrameNetwork(nn.Module):
 
 
 class GateNetwork(FrameNetwork):
-    """A frame's gates, from 8-bit patches (N, h, w, 3) of it: every stage's, averaged over the patches, in a vector.
+    """Every stage's gates in a vector, averaged over 8-bit patches (N, h, w, 3) of a frame.
 
-    The plain SE block averages over its whole input, so every tile would have other gates than its neighbours: seams.
-    Instead all tiles share gates taken once, from patches of about the training crop's size, whose statistics the
-    gates were trained on. With one patch that is the frame, these are the plain gates.
+    Plain SE blocks average over their whole input, so every tile would have other gates than its neighbours: seams.
+    Patches are about as large as training crops, on whose statistics the gates were trained.
     """
 
     def forward(self, patches: Tensor) -> Tensor:
@@ -1052,8 +1032,8 @@ class Part(typing.NamedTuple):
 class TileSide:
     """How equal tiles of about `tile` pixels cover one side of a frame; 0 takes it whole.
 
-    Tiles are aligned to the network's strides, so that one sees the pooling grid of the whole frame, and share at
-    least `overlap` pixels, of which each gives the half that is farther from its edge.
+    Tiles start on the whole frame's pooling grid and share `overlap` pixels or more, of which each gives the half that
+    is farther from its edge.
     """
 
     def __init__(self, length: int, tile: int, overlap: int, alignment: int) -> None:
@@ -1088,8 +1068,8 @@ def sample_patches(frame: np.ndarray, side: int = 128, count: int = 4) -> np.nda
 class FrameSharpener:
     """A student applied to 8-bit RGB frames (H, W, 3) of any size; returns frames alike.
 
-    It holds one tile at a time beside the frame and the result (one row of tiles on an accelerator, which takes them
-    as a batch). A frame's gates are taken once, so tiled and whole outputs agree. `strength` scales the correction.
+    It holds one tile at a time (on an accelerator a row of them, as a batch). A frame's gates are taken once, so tiled
+    and whole outputs agree. `strength` scales the correction.
     """
 
     def __init__(self, student: StudentUNet, device: torch.device, tile: int = TILE, overlap: int = OVERLAP,
@@ -1171,44 +1151,43 @@ class Distillation(nn.Module):
         self.network, self.teacher, self.loss = network, teacher, loss
 
     def forward(self, batch: dict[str, Tensor], autocast: torch.autocast) -> dict[str, Tensor]:
-        wanted, features, projected = "feature" in self.loss.weights, None, None
+        features = projected = None
         with autocast:  # the networks only: SSIM's variances need float32
-            output = self.network(batch["blurred"], **({"features": True} if wanted else {}))
             if self.teacher and "output" not in batch:  # they are there where they come from a cache
                 batch = batch | {"output": self.teacher(batch["blurred"])} | self.teacher.tapped
-            if wanted:
-                output, features = output
+            if "feature" in self.loss.weights:
+                output, features = self.network(batch["blurred"], features=True)
                 projected = self.teacher.project(batch)
+            else:
+                output = self.network(batch["blurred"])
         return self.loss(output, batch["sharp"], features, batch.get("output"), projected)
 
 
 class CropOrder(Sampler[list[tuple[int, int]]]):
     """The (epoch, index) batches of one process over a whole run, from `first_step` on.
 
-    Epochs are permutations, wrapped around to fill the last batches; N processes at 1/N of the accumulation see what
-    one would, step by step.
+    Epochs are permutations, wrapped around to fill the last batches; N processes see, step by step, what one would.
     """
 
     def __init__(self, count: int, config: FitConfig, rank: int = 0, processes: int = 1) -> None:
-        self.count, self.config, self.rank = count, config, rank
+        self.count, self.config, self.rank, self.first_step = count, config, rank, 0
+        self.group = config.gradient_accumulation_steps
         batches = math.ceil(count / (config.batch_size * processes))
         self.epoch_shape = (batches, config.batch_size, processes)
-        self.steps_per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
-        self.first_step = 0
+        self.steps_per_epoch = math.ceil(batches / self.group)
 
     def batches_in_step(self, step: int) -> int:
         """Batches of this optimiser step; the last group of an epoch may be smaller."""
-        done = step % self.steps_per_epoch * self.config.gradient_accumulation_steps
-        return min(self.config.gradient_accumulation_steps, self.epoch_shape[0] - done)
+        return min(self.group, self.epoch_shape[0] - step % self.steps_per_epoch * self.group)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        first_epoch, step = divmod(self.first_step, self.steps_per_epoch)
+        first_epoch, done = divmod(self.first_step, self.steps_per_epoch)
         for epoch in range(first_epoch, self.config.epochs):
             order = np.random.default_rng((self.config.seed, epoch)).permutation(self.count)
             batches = np.resize(order, math.prod(self.epoch_shape)).reshape(self.epoch_shape)
-            skipped = step * self.config.gradient_accumulation_steps if epoch == first_epoch else 0
-            for batch in batches[skipped:, :, self.rank]:
+            for batch in batches[done * self.group :, :, self.rank]:
                 yield [(epoch, int(index)) for index in batch]
+            done = 0
 
 
 @torch.no_grad()
@@ -1277,8 +1256,8 @@ def any_process(flag: bool, device: torch.device) -> bool:
     return bool(votes)
 
 
-def start_run(config: FitConfig) -> list[Pair]:
-    """Seeds the initial weights and returns the pairs; UserError for what no run can honour."""
+def start_run(config: FitConfig) -> tuple[list[Pair], dict | None]:
+    """Seeds the initial weights; (the pairs, what a resumed run goes on from); UserError for what cannot be done."""
     if config.image_size % 16:
         raise UserError(f"--image-size {config.image_size}: must be a multiple of 16")
     if max(config.ema_decay, config.validation_fraction) >= 1:
@@ -1286,20 +1265,20 @@ def start_run(config: FitConfig) -> list[Pair]:
     if (config.run_dir / "last.pth").exists() and not config.resume and not config.overwrite:
         raise UserError(f"{config.run_dir} holds a run already: add --resume or --overwrite, or name another --run-dir")
     torch.manual_seed(config.seed)
+    last = read_checkpoint(config.run_dir / "last.pth", "start the run without --resume") if config.resume else None
     if not uses_embedded_sample(config):
-        return find_pairs(config.data_root / "train", "" if config.degradation == "pairs" else "x2")
+        return find_pairs(config.data_root / "train", "" if config.degradation == "pairs" else "x2"), last
     print(f"No pictures under {config.data_root / 'train'}: training on those that scikit-image carries.")
     print(f"--lambda-perceptual is {config.lambda_perceptual:g}, the teacher {config.teacher_weights}.")
-    return embedded_pairs()
+    return embedded_pairs(), last
 
 
 class Fit:
     """One training run: `objective.network`, its averaged copy, the optimiser, and where they stand."""
 
     def __init__(self, config: FitConfig, objective: Distillation, network_config: dict, pairs: list[Pair],
-                 frame_function: Callable[[nn.Module, torch.device], FrameFunction],
-                 last: dict | None = None) -> None:  # fmt: skip
-        """`last` is the content of the last.pth to continue from; UserError if it is of another kind of run."""
+                 frame_function: Callable[[nn.Module, torch.device], FrameFunction], last: dict | None = None,
+                 ) -> None:  # fmt: skip
         self.device, (self.rank, processes) = pick_device(config), process_rank()
         if processes > 1:
             if self.device.type == "cuda":
@@ -1325,17 +1304,22 @@ class Fit:
         cycles = {"T_0": config.restart_epochs, "T_mult": 2, "eta_min": config.min_learning_rate}
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(self.optimiser, **cycles)
         self.step, self.best, self.rows = 0, -math.inf, []  # the rows of log.csv
-        try:
-            if last:
-                for name, parameter in self.trained.items():  # the frozen ones are not in the file
-                    parameter.data.copy_(last["objective"][name])
-                self.ema.load_state_dict(last["ema"])
-                self.optimiser.load_state_dict(last["optimiser"])
-                self.step, self.best, self.rows = last["step"], last["best"], last["rows"]
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise UserError(f"{config.run_dir}: does not fit this run's network and loss terms ({error})") from error
-        self.order.first_step = self.step
+        if last:
+            self.continue_from(last)
         self.parallel = nn.parallel.DistributedDataParallel(self.objective) if processes > 1 else self.objective
+
+    def continue_from(self, last: dict) -> None:
+        """Take up the state that `save_last` wrote; UserError if it is another kind of run's."""
+        try:
+            for name, parameter in self.trained.items():  # the frozen ones are not in the file
+                parameter.data.copy_(last["objective"][name])
+            self.ema.load_state_dict(last["ema"])
+            self.optimiser.load_state_dict(last["optimiser"])
+            self.step, self.best, self.rows = last["step"], last["best"], last["rows"]
+        except (KeyError, RuntimeError, ValueError) as error:
+            path = self.config.run_dir / "last.pth"
+            raise UserError(f"{path}: does not fit this run's network and loss terms ({error})") from error
+        self.order.first_step = self.step
 
     def save_last(self) -> None:
         """Everything that continues the run to the same weights."""
@@ -1350,7 +1334,7 @@ class Fit:
         """Score the averaged weights on the held-out pictures; keep them if they are the best so far."""
         psnr, similarity = math.nan, math.nan
         if self.held_out:
-            psnr, similarity = mean_score(self.held_out, self.frame_function(self.ema, self.device))
+            psnr, similarity = mean_score(self.held_out, self.restore)
             tqdm.write(f"step {self.step}: held-out {psnr:.2f} dB, SSIM {similarity:.4f}")
         if psnr > self.best or not self.held_out:
             self.best = max(self.best, psnr)
@@ -1366,13 +1350,12 @@ class Fit:
         for remaining in reversed(range(group)):
             batch = next(batches).items()
             batch = {name: t.to(self.device, non_blocking=True, memory_format=torch.channels_last) for name, t in batch}
-            # DistributedDataParallel averages gradients over the processes once, after the last batch
-            hold = remaining and self.parallel is not self.objective
-            with self.parallel.no_sync() if hold else contextlib.nullcontext():
-                terms = self.parallel(batch, self.autocast)
-                if share_every and self.step % share_every == 0 and not remaining:
-                    means |= gradient_shares(terms, list(self.objective.network.parameters()))
-                (sum(terms.values()) / group).backward()
+            # What DistributedDataParallel.no_sync sets: gradients are averaged over the processes after the last batch.
+            self.parallel.require_backward_grad_sync = not remaining
+            terms = self.parallel(batch, self.autocast)
+            if share_every and self.step % share_every == 0 and not remaining:
+                means |= gradient_shares(terms, list(self.objective.network.parameters()))
+            (sum(terms.values()) / group).backward()
             for name, term in terms.items():
                 means[name] = means.get(name, 0.0) + term.item() / group
                 if not math.isfinite(means[name]):
@@ -1436,9 +1419,8 @@ class Fit:
 
 def train_teacher(config: TeacherConfig) -> None:
     """The `teacher` command."""
-    pairs = start_run(config)
-    if config.resume:
-        last = read_checkpoint(config.run_dir / "last.pth", "start the run without --resume")
+    pairs, last = start_run(config)
+    if last:
         restormer = StemmedRestormer(**last["network"])
     elif config.init:  # of whatever size it is
         restormer = load_restormer(config.init)
@@ -1447,7 +1429,7 @@ def train_teacher(config: TeacherConfig) -> None:
         channels = [3 * config.stem_stride**2] * 2
         restormer = StemmedRestormer(*channels, **{name: getattr(config, name) for name in sizes})
     objective = Distillation(restormer, None, DistillationLoss({"reconstruction": 1.0}))
-    Fit(config, objective, restormer_dimensions(restormer.state_dict()), pairs, teacher_frames).run()
+    Fit(config, objective, restormer_dimensions(restormer.state_dict()), pairs, teacher_frames, last).run()
 
 
 # `train` without a dataset: small enough for two cores and ten minutes, on scikit-image's pictures.
@@ -1461,9 +1443,9 @@ EMBEDDED_RUN = {
 
 def train(config: TrainConfig) -> None:
     """The `train` command; its last lines are the held-out scores before and after."""
-    pairs = start_run(config)
+    pairs, last = start_run(config)
     student = StudentUNet(3, 3, config.base_channels, config.stem_stride, config.widths, config.skips)
-    if config.init and not config.resume:
+    if config.init and not last:
         source, _ = load_student(config.init)
         if source.config != student.config:
             raise UserError(f"--init {config.init}: a student of other dimensions, {source.config}")
@@ -1474,7 +1456,7 @@ def train(config: TrainConfig) -> None:
     if loss.needs_teacher or config.teacher_cache:  # crops come from the cache, even if no term reads the teacher
         widths = student.feature_widths if "feature" in loss.weights else None
         teacher = RestormerTeacherWrapper(load_restormer(config.teacher_weights), widths)
-    run = Fit(config, Distillation(student, teacher, loss), student.config, pairs, FrameSharpener)
+    run = Fit(config, Distillation(student, teacher, loss), student.config, pairs, FrameSharpener, last)
     run.run()
     if run.rank == 0 and run.held_out:
         before = mean_score(run.held_out, lambda frame: frame)
@@ -1898,12 +1880,12 @@ def settle(config_class: type, given: dict) -> object:
         config = config_class(**(EMBEDDED_RUN | given))
     if isinstance(config, FitConfig) and config.resume:
         saved = read_checkpoint(config.run_dir / "last.pth", "start the run without --resume")["config"]
-        paths = [name for name, hint in typing.get_type_hints(config_class).items() if hint in (Path, Path | None)]
-        saved |= {name: Path(saved[name]) for name in paths if saved[name] is not None}
+        for name, hint in typing.get_type_hints(config_class).items():
+            if hint in (Path, Path | None) and saved[name] is not None:
+                saved[name] = Path(saved[name])
         config = config_class(**(saved | given))
     for item in dataclasses.fields(config):
-        at_least, above = item.metadata["bounds"]
-        value = getattr(config, item.name)
+        (at_least, above), value = item.metadata["bounds"], getattr(config, item.name)
         for number in value if isinstance(value, tuple) else (value,):
             if (at_least is not None and not number >= at_least) or (above is not None and not number > above):
                 bound = f"at least {at_least}" if above is None else f"above {above}"
@@ -1913,10 +1895,9 @@ def settle(config_class: type, given: dict) -> object:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
-    given = vars(build_parser().parse_args(arguments)).items()
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given}
-    config_class, command = COMMANDS[given.pop("command")]
-    debug = given.pop("debug")
+    given = vars(build_parser().parse_args(arguments))
+    (config_class, command), debug = COMMANDS[given.pop("command")], given.pop("debug")
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     try:
         command(settle(config_class, given))
     except (UserError, OSError, torch.OutOfMemoryError) as error:
