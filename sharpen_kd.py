@@ -66,6 +66,7 @@ SKIPS = ("concatenate", "add")
 BACKENDS = {"torch": "torch", "compile": "torch", "onnx": "onnxruntime", "openvino": "openvino"}  # with their packages
 FPS_SIZES = ((512, 512), (720, 1280), (1080, 1920))
 FrameFunction = Callable[[np.ndarray], np.ndarray]  # 8-bit RGB (H, W, 3) in and out
+Arrays = Callable[..., np.ndarray]  # a network as a backend runs it: arrays in, an array out
 
 # --- Configuration: one dataclass a command; its fields are the command's flags (see `build_parser`) ------------------
 
@@ -253,6 +254,7 @@ def process_rank() -> tuple[int, int]:
 
 # --- Pictures and datasets --------------------------------------------------------------------------------------------
 
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 READABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises
 
 
@@ -365,9 +367,6 @@ class Pair:
             return frame_array(open_picture(self.blurred)), frame_array(open_picture(self.sharp))
         sharp = even_sized(open_picture(self.sharp))
         return np.array(self.degradation(sharp)), np.array(sharp)
-
-
-PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 
 
 def list_pictures(folder: Path) -> list[Path]:
@@ -617,9 +616,9 @@ class RestormerTeacherWrapper(nn.Module):
 class TeacherCache(Dataset):
     """Crops like `GoProSharpeningDataset`'s, with what the teacher made of the whole picture.
 
-    A step with the teacher costs several without, so it runs once over each picture in `variants` flips and
-    degradations. Every result is one file of half-precision (H, W, C) tensors, mapped into memory; crops start where
-    the teacher's coarsest feature grid does. UserError for the cache of another teacher or data.
+    A step with the teacher costs several without, so it runs once, over each picture in `variants` flips and blurs.
+    A result is a file of half-precision (H, W, C) tensors, mapped into memory; crops start where the teacher's coarsest
+    feature grid does. UserError for the cache of another teacher or data.
     """
 
     def __init__(self, folder: Path, dataset: GoProSharpeningDataset, teacher: RestormerTeacherWrapper,
@@ -681,9 +680,9 @@ class TeacherCache(Dataset):
 class SEBlock(nn.Module):
     """Squeeze-and-excitation gates (Hu et al., CVPR 2018): (B, C, H, W) to (B, C, 1, 1) in (0, 1)."""
 
-    def __init__(self, channels: int, reduction: int = 8) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        hidden = max(1, channels // reduction)
+        hidden = max(1, channels // 8)
         self.squeeze = nn.Conv2d(channels, hidden, 1)
         self.excite = nn.Conv2d(hidden, channels, 1)
 
@@ -750,15 +749,13 @@ class StudentUNet(nn.Module):
         With PyTorch's default the signal fades through nine stages without a normalisation layer. Deep stages that are
         heard from the start are noise, which training first silences for good; so they come in as they learn (0.1 dB).
         """
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.ConvTranspose2d):
-                nn.init.normal_(module.weight, std=0.03 * module.in_channels**-0.5)
-                nn.init.zeros_(module.bias)
-        for stage in (*self.encoder, self.bottleneck, *self.decoder):
-            nn.init.constant_(stage.se.excite.bias, 2.0)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.constant_(parameter, 2.0 if name.endswith("excite.bias") else 0.0)
+            elif name.startswith("up"):
+                nn.init.normal_(parameter, std=0.03 * len(parameter) ** -0.5)
+            else:
+                nn.init.kaiming_normal_(parameter, nonlinearity="relu")
         nn.init.normal_(self.output.weight, std=1e-3)
 
     def correct(self, folded: Tensor, gates: Iterable[Tensor] = (None,) * 9) -> tuple[Tensor, dict, list[Tensor]]:
@@ -928,10 +925,9 @@ class FrameNetwork(nn.Module):
 
 
 class GateNetwork(FrameNetwork):
-    """Every stage's gates in a vector, averaged over 8-bit patches (N, h, w, 3) of a frame.
+    """Every stage's gates in a vector, averaged over 8-bit patches (N, h, w, 3), about as large as training crops.
 
     Plain SE blocks average over their whole input, so every tile would have other gates than its neighbours: seams.
-    Patches are about as large as training crops, on whose statistics the gates were trained.
     """
 
     def forward(self, patches: Tensor) -> Tensor:
@@ -949,22 +945,17 @@ def optional_package(name: str):
 def traced(network: FrameNetwork, library: str):
     """The network for frames of any size that is a multiple of its alignment: `openvino.Model`, or ONNX as bytes."""
     package, side, file = optional_package(library), network.student.alignment, io.BytesIO()
-    examples = {"frames": torch.zeros(1, side, side, 3, dtype=torch.uint8)}
-    if not isinstance(network, GateNetwork):
-        examples["gates"] = torch.ones(sum(network.student.gate_widths))
-    inputs = tuple(examples.values())
+    frames, gates = torch.zeros(1, side, side, 3, dtype=torch.uint8), torch.ones(sum(network.student.gate_widths))
+    inputs = (frames,) if isinstance(network, GateNetwork) else (frames, gates)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of branches that frames of aligned sides never take
         if library == "openvino":
-            shapes = [[-1, -1, -1, 3], *(list(gates.shape) for gates in inputs[1:])]
+            shapes = [[-1, -1, -1, 3], [len(gates)]][: len(inputs)]
             return package.convert_model(network, example_input=inputs, input=shapes)
         sizes = {name: {0: "batch", 1: "height", 2: "width"} for name in ("frames", "restored")}
-        torch.onnx.export(network, inputs, file, input_names=[*examples], output_names=["restored"],
-                          dynamic_axes=sizes, dynamo=False)  # fmt: skip
+        names = {"input_names": ["frames", "gates"][: len(inputs)], "output_names": ["restored"]}
+        torch.onnx.export(network, inputs, file, **names, dynamic_axes=sizes, dynamo=False)
     return file.getvalue()
-
-
-Arrays = Callable[..., np.ndarray]  # a compiled network: arrays in, an array out
 
 
 def torch_backend(network: nn.Module, device: torch.device, precision: torch.dtype) -> Arrays:
@@ -1050,8 +1041,8 @@ class TileSide:
 def sample_patches(frame: np.ndarray, side: int = 128, count: int = 4) -> np.ndarray:
     """(N, h, w, 3): the most detailed patches of a grid, to take gates from; a small frame stands for itself.
 
-    Gates tell one blur from another, and flat patches cannot: what the gates make of them is chance, since training
-    crops without detail lose nothing by it. Evenly spaced patches cost single pictures up to 3 dB.
+    What gates make of flat patches is chance, since training crops without detail lose nothing by it: evenly spaced
+    patches cost single pictures up to 3 dB.
     """
     height, width = frame.shape[:2]
     if height * width <= side * side * count:
@@ -1669,10 +1660,9 @@ def evaluate(config: EvalConfig) -> None:
         print(f"{protocol or 'PSNR / SSIM':<12}" + "".join(f"{method:>18}" for method in methods))
         groups = {"all": []} | grouped(scored, lambda row: row["category"]) | {"all": scored}
         for category, members in groups.items():
-            tables[protocol][category] = means = {}
-            for name in methods:
-                psnr, similarity = ([row[f"{name}_{kind}"] for row in members] for kind in ("psnr", "ssim"))
-                means[name] = [mean_psnr(psnr), statistics.fmean(similarity)]
+            columns = {name: [row[name] for row in members] for name in scored[0]}
+            means = {m: [mean_psnr(columns[f"{m}_psnr"]), statistics.fmean(columns[f"{m}_ssim"])] for m in methods}
+            tables[protocol][category] = means
             print(f"{category:<12}" + "".join(f"{mean[0]:>9.2f} / {mean[1]:.4f}" for mean in means.values()))
         tables[protocol]["images"] = len(scored)
     config.output_dir.mkdir(parents=True, exist_ok=True)
@@ -1782,7 +1772,6 @@ def measure_fps(config: FpsConfig) -> None:
     """The `fps` command."""
     device, rows = pick_device(config), []
     precision = pick_precision(config.precision, device)
-    here = {name for name in BACKENDS.values() if device.type == "cpu" and importlib.util.find_spec(name)} | {"torch"}
     students = {Path(name).stem: load_student(name)[0] for name in config.checkpoint if not config.base_channels}
     if config.base_channels:
         name = f"c={config.base_channels} r={config.stem_stride}"
@@ -1794,9 +1783,10 @@ def measure_fps(config: FpsConfig) -> None:
         print(f"{name}: {count:,} parameters, {macs[name]:,.0f} multiply-adds a pixel")
     print(f"{device}, {precision}, {torch.get_num_threads()} CPU threads, PyTorch {torch.__version__}")
     print("network       backend   frame              network   8-bit to 8-bit, ms   95 %    FPS  GFLOP/s  x plain")
+    here = ["torch", *(name for name in BACKENDS.values() if device.type == "cpu" and importlib.util.find_spec(name))]
     backends = config.backend or [name for name, package in BACKENDS.items() if package in here]
     for backend, (height, width) in itertools.product(backends, FPS_SIZES):
-        for (name, network), tile in itertools.product(networks.items(), (0, config.tile)):
+        for (name, network), tile in itertools.product(networks.items(), sorted({0, config.tile})):
             sharpener = FrameSharpener(network, device, tile, config.overlap, 1.0, config.precision, backend)
             parts = math.prod(len(sharpener.side(length).parts) for length in (height, width))
             if tile and (parts == 1 or name == "plain layers"):
