@@ -666,12 +666,9 @@ class TeacherCache(Dataset):
         maps = torch.load(self.file(index, rng.integers(self.variants)), mmap=True, weights_only=True)
         height, width = maps["sharp"].shape[:2]
         top, left = (self.alignment * rng.integers((side - size) // self.alignment + 1) for side in (height, width))
-        crops = {}
-        for name, grid in maps.items():
-            step = height // grid.shape[0]
-            crop = grid[top // step : (top + size) // step, left // step : (left + size) // step]
-            crops[name] = crop.permute(2, 0, 1).float()
-        return crops
+        steps = {name: height // grid.shape[0] for name, grid in maps.items()}
+        crops = {name: maps[name][top // n :, left // n :][: size // n, : size // n] for name, n in steps.items()}
+        return {name: crop.permute(2, 0, 1).float() for name, crop in crops.items()}
 
 
 # --- Student: a U-Net with squeeze-and-excitation, behind a space-to-depth stem ---------------------------------------
@@ -760,23 +757,19 @@ class StudentUNet(nn.Module):
 
     def correct(self, folded: Tensor, gates: Iterable[Tensor] = (None,) * 9) -> tuple[Tensor, dict, list[Tensor]]:
         """The correction of a folded picture, the features to be compared with the teacher's, every stage's gate."""
-        gates, used, skips = iter(gates), [], []
-        x = folded
-        for stage in self.encoder:
-            skip, gate = stage(x, next(gates))
-            skips.append(skip)
+        gates, used, levels, x = iter(gates), [], [], folded
+        for stage in (*self.encoder, self.bottleneck):
+            x = F.max_pool2d(x, 2, ceil_mode=True) if levels else x
+            x, gate = stage(x, next(gates))
+            levels.append(x)
             used.append(gate)
-            x = F.max_pool2d(skip, 2, ceil_mode=True)
-        bottleneck, gate = self.bottleneck(x, next(gates))
-        x = bottleneck
-        used.append(gate)
-        for up, stage, skip in zip(self.up, self.decoder, reversed(skips), strict=True):
+        for up, stage, skip in zip(self.up, self.decoder, levels[-2::-1], strict=True):
             x = up(x)
             if x.shape[-2:] != skip.shape[-2:]:
                 x = F.interpolate(x, skip.shape[-2:], mode="bilinear", align_corners=False)
             x, gate = stage(self.merge(x, skip), next(gates))
             used.append(gate)
-        return self.output(x), {"e2": skips[1], "e4": skips[3], "b": bottleneck}, used
+        return self.output(x), {"e2": levels[1], "e4": levels[3], "b": levels[4]}, used
 
     def forward(self, blurred: Tensor, features: bool = False) -> Tensor | tuple[Tensor, dict]:
         height, width = blurred.shape[-2:]
@@ -1481,7 +1474,7 @@ def ablate(config: AblateConfig) -> None:
         cycle = {"epochs": epochs, "restart_epochs": epochs, "validate_every": epochs}
         scores[name], steps = {"held out": [], "test": []}, []
         for seed in config.seeds:
-            folder = config.run_dir / f"{re.sub(r'[ ,]+', '_', name)}_{seed}"
+            folder = config.run_dir / f"{name.replace(',', '').replace(' ', '_')}_{seed}"
             if not (folder / "best.pth").exists():  # it is written at the end
                 run = {"run_dir": folder, "seed": seed, "resume": (folder / "last.pth").exists()}
                 train(dataclasses.replace(config, **run, **weights, **cycle))
