@@ -62,9 +62,11 @@ OFFICIAL_TEACHER = HERE / "Restormer/Motion_Deblurring/pretrained_models/motion_
 COMPACT_TEACHER = HERE / "model_checkpoints/teacher.pth"
 SHIPPED = {"quality": HERE / "model_checkpoints/student.pth", "fast": HERE / "model_checkpoints/student_fast.pth"}
 TILE, OVERLAP = 1024, 192  # pixels; a 1080p frame's tiles hold a tenth more than it and differ by 2/255 at most
-SKIPS, BACKENDS = ("concatenate", "add"), ("torch", "compile", "onnx", "openvino")
+SKIPS = ("concatenate", "add")
+BACKENDS = {"torch": "torch", "compile": "torch", "onnx": "onnxruntime", "openvino": "openvino"}  # with their packages
 FPS_SIZES = ((512, 512), (720, 1280), (1080, 1920))
 FrameFunction = Callable[[np.ndarray], np.ndarray]  # 8-bit RGB (H, W, 3) in and out
+Arrays = Callable[..., np.ndarray]  # a network as a backend runs it: arrays in, an array out
 
 # --- Configuration: one dataclass a command; its fields are the command's flags (see `build_parser`) ------------------
 
@@ -245,11 +247,6 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if name == "bf16" or (name == "auto" and native) else torch.float32
 
 
-def mixed_precision(precision: torch.dtype, device: torch.device) -> torch.autocast:
-    """A context in which networks compute in `precision`; float32 leaves them as they are."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
-
-
 def process_rank() -> tuple[int, int]:
     """(rank, processes): torchrun's, or (0, 1)."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -257,6 +254,7 @@ def process_rank() -> tuple[int, int]:
 
 # --- Pictures and datasets --------------------------------------------------------------------------------------------
 
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 READABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises
 
 
@@ -270,11 +268,14 @@ def open_picture(path: Path) -> Image.Image:
         raise UserError(f"{path}: not a picture that Pillow can read ({error})") from error
 
 
-def rgb_array(image: Image.Image | np.ndarray) -> np.ndarray:
-    """RGB (H, W, 3) from a PIL image or an array: uint8 where that is, else float32 in [0, 1]; without alpha.
+def picture_size(path: Path) -> tuple[int, int] | None:
+    """(width, height) from a file's header; None if that is unreadable."""
+    with contextlib.suppress(*READABLE), Image.open(path) as image:
+        return image.size
 
-    Arrays are (H, W) or (H, W, 1 to 4): uint8, uint16, bool, or floats in [0, 1]; ValueError for others.
-    """
+
+def rgb_array(image: Image.Image | np.ndarray) -> np.ndarray:
+    """RGB (H, W, 3), uint8 or else float32 in [0, 1], of a picture or an (H, W[, 1 to 4]) array; ValueError if none."""
     if isinstance(image, Image.Image):
         if image.mode[0] not in "IF":
             return np.array(image.convert("RGB"))
@@ -368,36 +369,21 @@ class Pair:
         return np.array(self.degradation(sharp)), np.array(sharp)
 
 
-PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
-
-
 def list_pictures(folder: Path) -> list[Path]:
     """Every picture file below `folder`, sorted."""
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES)
 
 
 # A file's side of a pair is a folder's name, wherever it stands, and the rest is the key it shares with its partner:
-# `blurred/text/a_blur.png` ("text/a") and the published `GOPR0372_07_00/blur/000047.png` ("GOPR0372_07_00/000047").
+# `blurred/text/a_blur.png` ("text/a") and the published `GOPR0372_07_00/blur/000047.png` ("GOPR0372_07_00/000047"),
+# whose `blur_gamma` is passed over.
 PAIR_FILE = re.compile(r"(|.*?/)(blurred|blur|sharp)/(.*?)(_blurred|_blur|_sharp)?", re.DOTALL)
-
-
-def size_problems(pair: Pair) -> list[str]:
-    """What is wrong with a pair's files, read from their headers alone."""
-    problems, sizes = [], set()
-    for path in (pair.blurred, pair.sharp):
-        try:
-            with Image.open(path) as image:
-                sizes.add(image.size)
-        except READABLE:
-            problems.append(f"{path} is unreadable")
-    return problems + [f"{pair.blurred} has another size than {pair.sharp}"] * (len(sizes) == 2)
 
 
 def find_pairs(split_dir: Path, protocol: str = "") -> list[Pair]:
     """The pairs below a split's folder, sorted by key; with a `protocol`, sharp pictures to be degraded by it.
 
-    The sharp pictures are those of the pairs, or, in a folder that knows no sides, all. GoPro's `blur_gamma` is passed
-    over. UserError for nothing, files without a partner, unequal sizes, unreadable files, two files for one side.
+    UserError for nothing, files without a partner, unequal sizes, unreadable files, two files for one side.
     """
     sides, problems = {"blurred": {}, "sharp": {}}, []
     names = {path: path.relative_to(split_dir).with_suffix("").as_posix() for path in list_pictures(split_dir)}
@@ -407,14 +393,18 @@ def find_pairs(split_dir: Path, protocol: str = "") -> list[Pair]:
             if (other := sides[side].setdefault(match[1] + match[3], path)) != path:
                 problems.append(f"{path} and {other} are the {side} side of one pair")
     blurred, sharp = sides.values()
-    if protocol:
+    if protocol:  # of the pairs, or of a folder that knows no sides
         sharp = sharp if blurred or sharp else {name: path for path, name in names.items()}
         pairs = [Pair(key, path, degradation=PROTOCOLS[protocol]) for key, path in sorted(sharp.items())]
     else:
         problems += [f"{blurred[key]} has no sharp partner" for key in sorted(blurred.keys() - sharp.keys())]
         problems += [f"{sharp[key]} has no blurred partner" for key in sorted(sharp.keys() - blurred.keys())]
         pairs = [Pair(key, sharp[key], blurred[key]) for key in sorted(sharp.keys() & blurred.keys())]
-        problems += [problem for pair in pairs for problem in size_problems(pair)]
+        for pair in pairs:
+            sizes = {path: picture_size(path) for path in (pair.blurred, pair.sharp)}
+            problems += [f"{path} is unreadable" for path, size in sizes.items() if not size]
+            if all(sizes.values()) and sizes[pair.blurred] != sizes[pair.sharp]:
+                problems.append(f"{pair.blurred} has another size than {pair.sharp}")
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise UserError("; ".join(problems[:5]) + more + ". Mend or remove them.")
@@ -450,13 +440,10 @@ def grouped(items: Iterable, key: Callable[[typing.Any], str]) -> dict[str, list
 
 
 def hold_out(pairs: list[Pair], fraction: float) -> tuple[list[Pair], list[Pair]]:
-    """(training, validation) pairs: GoPro's sequences whole, at least one unless `fraction` is 0.
-
-    The draw is the same in every run, so that runs of several seeds, and a teacher and its student, compare.
-    """
+    """(training, validation) pairs: GoPro's sequences whole, at least one unless `fraction` is 0."""
     groups = grouped(pairs, lambda pair: (re.search(r"GOPR\d+_\d+_\d+", pair.key) or [pair.key])[0])
     names, held = sorted(groups), []
-    for index in np.random.default_rng(0).permutation(len(names))[:-1]:
+    for index in np.random.default_rng(0).permutation(len(names))[:-1]:  # one draw for all runs, so that they compare
         held += groups[names[index]] if len(held) < fraction * len(pairs) else []
     return [pair for pair in pairs if pair not in held], held
 
@@ -471,10 +458,10 @@ def balanced(pairs: list[Pair]) -> list[Pair]:
 class GoProSharpeningDataset(Dataset):
     """Blurred/sharp training crops as float RGB tensors, each (3, image_size, image_size).
 
-    An item is named by (epoch, index) and drawn from (seed, epoch, index) alone, so neither worker processes nor an
-    interruption change what a run sees. Crops start at even pixels: a frame enlarged by 2, and a student with a stem,
-    repeat every two. "pairs" blurs the pair's own blur more; the others degrade a crop of the sharp picture anew, by x2
-    or by what `Degradation.draw` draws. A student starts on "x2": from "mixed" alone it learns to do nothing.
+    An item is drawn from (seed, epoch, index) alone, so neither worker processes nor an interruption change what a run
+    sees. Crops start at even pixels: a frame enlarged by 2, and a student with a stem, repeat every two. "pairs" blurs
+    the pair's own blur more; "x2" and "mixed" degrade a crop of the sharp picture anew (see `Degradation.draw`). A
+    student starts on "x2": from "mixed" alone it learns to do nothing.
     """
 
     def __init__(self, pairs: Sequence[Pair], image_size: int, blur_probability: float = 1.0,
@@ -482,9 +469,6 @@ class GoProSharpeningDataset(Dataset):
         self.pairs, self.image_size, self.blur_probability, self.seed = pairs, image_size, blur_probability, seed
         self.degradation, self.to_tensor, self.decoded = degradation, CustomToTensor(), []
         self.decoded = [self.images(index) for index in range(len(pairs))] if cache else []
-
-    def __len__(self) -> int:
-        return len(self.pairs)
 
     def __getitem__(self, item: int | tuple[int, int]) -> dict[str, Tensor]:
         epoch, index = item if isinstance(item, tuple) else (0, item)
@@ -596,8 +580,7 @@ def load_restormer(weights: Path | None) -> StemmedRestormer:
 class RestormerTeacherWrapper(nn.Module):
     """A frozen Restormer with feature taps and trainable 1x1 projections to the student's widths.
 
-    `forward` takes blurred pictures (B, 3, H, W) of any size in [0, 1] and returns the restored ones; `tapped` then
-    holds their features, e2 at 1/2 of the folded size, e4 at 1/4, b at 1/8. The projections train with the student.
+    `forward` restores (B, 3, H, W) of any size; `tapped` then holds features at 1/2, 1/4 and 1/8 of the folded size.
     AttributeError if a tap is missing: a hook that silently is not there would be a term that silently is 0.
     """
 
@@ -633,9 +616,9 @@ class RestormerTeacherWrapper(nn.Module):
 class TeacherCache(Dataset):
     """Crops like `GoProSharpeningDataset`'s, with what the teacher made of the whole picture.
 
-    A step with the teacher costs several without, so it runs once, over each picture of `dataset` in `variants`
-    flips and degradations. Every result is one file, mapped into memory: tensors (H, W, C) in half precision. Crops
-    start where the teacher's coarsest feature grid does. UserError for the cache of another teacher or data.
+    A step with the teacher costs several without, so it runs once, over each picture in `variants` flips and blurs.
+    A result is a file of half-precision (H, W, C) tensors, mapped into memory; crops start where the teacher's coarsest
+    feature grid does. UserError for the cache of another teacher or data.
     """
 
     def __init__(self, folder: Path, dataset: GoProSharpeningDataset, teacher: RestormerTeacherWrapper,
@@ -664,7 +647,7 @@ class TeacherCache(Dataset):
         """Write every file; processes that train together share them out."""
         self.folder.mkdir(parents=True, exist_ok=True)
         device, (rank, processes) = next(teacher.parameters()).device, process_rank()
-        places = list(itertools.product(range(len(self.dataset)), range(self.variants)))[rank::processes]
+        places = list(itertools.product(range(len(self.dataset.pairs)), range(self.variants)))[rank::processes]
         for index, variant in tqdm(places, "teacher cache", disable=rank > 0):
             rng = np.random.default_rng((variant, index))  # not the run's seed: runs of several seeds share a cache
             example = self.dataset.example(self.dataset.images(index), rng)
@@ -683,12 +666,9 @@ class TeacherCache(Dataset):
         maps = torch.load(self.file(index, rng.integers(self.variants)), mmap=True, weights_only=True)
         height, width = maps["sharp"].shape[:2]
         top, left = (self.alignment * rng.integers((side - size) // self.alignment + 1) for side in (height, width))
-        crops = {}
-        for name, grid in maps.items():
-            step = height // grid.shape[0]
-            crop = grid[top // step : (top + size) // step, left // step : (left + size) // step]
-            crops[name] = crop.permute(2, 0, 1).float()
-        return crops
+        steps = {name: height // grid.shape[0] for name, grid in maps.items()}
+        crops = {name: maps[name][top // n :, left // n :][: size // n, : size // n] for name, n in steps.items()}
+        return {name: crop.permute(2, 0, 1).float() for name, crop in crops.items()}
 
 
 # --- Student: a U-Net with squeeze-and-excitation, behind a space-to-depth stem ---------------------------------------
@@ -697,9 +677,9 @@ class TeacherCache(Dataset):
 class SEBlock(nn.Module):
     """Squeeze-and-excitation gates (Hu et al., CVPR 2018): (B, C, H, W) to (B, C, 1, 1) in (0, 1)."""
 
-    def __init__(self, channels: int, reduction: int = 8) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        hidden = max(1, channels // reduction)
+        hidden = max(1, channels // 8)
         self.squeeze = nn.Conv2d(channels, hidden, 1)
         self.excite = nn.Conv2d(hidden, channels, 1)
 
@@ -735,8 +715,7 @@ class StudentUNet(nn.Module):
     """The report's student; (B, 3, H, W) in [0, 1] to the same shape, any size from 1x1.
 
     Stage widths are c/4, c/2, c, 2c and a bottleneck of 3c for c = `base_channels`, or `widths`. With `stem_stride` r
-    the stages see the picture folded to 1/r of its size and 3 r^2 channels; r = 1 is the report's literal network.
-    It predicts a correction to its input: an untrained student returns what it was given.
+    the stages see the picture folded to 1/r of its size; r = 1 is the report's network. It predicts a correction.
     """
 
     def __init__(self, in_channels: int = 3, out_channels: int = 3, base_channels: int = 256,
@@ -762,42 +741,35 @@ class StudentUNet(nn.Module):
         self.initialise()
 
     def initialise(self) -> None:
-        """He initialisation; gates nearly open; the last layer and what comes up from below near zero.
+        """He initialisation, gates nearly open, the last layer and what comes up from below near zero: a copy at first.
 
-        With PyTorch's default the signal fades through nine stages without a normalisation layer, and the
-        network stays at its input for hundreds of steps. Deep stages that are heard from the start are noise,
-        which training first silences for good; they come in as they learn (0.1 dB after 600 steps).
+        With PyTorch's default the signal fades through nine stages without a normalisation layer. Deep stages that are
+        heard from the start are noise, which training first silences for good; so they come in as they learn (0.1 dB).
         """
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.ConvTranspose2d):
-                nn.init.normal_(module.weight, std=0.03 * module.in_channels**-0.5)
-                nn.init.zeros_(module.bias)
-        for stage in (*self.encoder, self.bottleneck, *self.decoder):
-            nn.init.constant_(stage.se.excite.bias, 2.0)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.constant_(parameter, 2.0 if name.endswith("excite.bias") else 0.0)
+            elif name.startswith("up"):
+                nn.init.normal_(parameter, std=0.03 * len(parameter) ** -0.5)
+            else:
+                nn.init.kaiming_normal_(parameter, nonlinearity="relu")
         nn.init.normal_(self.output.weight, std=1e-3)
 
     def correct(self, folded: Tensor, gates: Iterable[Tensor] = (None,) * 9) -> tuple[Tensor, dict, list[Tensor]]:
         """The correction of a folded picture, the features to be compared with the teacher's, every stage's gate."""
-        gates, used, skips = iter(gates), [], []
-        x = folded
-        for stage in self.encoder:
-            skip, gate = stage(x, next(gates))
-            skips.append(skip)
+        gates, used, levels, x = iter(gates), [], [], folded
+        for stage in (*self.encoder, self.bottleneck):
+            x = F.max_pool2d(x, 2, ceil_mode=True) if levels else x
+            x, gate = stage(x, next(gates))
+            levels.append(x)
             used.append(gate)
-            x = F.max_pool2d(skip, 2, ceil_mode=True)
-        bottleneck, gate = self.bottleneck(x, next(gates))
-        x = bottleneck
-        used.append(gate)
-        for up, stage, skip in zip(self.up, self.decoder, reversed(skips), strict=True):
+        for up, stage, skip in zip(self.up, self.decoder, levels[-2::-1], strict=True):
             x = up(x)
             if x.shape[-2:] != skip.shape[-2:]:
                 x = F.interpolate(x, skip.shape[-2:], mode="bilinear", align_corners=False)
             x, gate = stage(self.merge(x, skip), next(gates))
             used.append(gate)
-        return self.output(x), {"e2": skips[1], "e4": skips[3], "b": bottleneck}, used
+        return self.output(x), {"e2": levels[1], "e4": levels[3], "b": levels[4]}, used
 
     def forward(self, blurred: Tensor, features: bool = False) -> Tensor | tuple[Tensor, dict]:
         height, width = blurred.shape[-2:]
@@ -848,22 +820,20 @@ def ssim(first: Tensor, second: Tensor) -> Tensor:
 
 
 def positional_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(teacher || student) of soft distributions over positions, one a channel, averaged.
+    """T^2 KL(teacher || student) of (B, C, H, W) as soft distributions over positions, one a channel, averaged.
 
-    The report's "output distributions" would say nothing over three colour channels, so this is channel-wise
-    distillation (Shu et al., ICCV 2021, eq. 4) of (B, C, H, W) outputs.
+    Over three colour channels a distribution says nothing; so channel-wise distillation (Shu et al., ICCV 2021, eq. 4).
     """
     student, teacher = ((x.flatten(2) / temperature).log_softmax(-1) for x in (student, teacher))
     return F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1).mean() * temperature**2
 
 
 def feature_loss(student: dict[str, Tensor], teacher: dict[str, Tensor]) -> Tensor:
-    """L1 between student features and projected teacher features, mean over the taps.
+    """L1 between student features and projected teacher features, both (B, C, H, W), mean over the taps.
 
     The projections train too, so a plain L1 would be smallest with both sides at zero. Here each teacher channel is
-    standardised over batch and positions, so that no projection can shrink it; the student's is only centred and has
-    to come to that size. (Standardising both leaves ReLU channels free to die: 13 of 24 in e2 after 120 steps,
-    against 4.) Maps are (B, C, H, W); the teacher's are resized to the student's.
+    standardised, so that no projection can shrink it; the student's is only centred and has to come to that size.
+    (Standardising both leaves ReLU channels free to die: 13 of 24 in e2 after 120 steps, against 4.)
     """
     losses = []
     for name, features in student.items():
@@ -889,10 +859,8 @@ class VGGFeatures(nn.Module):
             state = weights.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
             state = {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
             self.features.load_state_dict(state)
-        except OSError as error:
-            raise UserError(f"{path}: no VGG19 weights and no download ({error}); {remedy}") from error
-        except Exception as error:  # torch.load raises whatever a damaged archive happens to cause
-            raise UserError(f"{path}: not VGG19's weights ({type(error).__name__}); {remedy}") from error
+        except Exception as error:  # no file and no download, or what a damaged file happens to cause
+            raise UserError(f"{path}: no VGG19 weights ({type(error).__name__}: {error}); {remedy}") from error
         self.requires_grad_(False).eval()
 
     def forward(self, image: Tensor) -> Tensor:
@@ -929,8 +897,7 @@ class DistillationLoss(nn.Module):
 class FrameNetwork(nn.Module):
     """A student between 8-bit frames (B, H, W, 3) whose sides are multiples of its stem stride: what a backend runs.
 
-    `gates` (the sum of its gate widths,) are the whole frame's. Pixels are folded before they become floats and
-    unfolded after they are bytes again, since moving bytes is the cheaper.
+    `gates` are the whole frame's. Pixels are folded as bytes and unfolded as bytes, since those are cheaper to move.
     """
 
     def __init__(self, student: nn.Module) -> None:
@@ -951,11 +918,9 @@ class FrameNetwork(nn.Module):
 
 
 class GateNetwork(FrameNetwork):
-    """A frame's gates, from 8-bit patches (N, h, w, 3) of it: every stage's, averaged over the patches, in a vector.
+    """Every stage's gates in a vector, averaged over 8-bit patches (N, h, w, 3), about as large as training crops.
 
-    The plain SE block averages over its whole input, so every tile would have other gates than its neighbours: seams.
-    Instead all tiles share gates taken once, from patches of about the training crop's size, whose statistics the
-    gates were trained on. With one patch that is the frame, these are the plain gates.
+    Plain SE blocks average over their whole input, so every tile would have other gates than its neighbours: seams.
     """
 
     def forward(self, patches: Tensor) -> Tensor:
@@ -963,7 +928,27 @@ class GateNetwork(FrameNetwork):
         return torch.cat([gate.mean(0).flatten() for gate in gates]).float()
 
 
-Arrays = Callable[..., np.ndarray]  # a compiled network: arrays in, an array out
+def optional_package(name: str):
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"{name} is not installed: pip install {name}") from error
+
+
+def traced(network: FrameNetwork, library: str):
+    """The network for frames of any size that is a multiple of its alignment: `openvino.Model`, or ONNX as bytes."""
+    package, side, file = optional_package(library), network.student.alignment, io.BytesIO()
+    frames, gates = torch.zeros(1, side, side, 3, dtype=torch.uint8), torch.ones(sum(network.student.gate_widths))
+    inputs = (frames,) if isinstance(network, GateNetwork) else (frames, gates)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of branches that frames of aligned sides never take
+        if library == "openvino":
+            shapes = [[-1, -1, -1, 3], [len(gates)]][: len(inputs)]
+            return package.convert_model(network, example_input=inputs, input=shapes)
+        sizes = {name: {0: "batch", 1: "height", 2: "width"} for name in ("frames", "restored")}
+        names = {"input_names": ["frames", "gates"][: len(inputs)], "output_names": ["restored"]}
+        torch.onnx.export(network, inputs, file, **names, dynamic_axes=sizes, dynamo=False)
+    return file.getvalue()
 
 
 def torch_backend(network: nn.Module, device: torch.device, precision: torch.dtype) -> Arrays:
@@ -974,7 +959,7 @@ def torch_backend(network: nn.Module, device: torch.device, precision: torch.dty
         tensors = map(torch.from_numpy, arrays)
         if device.type == "cuda":  # from pinned memory, a copy need not be waited for
             tensors = (tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors)
-        with mixed_precision(precision, device):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
             return network(*(tensor.to(device) for tensor in tensors)).cpu().numpy()
 
     return run
@@ -991,7 +976,7 @@ def onnx_backend(network: nn.Module, device: torch.device, precision: torch.dtyp
     runtime = optional_package("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = runtime.InferenceSession(onnx_file(network), options, providers=["CPUExecutionProvider"])
+    session = runtime.InferenceSession(traced(network, "onnx"), options, providers=["CPUExecutionProvider"])
     names = [item.name for item in session.get_inputs()]
     return lambda *arrays: session.run(None, dict(zip(names, arrays, strict=False)))[0]  # an unused input is left out
 
@@ -1001,7 +986,7 @@ def openvino_backend(network: nn.Module, device: torch.device, precision: torch.
     openvino = optional_package("openvino")
     hints = {"INFERENCE_PRECISION_HINT": "bf16" if precision == torch.bfloat16 else "f32",
              "INFERENCE_NUM_THREADS": torch.get_num_threads()}  # fmt: skip
-    model = openvino_model(network)
+    model = traced(network, "openvino")
 
     @functools.lru_cache(8)
     def compiled(*shapes: tuple[int, ...]):
@@ -1017,55 +1002,7 @@ def openvino_backend(network: nn.Module, device: torch.device, precision: torch.
     return run
 
 
-RUNNERS = dict(zip(BACKENDS, (torch_backend, compile_backend, onnx_backend, openvino_backend), strict=True))
-
-
-def installed_backends(device: torch.device) -> list[str]:
-    """The backends that can run here."""
-    packages = {"onnx": "onnxruntime", "openvino": "openvino"}
-    here = device.type == "cpu"
-    return [name for name in BACKENDS if name not in packages or (here and importlib.util.find_spec(packages[name]))]
-
-
-def optional_package(name: str):
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(f"{name} is not installed: pip install {name}") from error
-
-
-def example_inputs(network: nn.Module) -> tuple[Tensor, ...]:
-    """Small inputs of a `FrameNetwork` or `GateNetwork` to trace it with."""
-    side = network.student.alignment
-    frames = torch.zeros(1, side, side, 3, dtype=torch.uint8)
-    return (frames,) if isinstance(network, GateNetwork) else (frames, torch.ones(sum(network.student.gate_widths)))
-
-
-@contextlib.contextmanager
-def quiet_tracing() -> Iterator[None]:
-    """Without tracing's warnings of branches that frames of aligned sides never take."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def openvino_model(network: nn.Module):
-    """An `openvino.Model` for frames of any size that is a multiple of the student's alignment."""
-    convert, examples = optional_package("openvino").convert_model, example_inputs(network)
-    shapes = [[-1, -1, -1, 3], *([len(gates)] for gates in examples[1:])]
-    with quiet_tracing():
-        return convert(network, example_input=examples, input=shapes)
-
-
-def onnx_file(network: nn.Module) -> bytes:
-    """The same as ONNX."""
-    optional_package("onnx")
-    file, names = io.BytesIO(), ["frames", "gates"][: len(example_inputs(network))]
-    sizes = {name: {0: "batch", 1: "height", 2: "width"} for name in ("frames", "restored")}
-    with quiet_tracing():
-        torch.onnx.export(network, example_inputs(network), file, input_names=names, output_names=["restored"],
-                          dynamic_axes=sizes, dynamo=False)  # fmt: skip
-    return file.getvalue()
+RUNNERS = {"torch": torch_backend, "compile": compile_backend, "onnx": onnx_backend, "openvino": openvino_backend}
 
 
 class Part(typing.NamedTuple):
@@ -1079,8 +1016,8 @@ class Part(typing.NamedTuple):
 class TileSide:
     """How equal tiles of about `tile` pixels cover one side of a frame; 0 takes it whole.
 
-    Tiles are aligned to the network's strides, so that one sees the pooling grid of the whole frame, and share at
-    least `overlap` pixels, of which each gives the half that is farther from its edge.
+    Tiles start on the whole frame's pooling grid and share `overlap` pixels or more, of which each gives the half that
+    is farther from its edge.
     """
 
     def __init__(self, length: int, tile: int, overlap: int, alignment: int) -> None:
@@ -1097,8 +1034,8 @@ class TileSide:
 def sample_patches(frame: np.ndarray, side: int = 128, count: int = 4) -> np.ndarray:
     """(N, h, w, 3): the most detailed patches of a grid, to take gates from; a small frame stands for itself.
 
-    Gates tell one blur from another, and flat patches cannot: what the gates make of them is chance, since training
-    crops without detail lose nothing by it. Evenly spaced patches cost single pictures up to 3 dB.
+    What gates make of flat patches is chance, since training crops without detail lose nothing by it: evenly spaced
+    patches cost single pictures up to 3 dB.
     """
     height, width = frame.shape[:2]
     if height * width <= side * side * count:
@@ -1115,15 +1052,15 @@ def sample_patches(frame: np.ndarray, side: int = 128, count: int = 4) -> np.nda
 class FrameSharpener:
     """A student applied to 8-bit RGB frames (H, W, 3) of any size; returns frames alike.
 
-    It holds one tile at a time beside the frame and the result (one row of tiles on an accelerator, which takes them
-    as a batch). A frame's gates are taken once, so tiled and whole outputs agree. `strength` scales the correction.
+    It holds one tile at a time (on an accelerator a row of them, as a batch). A frame's gates are taken once, so tiled
+    and whole outputs agree. `strength` scales the correction.
     """
 
     def __init__(self, student: StudentUNet, device: torch.device, tile: int = TILE, overlap: int = OVERLAP,
                  strength: float = 1.0, precision: str = "auto", backend: str = "torch") -> None:  # fmt: skip
         if tile and overlap >= tile:
             raise UserError(f"--tile {tile} --overlap {overlap}: tiles must be larger than their overlap")
-        if backend in ("onnx", "openvino") and device.type != "cpu":
+        if BACKENDS[backend] != "torch" and device.type != "cpu":
             raise UserError(f"--backend {backend}: computes on the CPU; add --device cpu")
         student = student.to(device, memory_format=torch.channels_last).eval()
         compiled = functools.partial(RUNNERS[backend], device=device, precision=pick_precision(precision, device))
@@ -1198,44 +1135,43 @@ class Distillation(nn.Module):
         self.network, self.teacher, self.loss = network, teacher, loss
 
     def forward(self, batch: dict[str, Tensor], autocast: torch.autocast) -> dict[str, Tensor]:
-        wanted, features, projected = "feature" in self.loss.weights, None, None
+        features = projected = None
         with autocast:  # the networks only: SSIM's variances need float32
-            output = self.network(batch["blurred"], **({"features": True} if wanted else {}))
             if self.teacher and "output" not in batch:  # they are there where they come from a cache
                 batch = batch | {"output": self.teacher(batch["blurred"])} | self.teacher.tapped
-            if wanted:
-                output, features = output
+            if "feature" in self.loss.weights:
+                output, features = self.network(batch["blurred"], features=True)
                 projected = self.teacher.project(batch)
+            else:
+                output = self.network(batch["blurred"])
         return self.loss(output, batch["sharp"], features, batch.get("output"), projected)
 
 
 class CropOrder(Sampler[list[tuple[int, int]]]):
     """The (epoch, index) batches of one process over a whole run, from `first_step` on.
 
-    Epochs are permutations, wrapped around to fill the last batches; N processes at 1/N of the accumulation see what
-    one would, step by step.
+    Epochs are permutations, wrapped around to fill the last batches; N processes see, step by step, what one would.
     """
 
     def __init__(self, count: int, config: FitConfig, rank: int = 0, processes: int = 1) -> None:
-        self.count, self.config, self.rank = count, config, rank
+        self.count, self.config, self.rank, self.first_step = count, config, rank, 0
+        self.group = config.gradient_accumulation_steps
         batches = math.ceil(count / (config.batch_size * processes))
         self.epoch_shape = (batches, config.batch_size, processes)
-        self.steps_per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
-        self.first_step = 0
+        self.steps_per_epoch = math.ceil(batches / self.group)
 
     def batches_in_step(self, step: int) -> int:
         """Batches of this optimiser step; the last group of an epoch may be smaller."""
-        done = step % self.steps_per_epoch * self.config.gradient_accumulation_steps
-        return min(self.config.gradient_accumulation_steps, self.epoch_shape[0] - done)
+        return min(self.group, self.epoch_shape[0] - step % self.steps_per_epoch * self.group)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        first_epoch, step = divmod(self.first_step, self.steps_per_epoch)
+        first_epoch, done = divmod(self.first_step, self.steps_per_epoch)
         for epoch in range(first_epoch, self.config.epochs):
             order = np.random.default_rng((self.config.seed, epoch)).permutation(self.count)
             batches = np.resize(order, math.prod(self.epoch_shape)).reshape(self.epoch_shape)
-            skipped = step * self.config.gradient_accumulation_steps if epoch == first_epoch else 0
-            for batch in batches[skipped:, :, self.rank]:
+            for batch in batches[done * self.group :, :, self.rank]:
                 yield [(epoch, int(index)) for index in batch]
+            done = 0
 
 
 @torch.no_grad()
@@ -1304,8 +1240,8 @@ def any_process(flag: bool, device: torch.device) -> bool:
     return bool(votes)
 
 
-def start_run(config: FitConfig) -> list[Pair]:
-    """Seeds the initial weights and returns the pairs; UserError for what no run can honour."""
+def start_run(config: FitConfig) -> tuple[list[Pair], dict | None]:
+    """Seeds the initial weights; (the pairs, what a resumed run goes on from); UserError for what cannot be done."""
     if config.image_size % 16:
         raise UserError(f"--image-size {config.image_size}: must be a multiple of 16")
     if max(config.ema_decay, config.validation_fraction) >= 1:
@@ -1313,25 +1249,27 @@ def start_run(config: FitConfig) -> list[Pair]:
     if (config.run_dir / "last.pth").exists() and not config.resume and not config.overwrite:
         raise UserError(f"{config.run_dir} holds a run already: add --resume or --overwrite, or name another --run-dir")
     torch.manual_seed(config.seed)
+    last = read_checkpoint(config.run_dir / "last.pth", "start the run without --resume") if config.resume else None
     if not uses_embedded_sample(config):
-        return find_pairs(config.data_root / "train", "" if config.degradation == "pairs" else "x2")
+        return find_pairs(config.data_root / "train", "" if config.degradation == "pairs" else "x2"), last
     print(f"No pictures under {config.data_root / 'train'}: training on those that scikit-image carries.")
     print(f"--lambda-perceptual is {config.lambda_perceptual:g}, the teacher {config.teacher_weights}.")
-    return embedded_pairs()
+    return embedded_pairs(), last
 
 
 class Fit:
     """One training run: `objective.network`, its averaged copy, the optimiser, and where they stand."""
 
     def __init__(self, config: FitConfig, objective: Distillation, network_config: dict, pairs: list[Pair],
-                 frame_function: Callable[[nn.Module, torch.device], FrameFunction]) -> None:  # fmt: skip
+                 frame_function: Callable[[nn.Module, torch.device], FrameFunction], last: dict | None = None,
+                 ) -> None:  # fmt: skip
         self.device, (self.rank, processes) = pick_device(config), process_rank()
         if processes > 1:
             if self.device.type == "cuda":
                 self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
                 torch.cuda.set_device(self.device)
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        self.config, self.network_config, self.frame_function = config, network_config, frame_function
+        self.config, self.network_config = config, network_config
         training, held_out = hold_out(pairs, config.validation_fraction)
         training = balanced(training) if config.balance else training
         self.held_out = [pair.load() for pair in held_out]
@@ -1339,30 +1277,33 @@ class Fit:
         self.dataset = GoProSharpeningDataset(training, **{name: getattr(config, name) for name in settings})
         self.order = CropOrder(len(training), config, self.rank, processes)
         self.objective = objective.to(self.device, memory_format=torch.channels_last)
-        self.autocast = mixed_precision(pick_precision(config.precision, self.device), self.device)
+        bf16 = pick_precision(config.precision, self.device) == torch.bfloat16
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
         if folder := getattr(config, "teacher_cache", None):
             self.dataset = TeacherCache(folder, self.dataset, objective.teacher, config.cache_variants, self.autocast)
         self.ema = copy.deepcopy(objective.network).eval().requires_grad_(False)
+        self.restore = frame_function(self.ema, self.device)
         self.trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         self.optimiser = torch.optim.Adam(list(self.trained.values()), config.learning_rate)
         cycles = {"T_0": config.restart_epochs, "T_mult": 2, "eta_min": config.min_learning_rate}
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(self.optimiser, **cycles)
         self.step, self.best, self.rows = 0, -math.inf, []  # the rows of log.csv
-        if config.resume:
-            self.load_last(config.run_dir / "last.pth")
-        self.order.first_step = self.step
+        if last:
+            self.continue_from(last)
         self.parallel = nn.parallel.DistributedDataParallel(self.objective) if processes > 1 else self.objective
 
-    def load_last(self, path: Path) -> None:
-        state = read_checkpoint(path, "start the run without --resume")
+    def continue_from(self, last: dict) -> None:
+        """Take up the state that `save_last` wrote; UserError if it is another kind of run's."""
         try:
             for name, parameter in self.trained.items():  # the frozen ones are not in the file
-                parameter.data.copy_(state["objective"][name])
-            self.ema.load_state_dict(state["ema"])
-            self.optimiser.load_state_dict(state["optimiser"])
-            self.step, self.best, self.rows = state["step"], state["best"], state["rows"]
+                parameter.data.copy_(last["objective"][name])
+            self.ema.load_state_dict(last["ema"])
+            self.optimiser.load_state_dict(last["optimiser"])
+            self.step, self.best, self.rows = last["step"], last["best"], last["rows"]
         except (KeyError, RuntimeError, ValueError) as error:
+            path = self.config.run_dir / "last.pth"
             raise UserError(f"{path}: does not fit this run's network and loss terms ({error})") from error
+        self.order.first_step = self.step
 
     def save_last(self) -> None:
         """Everything that continues the run to the same weights."""
@@ -1377,7 +1318,7 @@ class Fit:
         """Score the averaged weights on the held-out pictures; keep them if they are the best so far."""
         psnr, similarity = math.nan, math.nan
         if self.held_out:
-            psnr, similarity = mean_score(self.held_out, self.frame_function(self.ema, self.device))
+            psnr, similarity = mean_score(self.held_out, self.restore)
             tqdm.write(f"step {self.step}: held-out {psnr:.2f} dB, SSIM {similarity:.4f}")
         if psnr > self.best or not self.held_out:
             self.best = max(self.best, psnr)
@@ -1393,13 +1334,12 @@ class Fit:
         for remaining in reversed(range(group)):
             batch = next(batches).items()
             batch = {name: t.to(self.device, non_blocking=True, memory_format=torch.channels_last) for name, t in batch}
-            # DistributedDataParallel averages gradients over the processes once, after the last batch
-            hold = remaining and self.parallel is not self.objective
-            with self.parallel.no_sync() if hold else contextlib.nullcontext():
-                terms = self.parallel(batch, self.autocast)
-                if share_every and self.step % share_every == 0 and not remaining:
-                    means |= gradient_shares(terms, list(self.objective.network.parameters()))
-                (sum(terms.values()) / group).backward()
+            # What DistributedDataParallel.no_sync sets: gradients are averaged over the processes after the last batch.
+            self.parallel.require_backward_grad_sync = not remaining
+            terms = self.parallel(batch, self.autocast)
+            if share_every and self.step % share_every == 0 and not remaining:
+                means |= gradient_shares(terms, list(self.objective.network.parameters()))
+            (sum(terms.values()) / group).backward()
             for name, term in terms.items():
                 means[name] = means.get(name, 0.0) + term.item() / group
                 if not math.isfinite(means[name]):
@@ -1463,9 +1403,8 @@ class Fit:
 
 def train_teacher(config: TeacherConfig) -> None:
     """The `teacher` command."""
-    pairs = start_run(config)
-    if config.resume:
-        last = read_checkpoint(config.run_dir / "last.pth", "start the run without --resume")
+    pairs, last = start_run(config)
+    if last:
         restormer = StemmedRestormer(**last["network"])
     elif config.init:  # of whatever size it is
         restormer = load_restormer(config.init)
@@ -1474,7 +1413,7 @@ def train_teacher(config: TeacherConfig) -> None:
         channels = [3 * config.stem_stride**2] * 2
         restormer = StemmedRestormer(*channels, **{name: getattr(config, name) for name in sizes})
     objective = Distillation(restormer, None, DistillationLoss({"reconstruction": 1.0}))
-    Fit(config, objective, restormer_dimensions(restormer.state_dict()), pairs, teacher_frames).run()
+    Fit(config, objective, restormer_dimensions(restormer.state_dict()), pairs, teacher_frames, last).run()
 
 
 # `train` without a dataset: small enough for two cores and ten minutes, on scikit-image's pictures.
@@ -1488,9 +1427,9 @@ EMBEDDED_RUN = {
 
 def train(config: TrainConfig) -> None:
     """The `train` command; its last lines are the held-out scores before and after."""
-    pairs = start_run(config)
+    pairs, last = start_run(config)
     student = StudentUNet(3, 3, config.base_channels, config.stem_stride, config.widths, config.skips)
-    if config.init and not config.resume:
+    if config.init and not last:
         source, _ = load_student(config.init)
         if source.config != student.config:
             raise UserError(f"--init {config.init}: a student of other dimensions, {source.config}")
@@ -1501,7 +1440,7 @@ def train(config: TrainConfig) -> None:
     if loss.needs_teacher or config.teacher_cache:  # crops come from the cache, even if no term reads the teacher
         widths = student.feature_widths if "feature" in loss.weights else None
         teacher = RestormerTeacherWrapper(load_restormer(config.teacher_weights), widths)
-    run = Fit(config, Distillation(student, teacher, loss), student.config, pairs, FrameSharpener)
+    run = Fit(config, Distillation(student, teacher, loss), student.config, pairs, FrameSharpener, last)
     run.run()
     if run.rank == 0 and run.held_out:
         before = mean_score(run.held_out, lambda frame: frame)
@@ -1535,13 +1474,12 @@ def ablate(config: AblateConfig) -> None:
         cycle = {"epochs": epochs, "restart_epochs": epochs, "validate_every": epochs}
         scores[name], steps = {"held out": [], "test": []}, []
         for seed in config.seeds:
-            folder = config.run_dir / f"{re.sub(r'[ ,]+', '_', name)}_{seed}"
-            resume = (folder / "last.pth").exists()
+            folder = config.run_dir / f"{name.replace(',', '').replace(' ', '_')}_{seed}"
             if not (folder / "best.pth").exists():  # it is written at the end
-                train(dataclasses.replace(config, run_dir=folder, seed=seed, resume=resume, **weights, **cycle))
+                run = {"run_dir": folder, "seed": seed, "resume": (folder / "last.pth").exists()}
+                train(dataclasses.replace(config, **run, **weights, **cycle))
             student, content = load_student(folder / "best.pth")
-            with (folder / "log.csv").open(newline="") as log:
-                steps += [float(row["seconds"]) for row in csv.DictReader(log)]
+            steps += [float(row["seconds"]) for row in csv.DictReader((folder / "log.csv").read_text().splitlines())]
             scores[name]["held out"].append([content["held_out"]["psnr"], content["held_out"]["ssim"]])
             if test:
                 sharpener = FrameSharpener(student, device, precision=config.precision)
@@ -1549,9 +1487,9 @@ def ablate(config: AblateConfig) -> None:
         seconds[name] = statistics.median(steps)
         line = f"{name:<20}{len(steps) // len(config.seeds):>6} steps of{1000 * seconds[name]:>4.0f} ms"
         for where, values in scores[name].items():
-            for psnr, similarity in [np.mean(values, 0)] if values else []:
-                spread = f"{min(values)[0]:.2f} to {max(values)[0]:.2f}"
-                line += f"   {where} {psnr:.2f} dB ({spread}) / {similarity:.4f}"
+            if values:
+                (psnr, similarity), (low, _), (high, _) = np.mean(values, 0), min(values), max(values)
+                line += f"   {where} {psnr:.2f} dB ({low:.2f} to {high:.2f}) / {similarity:.4f}"
         print(line, flush=True)
     (config.run_dir / "ablation.json").write_text(json.dumps(scores, indent=1) + "\n")
 
@@ -1607,30 +1545,28 @@ def save_picture(image: Image.Image, path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def plan_outputs(config: SharpenConfig) -> list[tuple[Path, Path]]:
-    """(picture, file to write) for every input; UserError for what cannot be, before any work."""
-    sources: list[tuple[Path, Path]] = []
+def plan_outputs(config: SharpenConfig) -> dict[Path, Path]:
+    """{file to write: picture} for every input; UserError for what cannot be, before any work."""
+    output, ending = (config.output, ".png") if config.output else (SAMPLES, "_sharpened.png")
+    one_file = output.suffix and not output.is_dir()
+    if one_file and output.suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"-o {output}: Pillow does not know the file type {output.suffix}")
+    if one_file and (len(config.inputs) > 1 or config.inputs[0].is_dir()):
+        raise UserError(f"-o {output}: a file can take one picture only; name a folder")
+    plan: dict[Path, Path] = {}
     for path in config.inputs:
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
         folder, pictures = (path, list_pictures(path)) if path.is_dir() else (path.parent, [path])
-        sources += [(picture, picture.relative_to(folder)) for picture in pictures]
-    if not sources:
+        for source in pictures:
+            name = source.relative_to(folder)
+            target = output if one_file else output / name.with_name(name.stem + ending)
+            if target.resolve() == source.resolve():
+                raise UserError(f"{source}: would be overwritten; choose another -o")
+            if plan.setdefault(target, source) is not source:
+                raise UserError(f"{plan[target]} and {source} would both become {target}; rename one")
+    if not plan:
         raise UserError(f"{config.inputs[0]}: no pictures in this folder")
-    output, ending = (config.output, ".png") if config.output else (SAMPLES, "_sharpened.png")
-    plan = [(source, output / name.with_name(name.stem + ending)) for source, name in sources]
-    if output.suffix and not output.is_dir():
-        if output.suffix.lower() not in Image.registered_extensions():
-            raise UserError(f"-o {output}: Pillow does not know the file type {output.suffix}")
-        if len(sources) > 1 or config.inputs[0].is_dir():
-            raise UserError(f"-o {output}: a file can take one picture only; name a folder")
-        plan = [(sources[0][0], output)]
-    taken: dict[Path, Path] = {}
-    for source, target in plan:
-        if target.resolve() == source.resolve():
-            raise UserError(f"{source}: would be overwritten; choose another -o")
-        if taken.setdefault(target, source) is not source:
-            raise UserError(f"{taken[target]} and {source} would both become {target}; rename one")
     return plan
 
 
@@ -1638,7 +1574,7 @@ def sharpen(config: SharpenConfig) -> None:
     """The `sharpen` command. One unreadable picture does not stop the others; it is named at the end."""
     plan, failed = plan_outputs(config), []
     sharpener = student_frames(config, config.strength)
-    for source, target in tqdm(plan, "sharpen", disable=len(plan) == 1):
+    for target, source in tqdm(plan.items(), "sharpen", disable=len(plan) == 1):
         try:
             save_picture(sharpen_picture(sharpener, open_picture(source)), target)
         except UserError as error:
@@ -1680,49 +1616,47 @@ def mean_psnr(values: Sequence[float]) -> float:
     return -10 * math.log10(error) if error else math.inf
 
 
-def score_pairs(config: EvalConfig, pairs: list[Pair], methods: dict[str, FrameFunction], folder: Path) -> list[dict]:
-    """One row a picture, with every method's PSNR and SSIM; on request the student's pictures and some sheets."""
-    rows: list[dict] = []
-    for pair in tqdm(pairs, "eval"):
-        blurred, sharp = pair.load()
-        if config.resize:
-            size = (config.resize, config.resize)
-            blurred, sharp = (np.array(Image.fromarray(x).resize(size, Image.BICUBIC)) for x in (blurred, sharp))
-        if min(sharp.shape[:2]) < 7:
-            raise UserError(f"{pair.sharp}: SSIM needs at least 7x7 pixels")
-        outputs = {name: method(blurred) for name, method in methods.items()}
-        row = {"picture": pair.key, "category": pair.category}
-        for name, output in outputs.items():
-            row[f"{name}_psnr"], row[f"{name}_ssim"] = score(output, sharp)
-        if config.save_images:
-            save_picture(Image.fromarray(outputs["student"]), folder / f"{pair.key}.png")
-            if pair.category not in {row["category"] for row in rows}:  # the first of each category
-                sheet = side_by_side({"blurred": outputs.pop("input"), **outputs, "sharp": sharp})
-                save_picture(sheet, folder / "side_by_side" / f"{pair.category}.png")
-        rows.append(row)
-    return rows
+def score_pair(config: EvalConfig, pair: Pair, methods: dict[str, FrameFunction], pictures: Path, sheet: bool) -> dict:
+    """A row of scores.csv: every method's PSNR and SSIM; on request the student's picture, and a sheet of all."""
+    blurred, sharp = pair.load()
+    if config.resize:
+        size = (config.resize, config.resize)
+        blurred, sharp = (np.array(Image.fromarray(x).resize(size, Image.BICUBIC)) for x in (blurred, sharp))
+    if min(sharp.shape[:2]) < 7:
+        raise UserError(f"{pair.sharp}: SSIM needs at least 7x7 pixels")
+    outputs = {name: method(blurred) for name, method in methods.items()}
+    row = {"picture": pair.key, "category": pair.category}
+    for name, output in outputs.items():
+        row[f"{name}_psnr"], row[f"{name}_ssim"] = score(output, sharp)
+    if config.save_images:
+        save_picture(Image.fromarray(outputs["student"]), pictures / f"{pair.key}.png")
+    if config.save_images and sheet:
+        panels = {"blurred": outputs.pop("input"), **outputs, "sharp": sharp}
+        save_picture(side_by_side(panels), pictures / "side_by_side" / f"{pair.category}.png")
+    return row
 
 
 def evaluate(config: EvalConfig) -> None:
     """The `eval` command: a table on the terminal, scores.csv, and on request JSON and pictures."""
-    split = config.data_root / config.split
-    data = {name: find_pairs(split, name) for name in config.protocol or ("",)}
+    data = {name: find_pairs(config.data_root / config.split, name) for name in config.protocol or ("",)}
     methods: dict[str, FrameFunction] = {"input": lambda frame: frame}
     if config.teacher:
         methods["teacher"] = teacher_frames(load_restormer(config.teacher_weights), pick_device(config))
     methods["student"] = student_frames(config)
     tables, rows = {}, []
     for protocol, pairs in data.items():
-        scored = score_pairs(config, pairs, methods, config.output_dir / protocol)
+        firsts = [group[0] for group in grouped(pairs, lambda pair: pair.category).values()]  # which get a sheet
+        pictures = config.output_dir / protocol
+        scored = [score_pair(config, pair, methods, pictures, pair in firsts) for pair in tqdm(pairs, "eval")]
         rows += [{"protocol": protocol} | row if protocol else row for row in scored]
-        groups, tables[protocol] = grouped(scored, lambda row: row["category"]) | {"all": scored}, {}
+        tables[protocol] = {}
         print(f"{protocol or 'PSNR / SSIM':<12}" + "".join(f"{method:>18}" for method in methods))
-        for category in sorted(groups, key=lambda name: (name != "all", name)):
-            tables[protocol][category] = means = {}
-            for name in methods:
-                psnr, similarity = ([row[f"{name}_{kind}"] for row in groups[category]] for kind in ("psnr", "ssim"))
-                means[name] = [mean_psnr(psnr), statistics.fmean(similarity)]
-            print(f"{category:<12}" + "".join(f"{means[m][0]:>9.2f} / {means[m][1]:.4f}" for m in methods))
+        groups = {"all": []} | grouped(scored, lambda row: row["category"]) | {"all": scored}
+        for category, members in groups.items():
+            columns = {name: [row[name] for row in members] for name in scored[0]}
+            means = {m: [mean_psnr(columns[f"{m}_psnr"]), statistics.fmean(columns[f"{m}_ssim"])] for m in methods}
+            tables[protocol][category] = means
+            print(f"{category:<12}" + "".join(f"{mean[0]:>9.2f} / {mean[1]:.4f}" for mean in means.values()))
         tables[protocol]["images"] = len(scored)
     config.output_dir.mkdir(parents=True, exist_ok=True)
     write_csv(config.output_dir / "scores.csv", rows)
@@ -1765,8 +1699,8 @@ def sample_frames(height: int, width: int) -> list[np.ndarray]:
 
 
 @torch.inference_mode()
-def milliseconds(function: Callable[[], object], device: torch.device, config: FpsConfig) -> list[float]:
-    """Time of each call after the warm-up, waiting for the device on both ends."""
+def milliseconds(function: Callable[[], object], device: torch.device, config: FpsConfig) -> tuple[float, float]:
+    """Median and 95th percentile of a call's time after the warm-up, waiting for the device on both ends."""
     wait = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
     times = []
     for _ in range(config.warmup + config.frames):
@@ -1775,7 +1709,7 @@ def milliseconds(function: Callable[[], object], device: torch.device, config: F
         function()
         wait()
         times.append(1000 * (time.perf_counter() - start))
-    return times[config.warmup :]
+    return tuple(map(float, np.percentile(times[config.warmup :], (50, 95))))
 
 
 def time_frames(sharpener: FrameSharpener, height: int, width: int, config: FpsConfig) -> dict[str, float]:
@@ -1783,50 +1717,38 @@ def time_frames(sharpener: FrameSharpener, height: int, width: int, config: FpsC
     frames = sample_frames(height, width)
     turns, (padded, gates) = itertools.cycle(frames), sharpener.prepare(frames[0])
     batches = [tiles for tiles, *_ in sharpener.tiles(padded, (height, width))]
-    network = milliseconds(lambda: [sharpener.network(b, gates) for b in batches], sharpener.device, config)
-    whole = milliseconds(lambda: sharpener(next(turns)), sharpener.device, config)
-    late = float(np.percentile(whole, 95))
-    return {"network_ms": statistics.median(network), "frame_ms": statistics.median(whole), "frame_ms_p95": late}
+    network, _ = milliseconds(lambda: [sharpener.network(b, gates) for b in batches], sharpener.device, config)
+    whole, late = milliseconds(lambda: sharpener(next(turns)), sharpener.device, config)
+    return {"network_ms": network, "frame_ms": whole, "frame_ms_p95": late}
 
 
 @torch.inference_mode()
 def best_convolution(precision: torch.dtype, device: torch.device, config: FpsConfig) -> float:
     """GFLOP/s of the fastest of some 3x3 convolutions at 270x480 in PyTorch: what arithmetic could reach here."""
-    best = 0.0
+    reached = []
     for width in (32, 64, 128):
         layer = nn.Conv2d(width, width, 3, padding=1).to(device, precision, memory_format=torch.channels_last)
         maps = torch.rand(1, width, 270, 480, device=device, dtype=precision).to(memory_format=torch.channels_last)
-        median = statistics.median(milliseconds(functools.partial(layer, maps), device, config))
-        best = max(best, 2 * 9 * width**2 * 270 * 480 / median / 1e6)
-    return best
-
-
-def timed_networks(config: FpsConfig) -> dict[str, nn.Module]:
-    """The yardstick and the students that `fps` was asked for, by name."""
-    if config.base_channels:
-        student = StudentUNet(base_channels=config.base_channels, stem_stride=config.stem_stride)
-        students = {f"c={config.base_channels} r={config.stem_stride}": student}
-    else:
-        students = {Path(name).stem: load_student(name)[0] for name in config.checkpoint}
-    return {"plain layers": PlainLayers()} | students
+        median, _ = milliseconds(functools.partial(layer, maps), device, config)
+        reached.append(2 * 9 * width**2 * 270 * 480 / median / 1e6)
+    return max(reached)
 
 
 def draw_quality(config: FpsConfig, students: dict[str, nn.Module], rows: list[dict], device: torch.device) -> None:
     """`--plot`: PSNR and SSIM at x2 against the milliseconds of a 1280x720 frame, also printed."""
     found = list_pictures(config.data_root / "test")
     pairs = [pair.load() for pair in (find_pairs(config.data_root / "test", "x2") if found else embedded_pairs())]
-    unsharp = ImageFilter.UnsharpMask(2, 100)
-    methods = {"input": lambda frame: frame, "unsharp mask": lambda f: np.array(Image.fromarray(f).filter(unsharp))}
+    mask, frame = ImageFilter.UnsharpMask(2, 100), sample_frames(720, 1280)[0]
+    simple = {"input": lambda frame: frame, "unsharp mask": lambda f: np.array(Image.fromarray(f).filter(mask))}
     options = {"precision": config.precision, "backend": rows[0]["backend"]}
-    methods |= {name: FrameSharpener(student, device, **options) for name, student in students.items()}
+    methods = simple | {name: FrameSharpener(student, device, **options) for name, student in students.items()}
     scores = {name: mean_score(pairs, method) for name, method in tqdm(methods.items(), "quality")}
-    frame = sample_frames(720, 1280)[0]
-    points = [(name, name, statistics.median(milliseconds(lambda name=name: methods[name](frame), device, config)))
-              for name in ("input", "unsharp mask")]  # fmt: skip
-    points += [(f"{row['network']}, {row['backend']}", row["network"], row["frame_ms"]) for row in rows
-               if row["network"] in students and row["height"] == 720 and not row["tiled"]]  # fmt: skip
     for name, (psnr, similarity) in scores.items():
         print(f"{name:<14}{psnr:.2f} dB / {similarity:.4f} at x2, {len(pairs)} pictures")
+    points = [(name, name, milliseconds(functools.partial(method, frame), device, config)[0])
+              for name, method in simple.items()]  # fmt: skip
+    points += [(f"{row['network']}, {row['backend']}", row["network"], row["frame_ms"]) for row in rows
+               if row["network"] in students and row["height"] == 720 and not row["tiled"]]  # fmt: skip
 
     def draw(*panels) -> None:
         for axes, which, title in zip(panels, (0, 1), ("PSNR, dB", "SSIM"), strict=True):
@@ -1841,16 +1763,23 @@ def draw_quality(config: FpsConfig, students: dict[str, nn.Module], rows: list[d
 
 def measure_fps(config: FpsConfig) -> None:
     """The `fps` command."""
-    device, networks, rows = pick_device(config), timed_networks(config), []
-    precision, backends = pick_precision(config.precision, device), config.backend or installed_backends(device)
+    device, rows = pick_device(config), []
+    precision = pick_precision(config.precision, device)
+    students = {Path(name).stem: load_student(name)[0] for name in config.checkpoint if not config.base_channels}
+    if config.base_channels:
+        name = f"c={config.base_channels} r={config.stem_stride}"
+        students[name] = StudentUNet(base_channels=config.base_channels, stem_stride=config.stem_stride)
+    networks = {"plain layers": PlainLayers()} | students
     macs = {name: multiply_adds_per_pixel(network) for name, network in networks.items()}
     for name, network in networks.items():
         count = sum(p.numel() for p in network.parameters())
         print(f"{name}: {count:,} parameters, {macs[name]:,.0f} multiply-adds a pixel")
     print(f"{device}, {precision}, {torch.get_num_threads()} CPU threads, PyTorch {torch.__version__}")
     print("network       backend   frame              network   8-bit to 8-bit, ms   95 %    FPS  GFLOP/s  x plain")
+    here = ["torch", *(name for name in BACKENDS.values() if device.type == "cpu" and importlib.util.find_spec(name))]
+    backends = config.backend or [name for name, package in BACKENDS.items() if package in here]
     for backend, (height, width) in itertools.product(backends, FPS_SIZES):
-        for (name, network), tile in itertools.product(networks.items(), (0, config.tile)):
+        for (name, network), tile in itertools.product(networks.items(), sorted({0, config.tile})):
             sharpener = FrameSharpener(network, device, tile, config.overlap, 1.0, config.precision, backend)
             parts = math.prod(len(sharpener.side(length).parts) for length in (height, width))
             if tile and (parts == 1 or name == "plain layers"):
@@ -1871,8 +1800,7 @@ def measure_fps(config: FpsConfig) -> None:
     if config.json:
         config.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     if config.plot:
-        del networks["plain layers"]
-        draw_quality(config, networks, rows, device)
+        draw_quality(config, students, rows, device)
 
 
 # --- Export -----------------------------------------------------------------------------------------------------------
@@ -1886,9 +1814,9 @@ def export(config: ExportConfig) -> None:
     for network, ending in ((FrameNetwork(student), ""), (GateNetwork(student), "_gates")):
         path = config.output.with_name(name + ending + suffix)
         if config.format == "onnx":
-            path.write_bytes(onnx_file(network))
+            path.write_bytes(traced(network, "onnx"))
         else:
-            optional_package("openvino").save_model(openvino_model(network), path, compress_to_fp16=False)
+            optional_package("openvino").save_model(traced(network, "openvino"), path, compress_to_fp16=False)
         print(path)
     print(f"frames (1, H, W, 3) and patches (N, h, w, 3) are 8-bit RGB, sides multiples of {student.alignment}")
 
@@ -1935,12 +1863,12 @@ def settle(config_class: type, given: dict) -> object:
         config = config_class(**(EMBEDDED_RUN | given))
     if isinstance(config, FitConfig) and config.resume:
         saved = read_checkpoint(config.run_dir / "last.pth", "start the run without --resume")["config"]
-        paths = [name for name, hint in typing.get_type_hints(config_class).items() if hint in (Path, Path | None)]
-        saved |= {name: Path(saved[name]) for name in paths if saved[name] is not None}
+        for name, hint in typing.get_type_hints(config_class).items():
+            if hint in (Path, Path | None) and saved[name] is not None:
+                saved[name] = Path(saved[name])
         config = config_class(**(saved | given))
     for item in dataclasses.fields(config):
-        at_least, above = item.metadata["bounds"]
-        value = getattr(config, item.name)
+        (at_least, above), value = item.metadata["bounds"], getattr(config, item.name)
         for number in value if isinstance(value, tuple) else (value,):
             if (at_least is not None and not number >= at_least) or (above is not None and not number > above):
                 bound = f"at least {at_least}" if above is None else f"above {above}"
@@ -1950,10 +1878,9 @@ def settle(config_class: type, given: dict) -> object:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
-    given = vars(build_parser().parse_args(arguments)).items()
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given}
-    config_class, command = COMMANDS[given.pop("command")]
-    debug = given.pop("debug")
+    given = vars(build_parser().parse_args(arguments))
+    (config_class, command), debug = COMMANDS[given.pop("command")], given.pop("debug")
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     try:
         command(settle(config_class, given))
     except (UserError, OSError, torch.OutOfMemoryError) as error:

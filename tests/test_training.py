@@ -170,6 +170,20 @@ def test_teacher_command_writes_weights_that_train_accepts(data_root, tmp_path):
     assert all(row["loss"] == row["reconstruction"] and float(row["loss"]) > 0 for row in rows)
 
 
+def test_a_teacher_continues_and_is_wrapped_once(data_root, tmp_path, monkeypatch):
+    command = ["teacher", "--run-dir", str(tmp_path / "run")]
+    settings = ["--data-root", str(data_root), "--dim", "8", "--num-blocks", "1", "1", "1", "2", "--workers", "0"]
+    settings += ["--heads", "1", "1", "2", "2", "--image-size", "32", "--validate-every", "1", "--batch-size", "8"]
+    assert kd.main([*command, *settings, "--max-steps", "1"]) == 0
+    wrapped, wrap = [], kd.RestormerTeacherWrapper
+    monkeypatch.setattr(kd, "RestormerTeacherWrapper", lambda network: wrapped.append(network) or wrap(network))
+    assert kd.main([*command, "--resume", "--max-steps", "3"]) == 0
+    assert [row["step"] for row in read_log(tmp_path / "run")] == ["1", "2", "3"]
+    assert all(float(row["val_psnr"]) > 10 for row in read_log(tmp_path / "run"))
+    assert len(wrapped) == 1
+    assert len(wrapped[0].latent._forward_hooks) == 1  # every validation used to add one
+
+
 def test_bf16_training_stays_close_to_float32(arguments, tmp_path):
     losses = []
     for precision in ("float32", "bf16"):
