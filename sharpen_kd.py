@@ -755,6 +755,10 @@ class StudentUNet(nn.Module):
                 nn.init.kaiming_normal_(parameter, nonlinearity="relu")
         nn.init.normal_(self.output.weight, std=1e-3)
 
+    def ends(self) -> tuple[nn.Conv2d, nn.Conv2d]:
+        """The layers that read and write folded pixels."""
+        return self.encoder[0].conv1, self.output
+
     def correct(self, folded: Tensor, gates: Iterable[Tensor] = (None,) * 9) -> tuple[Tensor, dict, list[Tensor]]:
         """The correction of a folded picture, the features to be compared with the teacher's, every stage's gate."""
         gates, used, levels, x = iter(gates), [], [], folded
@@ -897,24 +901,29 @@ class DistillationLoss(nn.Module):
 class FrameNetwork(nn.Module):
     """A student between 8-bit frames (B, H, W, 3) whose sides are multiples of its stem stride: what a backend runs.
 
-    `gates` are the whole frame's. Pixels are folded as bytes and unfolded as bytes, since those are cheaper to move.
+    `gates` are the whole frame's. Pixels are folded and unfolded as bytes, in runs of neighbours: colours of one pixel
+    stay together, where `pixel_unshuffle` parts them. The student's ends are reordered for that, and scaled to bytes.
     """
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__()
-        self.student, self.stride = student, student.stem_stride
+        self.student, self.stride = copy.deepcopy(student), student.stem_stride
+        order = torch.arange(3 * self.stride**2).view(3, self.stride, self.stride).permute(1, 2, 0).flatten()
+        first, last = self.student.ends()
+        first.weight.data = first.weight.data[:, order] / 255
+        last.weight.data, last.bias.data = 255 * last.weight.data[order], 255 * last.bias.data[order]
 
     def fold(self, frames: Tensor) -> Tensor:
         """Floats (B, 3 r^2, H / r, W / r) of 0 to 255, which are channels_last as they stand."""
-        blocks = frames.unflatten(2, (-1, self.stride)).unflatten(1, (-1, self.stride))
-        return blocks.permute(0, 1, 3, 5, 2, 4).flatten(3).permute(0, 3, 1, 2).float()
+        runs = frames.flatten(2).unflatten(2, (-1, 3 * self.stride)).unflatten(1, (-1, self.stride))
+        return runs.permute(0, 1, 3, 2, 4).flatten(3).permute(0, 3, 1, 2).float()
 
     def forward(self, frames: Tensor, gates: Tensor) -> Tensor:
         pixels = self.fold(frames)
-        correction, *_ = self.student.correct(pixels * (1 / 255), gates.split(self.student.gate_widths))
-        restored = (pixels + 255 * correction).round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-        blocks = restored.unflatten(3, (3, self.stride, self.stride)).permute(0, 1, 4, 2, 5, 3)
-        return blocks.flatten(3, 4).flatten(1, 2)
+        correction, *_ = self.student.correct(pixels, gates.split(self.student.gate_widths))
+        restored = (pixels + correction).round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+        runs = restored.unflatten(3, (self.stride, -1)).permute(0, 1, 3, 2, 4).flatten(1, 2)
+        return runs.unflatten(3, (-1, 3)).flatten(2, 3)
 
 
 class GateNetwork(FrameNetwork):
@@ -924,8 +933,11 @@ class GateNetwork(FrameNetwork):
     """
 
     def forward(self, patches: Tensor) -> Tensor:
-        _, _, gates = self.student.correct(self.fold(patches) * (1 / 255))
+        _, _, gates = self.student.correct(self.fold(patches))
         return torch.cat([gate.mean(0).flatten() for gate in gates]).float()
+
+
+NETWORKS = {"": FrameNetwork, "_gates": GateNetwork}  # what a student runs as, and is exported as
 
 
 def optional_package(name: str):
@@ -1062,9 +1074,8 @@ class FrameSharpener:
             raise UserError(f"--tile {tile} --overlap {overlap}: tiles must be larger than their overlap")
         if BACKENDS[backend] != "torch" and device.type != "cpu":
             raise UserError(f"--backend {backend}: computes on the CPU; add --device cpu")
-        student = student.to(device, memory_format=torch.channels_last).eval()
-        compiled = functools.partial(RUNNERS[backend], device=device, precision=pick_precision(precision, device))
-        self.network, self.gates = (compiled(kind(student)) for kind in (FrameNetwork, GateNetwork))
+        networks = (kind(student).to(device, memory_format=torch.channels_last).eval() for kind in NETWORKS.values())
+        self.network, self.gates = (RUNNERS[backend](n, device, pick_precision(precision, device)) for n in networks)
         self.side = functools.lru_cache(lambda length: TileSide(length, tile, overlap, student.alignment))
         self.strength, self.device = strength, device
 
@@ -1396,7 +1407,7 @@ class Fit:
             plot(config.run_dir / "curves.png", self.draw_curves)
         if dist.is_initialized():
             dist.destroy_process_group()
-        if interrupts:
+        if self.step < total:  # a signal, perhaps to another process
             print(f"stopped after step {self.step}; continue with --resume --run-dir {config.run_dir}")
             raise KeyboardInterrupt
 
@@ -1678,6 +1689,9 @@ class PlainLayers(nn.Module):
         layers = [[nn.Conv2d(a, b, 3, padding=1), nn.ReLU(True)] for a, b in itertools.pairwise(widths)]
         self.layers = nn.Sequential(*itertools.chain(*layers))[:-1]
 
+    def ends(self) -> tuple[nn.Conv2d, nn.Conv2d]:
+        return self.layers[0], self.layers[-1]
+
     def correct(self, folded: Tensor, gates: Iterable[Tensor] = ()) -> tuple[Tensor, dict, list[Tensor]]:
         return self.layers(folded), {}, [folded[:, :1].mean((2, 3))]
 
@@ -1778,23 +1792,25 @@ def measure_fps(config: FpsConfig) -> None:
     print("network       backend   frame              network   8-bit to 8-bit, ms   95 %    FPS  GFLOP/s  x plain")
     here = ["torch", *(name for name in BACKENDS.values() if device.type == "cpu" and importlib.util.find_spec(name))]
     backends = config.backend or [name for name, package in BACKENDS.items() if package in here]
-    for backend, (height, width) in itertools.product(backends, FPS_SIZES):
-        for (name, network), tile in itertools.product(networks.items(), sorted({0, config.tile})):
-            sharpener = FrameSharpener(network, device, tile, config.overlap, 1.0, config.precision, backend)
-            parts = math.prod(len(sharpener.side(length).parts) for length in (height, width))
-            if tile and (parts == 1 or name == "plain layers"):
-                continue  # timed already, or not of interest
+    plain = {}  # the yardstick's milliseconds for each backend and size
+    for backend, (name, network), tile in itertools.product(backends, networks.items(), sorted({0, config.tile})):
+        if tile and name == "plain layers":
+            continue
+        sharpener = FrameSharpener(network, device, tile, config.overlap, 1.0, config.precision, backend)
+        for height, width in FPS_SIZES:
+            if tile and len(sharpener.side(height).parts) == len(sharpener.side(width).parts) == 1:
+                continue  # timed already
             row = {"network": name, "backend": backend, "precision": str(precision).removeprefix("torch."),
                    "device": str(device), "threads": torch.get_num_threads(),
                    "height": height, "width": width, "tiled": bool(tile)}  # fmt: skip
             row |= time_frames(sharpener, height, width, config)
-            plain = rows[-1]["plain_ms"] if name != "plain layers" else row["frame_ms"]
-            gflops = 2 * macs[name] * height * width / row["network_ms"] / 1e6
-            row |= {"fps": 1000 / row["frame_ms"], "macs_per_pixel": macs[name], "gflops": gflops, "plain_ms": plain}
+            plain.setdefault((backend, height), row["frame_ms"])
+            row |= {"fps": 1000 / row["frame_ms"], "plain_ms": plain[backend, height], "macs_per_pixel": macs[name],
+                    "gflops": 2 * macs[name] * height * width / row["network_ms"] / 1e6}  # fmt: skip
             rows.append(row)
-            size = f"{width}x{height}{' tiled' if tile else ''}"
+            size, ratio = f"{width}x{height}{' tiled' if tile else ''}", row["frame_ms"] / row["plain_ms"]
             times = f"{row['network_ms']:>10.1f}{row['frame_ms']:>22.1f}{row['frame_ms_p95']:>7.1f}{row['fps']:>7.1f}"
-            print(f"{name:<14}{backend:<10}{size:<16}{times}{gflops:>9.0f}{row['frame_ms'] / plain:>9.2f}", flush=True)
+            print(f"{name:<14}{backend:<10}{size:<16}{times}{row['gflops']:>9.0f}{ratio:>9.2f}", flush=True)
     best = best_convolution(precision, device, config)
     print(f"{precision}: PyTorch's best 3x3 convolution reaches {best:.0f} GFLOP/s")
     if config.json:
@@ -1811,12 +1827,12 @@ def export(config: ExportConfig) -> None:
     student, _ = load_student(config.checkpoint)
     config.output.parent.mkdir(parents=True, exist_ok=True)
     name, suffix = config.output.name, {"onnx": ".onnx", "openvino": ".xml"}[config.format]
-    for network, ending in ((FrameNetwork(student), ""), (GateNetwork(student), "_gates")):
-        path = config.output.with_name(name + ending + suffix)
+    for ending, kind in NETWORKS.items():
+        path, model = config.output.with_name(name + ending + suffix), traced(kind(student), config.format)
         if config.format == "onnx":
-            path.write_bytes(traced(network, "onnx"))
+            path.write_bytes(model)
         else:
-            optional_package("openvino").save_model(traced(network, "openvino"), path, compress_to_fp16=False)
+            optional_package("openvino").save_model(model, path, compress_to_fp16=False)
         print(path)
     print(f"frames (1, H, W, 3) and patches (N, h, w, 3) are 8-bit RGB, sides multiples of {student.alignment}")
 
