@@ -1280,7 +1280,7 @@ class Fit:
                 self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
                 torch.cuda.set_device(self.device)
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        self.config, self.network_config = config, network_config
+        self.config, self.network_config, self.frame_function = config, network_config, frame_function
         training, held_out = hold_out(pairs, config.validation_fraction)
         training = balanced(training) if config.balance else training
         self.held_out = [pair.load() for pair in held_out]
@@ -1293,7 +1293,6 @@ class Fit:
         if folder := getattr(config, "teacher_cache", None):
             self.dataset = TeacherCache(folder, self.dataset, objective.teacher, config.cache_variants, self.autocast)
         self.ema = copy.deepcopy(objective.network).eval().requires_grad_(False)
-        self.restore = frame_function(self.ema, self.device)
         self.trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         self.optimiser = torch.optim.Adam(list(self.trained.values()), config.learning_rate)
         cycles = {"T_0": config.restart_epochs, "T_mult": 2, "eta_min": config.min_learning_rate}
@@ -1329,7 +1328,8 @@ class Fit:
         """Score the averaged weights on the held-out pictures; keep them if they are the best so far."""
         psnr, similarity = math.nan, math.nan
         if self.held_out:
-            psnr, similarity = mean_score(self.held_out, self.restore)
+            restore = self.frame_function(copy.deepcopy(self.ema), self.device)  # it may hook or rewrite its network
+            psnr, similarity = mean_score(self.held_out, restore)
             tqdm.write(f"step {self.step}: held-out {psnr:.2f} dB, SSIM {similarity:.4f}")
         if psnr > self.best or not self.held_out:
             self.best = max(self.best, psnr)

@@ -139,6 +139,10 @@ def test_log_holds_terms_shares_and_scores(arguments, tmp_path):
     best = torch.load(run / "best.pth", weights_only=True)
     assert best["step"] == 3
     assert best["held_out"]["psnr"] == float(rows[2]["val_psnr"])
+    _, held_out = kd.hold_out(kd.find_pairs(Path(arguments[2]) / "train"), 0.05)
+    sharpener = kd.FrameSharpener(kd.load_student(run / "best.pth")[0], torch.device("cpu"))
+    psnr, similarity = kd.mean_score([pair.load() for pair in held_out], sharpener)
+    assert best["held_out"] == {"psnr": psnr, "ssim": similarity, "pictures": len(held_out)}
 
 
 def test_training_improves_held_out_pictures(data_root, tmp_path, capsys):
@@ -170,7 +174,7 @@ def test_teacher_command_writes_weights_that_train_accepts(data_root, tmp_path):
     assert all(row["loss"] == row["reconstruction"] and float(row["loss"]) > 0 for row in rows)
 
 
-def test_a_teacher_continues_and_is_wrapped_once(data_root, tmp_path, monkeypatch):
+def test_a_teacher_continues_and_its_hooks_do_not_pile_up(data_root, tmp_path, monkeypatch):
     command = ["teacher", "--run-dir", str(tmp_path / "run")]
     settings = ["--data-root", str(data_root), "--dim", "8", "--num-blocks", "1", "1", "1", "2", "--workers", "0"]
     settings += ["--heads", "1", "1", "2", "2", "--image-size", "32", "--validate-every", "1", "--batch-size", "8"]
@@ -180,8 +184,8 @@ def test_a_teacher_continues_and_is_wrapped_once(data_root, tmp_path, monkeypatc
     assert kd.main([*command, "--resume", "--max-steps", "3"]) == 0
     assert [row["step"] for row in read_log(tmp_path / "run")] == ["1", "2", "3"]
     assert all(float(row["val_psnr"]) > 10 for row in read_log(tmp_path / "run"))
-    assert len(wrapped) == 1
-    assert len(wrapped[0].latent._forward_hooks) == 1  # every validation used to add one
+    assert len(wrapped) == 2  # a validation each
+    assert all(len(network.latent._forward_hooks) == 1 for network in wrapped)  # every validation used to add one
 
 
 def test_bf16_training_stays_close_to_float32(arguments, tmp_path):
