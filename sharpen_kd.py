@@ -210,7 +210,7 @@ class FpsConfig(InferenceConfig):
     """Milliseconds a frame of 512x512, 1280x720 and 1920x1080, whole and in tiles, by every backend."""
 
     checkpoint: tuple[str, ...] = flag(("quality", "fast"), "students: quality, fast, or checkpoint files")
-    backend: tuple[str, ...] = flag((), "what runs them (default: all that are installed)", choices=BACKENDS)
+    backend: tuple[str, ...] = flag((), "what runs them (default: all installed but compile)", choices=BACKENDS)
     base_channels: int = flag(0, "time an untrained student of this size instead (the report: 256)", at_least=0)
     stem_stride: int = flag(4, "its stem stride", choices=(1, 2, 4))
     warmup: int = flag(3, "frames before timing starts", at_least=0)
@@ -1790,8 +1790,8 @@ def measure_fps(config: FpsConfig) -> None:
         print(f"{name}: {count:,} parameters, {macs[name]:,.0f} multiply-adds a pixel")
     print(f"{device}, {precision}, {torch.get_num_threads()} CPU threads, PyTorch {torch.__version__}")
     print("network       backend   frame              network   8-bit to 8-bit, ms   95 %    FPS  GFLOP/s  x plain")
-    here = ["torch", *(name for name in BACKENDS.values() if device.type == "cpu" and importlib.util.find_spec(name))]
-    backends = config.backend or [name for name, package in BACKENDS.items() if package in here]
+    engines = [b for b in ("onnx", "openvino") if device.type == "cpu" and importlib.util.find_spec(BACKENDS[b])]
+    backends = config.backend or ["torch", *engines]
     plain = {}  # the yardstick's milliseconds for each backend and size
     for backend, (name, network), tile in itertools.product(backends, networks.items(), sorted({0, config.tile})):
         if tile and name == "plain layers":
