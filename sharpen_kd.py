@@ -993,9 +993,14 @@ def onnx_backend(network: nn.Module, device: torch.device, precision: torch.dtyp
     return lambda *arrays: session.run(None, dict(zip(names, arrays, strict=False)))[0]  # an unused input is left out
 
 
+@functools.cache
+def openvino_core():
+    """The process's one Core: with a second, whichever goes last restores a signal stack that is gone (a crash)."""
+    return optional_package("openvino").Core()
+
+
 def openvino_backend(network: nn.Module, device: torch.device, precision: torch.dtype) -> Arrays:
     """OpenVINO on the CPU."""
-    openvino = optional_package("openvino")
     hints = {"INFERENCE_PRECISION_HINT": "bf16" if precision == torch.bfloat16 else "f32",
              "INFERENCE_NUM_THREADS": torch.get_num_threads()}  # fmt: skip
     model = traced(network, "openvino")
@@ -1004,7 +1009,7 @@ def openvino_backend(network: nn.Module, device: torch.device, precision: torch.
     def compiled(*shapes: tuple[int, ...]):
         fixed = model.clone()
         fixed.reshape(dict(zip(fixed.inputs, shapes, strict=True)))
-        return openvino.compile_model(fixed, "CPU", hints).create_infer_request()
+        return openvino_core().compile_model(fixed, "CPU", hints).create_infer_request()
 
     def run(*arrays: np.ndarray) -> np.ndarray:
         request = compiled(*(array.shape for array in arrays))
