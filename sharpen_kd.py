@@ -137,6 +137,7 @@ class TrainConfig(FitConfig):
     stem_stride: int = flag(4, "space-to-depth factor before the first stage", choices=(1, 2, 4))
     widths: tuple[int, ...] = flag((), "the five stage widths, instead of --base-channels")
     skips: str = flag("concatenate", "how a decoder stage takes its skip; adding is faster", choices=SKIPS)
+    convolutions: int = flag(2, "3x3 convolutions a stage; one is faster", choices=(1, 2))
     teacher_weights: Path | None = flag(None, "Restormer weight file (default: the official one)")
     lambda_reconstruction: float = flag(1.0, "weight of L1 to the sharp picture", at_least=0)
     lambda_perceptual: float = flag(0.01, "weight of VGG19 features against the teacher's output", at_least=0)
@@ -691,24 +692,21 @@ LEAK = 0.1  # slope below zero. With plain ReLUs the deep stages die: 64 of 64 c
 
 
 class Stage(nn.Module):
-    """Two 3x3 convolutions with leaky ReLUs, then a gate a channel: the SE block's, or one handed in."""
+    """One or two 3x3 convolutions with leaky ReLUs, then a gate a channel: the SE block's, or one handed in."""
 
-    def __init__(self, in_channels: int, channels: int) -> None:
+    def __init__(self, in_channels: int, channels: int, convolutions: int = 2) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1) if convolutions == 2 else None
         self.se = SEBlock(channels)
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(features, the gate that they have passed)."""
         x = F.leaky_relu_(self.conv1(x), LEAK)
-        if gate is None:
+        if self.conv2:
             x = F.leaky_relu_(self.conv2(x), LEAK)
-            gate = self.se(x)
-            return x * gate, gate
-        # A gate is positive, so it passes through the leaky ReLU into the weights, where it costs nothing.
-        weight, bias = self.conv2.weight * gate.view(-1, 1, 1, 1), self.conv2.bias * gate.flatten()
-        return F.leaky_relu_(F.conv2d(x, weight, bias, padding=1), LEAK), gate
+        gate = self.se(x) if gate is None else gate
+        return x * gate, gate
 
 
 class StudentUNet(nn.Module):
@@ -720,23 +718,26 @@ class StudentUNet(nn.Module):
 
     def __init__(self, in_channels: int = 3, out_channels: int = 3, base_channels: int = 256,
                  stem_stride: int = 4, widths: Sequence[int] | None = None, skips: str = "concatenate",
-                 ) -> None:  # fmt: skip
+                 convolutions: int = 2) -> None:  # fmt: skip
         super().__init__()
         widths = tuple(widths or (base_channels * k // 4 for k in (1, 2, 4, 8, 12)))
         if len(widths) != 5 or min(widths) < 1:
             raise UserError(f"--widths {widths}: a student has five stages, each 1 or wider")
-        if in_channels != out_channels or stem_stride not in (1, 2, 4) or skips not in SKIPS:
-            raise ValueError(f"a student has in = out channels, a stem stride of 1, 2 or 4, and skips of {SKIPS}")
-        self.config = {"stem_stride": stem_stride, "widths": widths, "skips": skips}
+        numbers = stem_stride in (1, 2, 4) and convolutions in (1, 2) and in_channels == out_channels
+        if not numbers or skips not in SKIPS:
+            raise ValueError(f"a student has in = out channels, a stem stride of 1, 2 or 4, "
+                             f"1 or 2 convolutions a stage, and skips of {SKIPS}")  # fmt: skip
+        self.config = {"stem_stride": stem_stride, "widths": widths, "skips": skips, "convolutions": convolutions}
         self.merge = torch.add if skips == "add" else lambda below, skip: torch.cat([below, skip], dim=1)
         self.stem_stride, folded = stem_stride, in_channels * stem_stride**2
         self.alignment = 16 * stem_stride  # sides that are its multiples pass through every stage without padding
         self.gate_widths = (*widths, *widths[3::-1])
         self.feature_widths = {"e2": widths[1], "e4": widths[3], "b": widths[4]}
-        self.encoder = nn.ModuleList(map(Stage, (folded, *widths[:3]), widths[:4]))
-        self.bottleneck = Stage(widths[3], widths[4])
+        self.encoder = nn.ModuleList(map(Stage, (folded, *widths[:3]), widths[:4], (convolutions,) * 4))
+        self.bottleneck = Stage(widths[3], widths[4], convolutions)
         self.up = nn.ModuleList(nn.ConvTranspose2d(a, b, 2, stride=2) for a, b in itertools.pairwise(widths[::-1]))
-        self.decoder = nn.ModuleList(Stage(width if skips == "add" else 2 * width, width) for width in widths[3::-1])
+        merged = (width if skips == "add" else 2 * width for width in widths[3::-1])
+        self.decoder = nn.ModuleList(map(Stage, merged, widths[3::-1], (convolutions,) * 4))
         self.output = nn.Conv2d(widths[0], folded, 1)
         self.initialise()
 
@@ -901,29 +902,29 @@ class DistillationLoss(nn.Module):
 class FrameNetwork(nn.Module):
     """A student between 8-bit frames (B, H, W, 3) whose sides are multiples of its stem stride: what a backend runs.
 
-    `gates` are the whole frame's. Pixels are folded and unfolded as bytes, in runs of neighbours: colours of one pixel
-    stay together, where `pixel_unshuffle` parts them. The student's ends are reordered for that, and scaled to bytes.
+    `gates` are the whole frame's. A convolution of the folded picture is one of the picture with a stride, and what
+    the last layer writes is unfolded in runs of pixels, colours innermost: no pass over the frame only reorders it.
     """
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__()
         self.student, self.stride = copy.deepcopy(student), student.stem_stride
-        order = torch.arange(3 * self.stride**2).view(3, self.stride, self.stride).permute(1, 2, 0).flatten()
         first, last = self.student.ends()
-        first.weight.data = first.weight.data[:, order] / 255
+        first.weight.data = F.pixel_shuffle(first.weight.data, self.stride) / 255
+        first.stride = first.padding = (self.stride, self.stride)
+        order = torch.arange(3 * self.stride**2).view(3, -1).T.flatten()  # of colours, rows, columns: colours last
         last.weight.data, last.bias.data = 255 * last.weight.data[order], 255 * last.bias.data[order]
 
-    def fold(self, frames: Tensor) -> Tensor:
-        """Floats (B, 3 r^2, H / r, W / r) of 0 to 255, which are channels_last as they stand."""
-        runs = frames.flatten(2).unflatten(2, (-1, 3 * self.stride)).unflatten(1, (-1, self.stride))
-        return runs.permute(0, 1, 3, 2, 4).flatten(3).permute(0, 3, 1, 2).float()
+    def correct(self, frames: Tensor, gates: Iterable[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The folded correction (B, rows, columns, 3 r^2) of floats (B, H, W, 3), and every stage's gate."""
+        correction, _, gates = self.student.correct(frames.permute(0, 3, 1, 2), gates)
+        return correction.permute(0, 2, 3, 1), gates
 
     def forward(self, frames: Tensor, gates: Tensor) -> Tensor:
-        pixels = self.fold(frames)
-        correction, *_ = self.student.correct(pixels, gates.split(self.student.gate_widths))
-        restored = (pixels + correction).round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-        runs = restored.unflatten(3, (self.stride, -1)).permute(0, 1, 3, 2, 4).flatten(1, 2)
-        return runs.unflatten(3, (-1, 3)).flatten(2, 3)
+        frames, gates = frames.float(), gates.view(1, -1, 1, 1).split(self.student.gate_widths, dim=1)
+        correction = self.correct(frames, gates)[0].float().unflatten(3, (self.stride, -1)).permute(0, 1, 3, 2, 4)
+        correction = correction.flatten(1, 2).unflatten(3, (-1, 3)).flatten(2, 3)
+        return (frames + correction).round_().clamp_(0, 255).to(torch.uint8)
 
 
 class GateNetwork(FrameNetwork):
@@ -933,7 +934,7 @@ class GateNetwork(FrameNetwork):
     """
 
     def forward(self, patches: Tensor) -> Tensor:
-        _, _, gates = self.student.correct(self.fold(patches))
+        _, gates = self.correct(patches.float(), (None,) * 9)
         return torch.cat([gate.mean(0).flatten() for gate in gates]).float()
 
 
@@ -1444,7 +1445,8 @@ EMBEDDED_RUN = {
 def train(config: TrainConfig) -> None:
     """The `train` command; its last lines are the held-out scores before and after."""
     pairs, last = start_run(config)
-    student = StudentUNet(3, 3, config.base_channels, config.stem_stride, config.widths, config.skips)
+    student = StudentUNet(3, 3, config.base_channels, config.stem_stride, config.widths, config.skips,
+                          config.convolutions)  # fmt: skip
     if config.init and not last:
         source, _ = load_student(config.init)
         if source.config != student.config:

@@ -76,7 +76,8 @@ def test_deep_stages_come_in_as_they_learn():
 
 
 def test_wrong_dimensions_are_refused():
-    for options in ({"widths": (1, 2, 3)}, {"stem_stride": 3}, {"out_channels": 1}, {"skips": "none"}):
+    for options in ({"widths": (1, 2, 3)}, {"stem_stride": 3}, {"out_channels": 1}, {"skips": "none"},
+                    {"convolutions": 3}):  # fmt: skip
         with pytest.raises(ValueError, match=r"five stages|stem stride"):
             kd.StudentUNet(**options)
 
