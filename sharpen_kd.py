@@ -63,7 +63,8 @@ COMPACT_TEACHER = HERE / "model_checkpoints/teacher.pth"
 SHIPPED = {"quality": HERE / "model_checkpoints/student.pth", "fast": HERE / "model_checkpoints/student_fast.pth"}
 TILE, OVERLAP = 1024, 256  # pixels; a 1080p frame's tiles hold a seventh more than it and differ by 2/255 at most
 SKIPS = ("concatenate", "add")
-BACKENDS = {"torch": "torch", "compile": "torch", "onnx": "onnxruntime", "openvino": "openvino"}  # with their packages
+BACKENDS = {"torch": "torch", "compile": "torch", "onnx": "onnxruntime", "openvino": "openvino",
+            "openvino-int8": "nncf"}  # with their packages  # fmt: skip
 FPS_SIZES = ((512, 512), (720, 1280), (1080, 1920))
 FrameFunction = Callable[[np.ndarray], np.ndarray]  # 8-bit RGB (H, W, 3) in and out
 Arrays = Callable[..., np.ndarray]  # a network as a backend runs it: arrays in, an array out
@@ -920,6 +921,11 @@ class FrameNetwork(nn.Module):
         correction, _, gates = self.student.correct(frames.permute(0, 3, 1, 2), gates)
         return correction.permute(0, 2, 3, 1), gates
 
+    def average_gates(self, patches: Tensor) -> Tensor:
+        """Every stage's gates of 8-bit patches (N, h, w, 3) in a vector, averaged over the patches."""
+        _, gates = self.correct(patches.float(), (None,) * 9)
+        return torch.cat([gate.mean(0).flatten() for gate in gates]).float()
+
     def forward(self, frames: Tensor, gates: Tensor) -> Tensor:
         frames, gates = frames.float(), gates.view(1, -1, 1, 1).split(self.student.gate_widths, dim=1)
         correction = self.correct(frames, gates)[0].float().unflatten(3, (self.stride, -1)).permute(0, 1, 3, 2, 4)
@@ -928,14 +934,13 @@ class FrameNetwork(nn.Module):
 
 
 class GateNetwork(FrameNetwork):
-    """Every stage's gates in a vector, averaged over 8-bit patches (N, h, w, 3), about as large as training crops.
+    """A frame's gates from patches (N, h, w, 3) of it, about as large as training crops.
 
     Plain SE blocks average over their whole input, so every tile would have other gates than its neighbours: seams.
     """
 
     def forward(self, patches: Tensor) -> Tensor:
-        _, gates = self.correct(patches.float(), (None,) * 9)
-        return torch.cat([gate.mean(0).flatten() for gate in gates]).float()
+        return self.average_gates(patches)
 
 
 NETWORKS = {"": FrameNetwork, "_gates": GateNetwork}  # what a student runs as, and is exported as
@@ -1000,11 +1005,24 @@ def openvino_core():
     return optional_package("openvino").Core()
 
 
-def openvino_backend(network: nn.Module, device: torch.device, precision: torch.dtype) -> Arrays:
+def quantized(model, network: FrameNetwork):
+    """The OpenVINO model with int8 convolutions, calibrated on 256-pixel pieces of scikit-image's pictures at x2."""
+    nncf = optional_package("nncf")
+    pictures = [ImageOps.fit(even_sized(open_picture(pair.sharp)), (256, 256)) for pair in embedded_pairs()]
+    frames = [np.array(PROTOCOLS["x2"](picture))[None] for picture in pictures]
+    with torch.inference_mode():
+        inputs = [(frame, network.average_gates(torch.from_numpy(frame)).numpy()) for frame in frames]
+    kept = nncf.IgnoredScope(types=["Add"])  # the last is to the frame, whose bytes must stay: 1.2 dB
+    return nncf.quantize(model, nncf.Dataset(inputs), subset_size=len(inputs), ignored_scope=kept)
+
+
+def openvino_backend(network: nn.Module, device: torch.device, precision: torch.dtype, int8: bool = False) -> Arrays:
     """OpenVINO on the CPU."""
     hints = {"INFERENCE_PRECISION_HINT": "bf16" if precision == torch.bfloat16 else "f32",
              "INFERENCE_NUM_THREADS": torch.get_num_threads()}  # fmt: skip
     model = traced(network, "openvino")
+    if int8 and not isinstance(network, GateNetwork):
+        model = quantized(model, network)
 
     @functools.lru_cache(8)
     def compiled(*shapes: tuple[int, ...]):
@@ -1020,7 +1038,8 @@ def openvino_backend(network: nn.Module, device: torch.device, precision: torch.
     return run
 
 
-RUNNERS = {"torch": torch_backend, "compile": compile_backend, "onnx": onnx_backend, "openvino": openvino_backend}
+RUNNERS = {"torch": torch_backend, "compile": compile_backend, "onnx": onnx_backend, "openvino": openvino_backend,
+           "openvino-int8": functools.partial(openvino_backend, int8=True)}  # fmt: skip
 
 
 class Part(typing.NamedTuple):

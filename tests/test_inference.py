@@ -93,6 +93,16 @@ def test_backends_agree_with_pytorch(random_frame, backend):
     assert np.abs(ours(frame).astype(int) - frame).mean() > 1
 
 
+def test_int8_stays_within_a_tenth_of_a_decibel(photographs):
+    student, _ = kd.load_student("fast")
+    sharp = np.array(photographs["astronaut"])
+    blurred = np.array(kd.PROTOCOLS["x2"](photographs["astronaut"]))
+    ours, theirs = (kd.FrameSharpener(student, CPU, backend=name)(blurred) for name in ("torch", "openvino-int8"))
+    assert kd.score(theirs, sharp)[0] > kd.score(ours, sharp)[0] - 0.1
+    assert kd.score(ours, sharp)[0] > kd.score(blurred, sharp)[0] + 1
+    assert not np.array_equal(ours, theirs)
+
+
 def test_a_signal_after_openvino_networks_have_come_and_gone():
     """OpenVINO's second Core used to leave a signal stack that was not mapped any more."""
     script = """
@@ -120,6 +130,9 @@ def test_the_compiler_agrees_with_pytorch(random_frame):
 
 
 def test_a_missing_package_is_named(student_file, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    assert kd.main(["sharpen", str(kd.SAMPLES / "blurred_cat.png"), "--backend", "openvino-int8"]) == 2
+    assert "pip install nncf" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "openvino", None)
     command = ["--checkpoint", str(student_file)]
     picture = str(kd.SAMPLES / "blurred_cat.png")
