@@ -65,6 +65,7 @@ TILE, OVERLAP = 1024, 256  # pixels; a 1080p frame's tiles hold a seventh more t
 SKIPS = ("concatenate", "add")
 BACKENDS = {"torch": "torch", "compile": "torch", "onnx": "onnxruntime", "openvino": "openvino",
             "openvino-int8": "nncf"}  # with their packages  # fmt: skip
+FIXED_PRECISION = {"onnx": "float32", "openvino-int8": "int8"}  # whatever --precision says
 FPS_SIZES = ((512, 512), (720, 1280), (1080, 1920))
 FrameFunction = Callable[[np.ndarray], np.ndarray]  # 8-bit RGB (H, W, 3) in and out
 Arrays = Callable[..., np.ndarray]  # a network as a backend runs it: arrays in, an array out
@@ -1814,29 +1815,31 @@ def measure_fps(config: FpsConfig) -> None:
     for name, network in networks.items():
         count = sum(p.numel() for p in network.parameters())
         print(f"{name}: {count:,} parameters, {macs[name]:,.0f} multiply-adds a pixel")
-    print(f"{device}, {precision}, {torch.get_num_threads()} CPU threads, PyTorch {torch.__version__}")
-    print("network       backend   frame              network   8-bit to 8-bit, ms   95 %    FPS  GFLOP/s  x plain")
-    engines = [b for b in ("onnx", "openvino") if device.type == "cpu" and importlib.util.find_spec(BACKENDS[b])]
-    backends = config.backend or ["torch", *engines]
-    plain = {}  # the yardstick's milliseconds for each backend and size
-    for backend, (name, network), tile in itertools.product(backends, networks.items(), sorted({0, config.tile})):
-        if tile and name == "plain layers":
-            continue
-        sharpener = FrameSharpener(network, device, tile, config.overlap, 1.0, config.precision, backend)
-        for height, width in FPS_SIZES:
+    print(f"{device}, {torch.get_num_threads()} CPU threads, PyTorch {torch.__version__}")
+    print("network       backend       precision  frame              network   8-bit to 8-bit, ms   95 %    FPS"
+          "  GFLOP/s  x plain")  # fmt: skip
+    installed = [name for name, package in BACKENDS.items() if name != "compile" and importlib.util.find_spec(package)]
+    tilings = [(name, tile) for name in networks for tile in sorted({0, config.tile}) if name in students or not tile]
+    for backend in config.backend or (installed if device.type == "cpu" else ["torch"]):
+        arithmetic = FIXED_PRECISION.get(backend, str(precision).removeprefix("torch."))
+        sharpeners = [FrameSharpener(networks[name], device, tile, config.overlap, 1.0, config.precision, backend)
+                      for name, tile in tilings]  # fmt: skip
+        for (height, width), ((name, tile), sharpener) in itertools.product(
+            FPS_SIZES, zip(tilings, sharpeners, strict=True)
+        ):
             if tile and len(sharpener.side(height).parts) == len(sharpener.side(width).parts) == 1:
                 continue  # timed already
-            row = {"network": name, "backend": backend, "precision": str(precision).removeprefix("torch."),
-                   "device": str(device), "threads": torch.get_num_threads(),
-                   "height": height, "width": width, "tiled": bool(tile)}  # fmt: skip
+            row = {"network": name, "backend": backend, "precision": arithmetic, "device": str(device),
+                   "threads": torch.get_num_threads(), "height": height, "width": width, "tiled": bool(tile)}  # fmt: skip
             row |= time_frames(sharpener, height, width, config)
-            plain.setdefault((backend, height), row["frame_ms"])
-            row |= {"fps": 1000 / row["frame_ms"], "plain_ms": plain[backend, height], "macs_per_pixel": macs[name],
+            plain = row["frame_ms"] if name == "plain layers" else plain  # the first of every size
+            row |= {"fps": 1000 / row["frame_ms"], "plain_ms": plain, "macs_per_pixel": macs[name],
                     "gflops": 2 * macs[name] * height * width / row["network_ms"] / 1e6}  # fmt: skip
             rows.append(row)
-            size, ratio = f"{width}x{height}{' tiled' if tile else ''}", row["frame_ms"] / row["plain_ms"]
+            size = f"{width}x{height}{' tiled' if tile else ''}"
             times = f"{row['network_ms']:>10.1f}{row['frame_ms']:>22.1f}{row['frame_ms_p95']:>7.1f}{row['fps']:>7.1f}"
-            print(f"{name:<14}{backend:<10}{size:<16}{times}{row['gflops']:>9.0f}{ratio:>9.2f}", flush=True)
+            line = f"{name:<14}{backend:<14}{arithmetic:<11}{size:<16}{times}{row['gflops']:>9.0f}"
+            print(f"{line}{row['frame_ms'] / plain:>9.2f}", flush=True)
     best = best_convolution(precision, device, config)
     print(f"{precision}: PyTorch's best 3x3 convolution reaches {best:.0f} GFLOP/s")
     if config.json:

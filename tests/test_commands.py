@@ -94,8 +94,8 @@ def test_fps_rows(tmp_path, student_file, sharp_folder, capsys, monkeypatch):
     assert kd.main([*command, "--json", str(tmp_path / "fps.json")]) == 0
     rows = json.loads((tmp_path / "fps.json").read_text())["rows"]
     sizes = ((64, 96), (1280, 720))
-    cases = [*itertools.product(("plain", "student"), sizes, (False,)), ("student", sizes[1], True)]
-    found = [(r["backend"], r["network"].split()[0], (r["width"], r["height"]), r["tiled"]) for r in rows]
+    cases = [*itertools.product(sizes, ("plain", "student"), (False,)), (sizes[1], "student", True)]
+    found = [(r["backend"], (r["width"], r["height"]), r["network"].split()[0], r["tiled"]) for r in rows]
     assert found == [(backend, *case) for backend in ("torch", "openvino") for case in cases]
     for row in rows:
         assert row["fps"] == pytest.approx(1000 / row["frame_ms"])
