@@ -50,6 +50,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import Normalize
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
@@ -802,10 +803,8 @@ def load_student(name: str | Path) -> tuple[StudentUNet, dict]:
 @functools.lru_cache
 def gaussian_windows(length: int, size: int = 11, sigma: float = 1.5) -> Tensor:
     """(length - size + 1, length): each row a normalised Gaussian window at the next position where it fits."""
-    position = torch.arange(size, dtype=torch.float32) - (size - 1) / 2
-    window = torch.softmax(-(position**2) / (2 * sigma**2), 0)
-    count = length - size + 1
-    return F.pad(window, (0, count)).repeat(count)[: count * length].view(count, length)  # its period is length + 1
+    window = torch.softmax(-((torch.arange(size) - size // 2) ** 2) / (2 * sigma**2), 0)
+    return torch.stack([F.pad(window, (start, length - size - start)) for start in range(length - size + 1)])
 
 
 def ssim(first: Tensor, second: Tensor) -> Tensor:
@@ -851,25 +850,19 @@ def feature_loss(student: dict[str, Tensor], teacher: dict[str, Tensor]) -> Tens
     return torch.stack(losses).mean()
 
 
-class VGGFeatures(nn.Module):
+def vgg_features() -> nn.Sequential:
     """torchvision's VGG19 up to relu5_4, frozen, on RGB (B, 3, H, W) in [0, 1]; UserError without its weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        weights = torchvision.models.VGG19_Weights.IMAGENET1K_V1
-        path = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
-        remedy = f"put {path.name} from {weights.url} there, or turn the term off with --lambda-perceptual 0"
-        self.features = torchvision.models.vgg19(weights=None).features[:36]
-        try:
-            state = weights.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
-            state = {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
-            self.features.load_state_dict(state)
-        except Exception as error:  # no file and no download, or what a damaged file happens to cause
-            raise UserError(f"{path}: no VGG19 weights ({type(error).__name__}: {error}); {remedy}") from error
-        self.requires_grad_(False).eval()
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.features(TF.normalize(image, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    weights = torchvision.models.VGG19_Weights.IMAGENET1K_V1
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+    remedy = f"put {path.name} from {weights.url} there, or turn the term off with --lambda-perceptual 0"
+    features = torchvision.models.vgg19(weights=None).features[:36]
+    try:
+        state = weights.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
+        features.load_state_dict({k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")})
+    except Exception as error:  # no file and no download, or what a damaged file happens to cause
+        raise UserError(f"{path}: no VGG19 weights ({type(error).__name__}: {error}); {remedy}") from error
+    normalise = Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    return nn.Sequential(normalise, features).requires_grad_(False).eval()
 
 
 class DistillationLoss(nn.Module):
@@ -880,7 +873,7 @@ class DistillationLoss(nn.Module):
         self.weights = {name: weight for name, weight in weights.items() if weight > 0}
         self.temperature = temperature
         self.needs_teacher = not self.weights.keys().isdisjoint({"perceptual", "feature", "kl", "output"})
-        self.vgg = VGGFeatures() if "perceptual" in self.weights else None
+        self.vgg = vgg_features() if "perceptual" in self.weights else None
 
     def forward(self, output: Tensor, sharp: Tensor, features: dict[str, Tensor] | None = None,
                 teacher_output: Tensor | None = None, teacher_features: dict[str, Tensor] | None = None,
