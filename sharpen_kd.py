@@ -502,30 +502,57 @@ class GoProSharpeningDataset(Dataset):
         return {"blurred": blurred, "sharp": sharp}
 
 
+def save_picture(image: Image.Image, path: Path) -> None:
+    """Write with the metadata in `image.info`, to a temporary file that is then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    kind = Image.registered_extensions()[path.suffix.lower()]
+    best = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95}}.get(kind, {})
+    try:
+        image.save(temporary, format=kind, **image.info, **best)
+        temporary.replace(path)
+    except (OSError, ValueError) as error:
+        hint = "; alpha needs .png, .webp or .tif" if image.mode in ("LA", "RGBA") else ""
+        raise UserError(f"{path}: cannot be written ({error}){hint}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def plan_outputs(inputs: Sequence[Path], target: Callable[[Path], Path]) -> dict[Path, Path]:
+    """{`target` of its path in its folder: picture} for files and folders; UserError for what cannot be written."""
+    plan: dict[Path, Path] = {}
+    for path in inputs:
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder")
+        folder, pictures = (path, list_pictures(path)) if path.is_dir() else (path.parent, [path])
+        for source in pictures:
+            file = target(source.relative_to(folder))
+            if file.resolve() == source.resolve():
+                raise UserError(f"{source}: would be overwritten; choose another -o")
+            if plan.setdefault(file, source) is not source:
+                raise UserError(f"{plan[file]} and {source} would both become {file}; rename one")
+    if not plan:
+        raise UserError(f"{inputs[0]}: no pictures in this folder")
+    return plan
+
+
 def prepare(config: PrepareConfig) -> None:
     """The `prepare` command: pairs of the xS protocol under `data_root/split`, categories kept."""
-    sources, target = list_pictures(config.sharp_dir), config.data_root / config.split
-    if not sources:
-        raise UserError(f"{config.sharp_dir}: no pictures in this folder")
+    target = config.data_root / config.split
     if list_pictures(target):
         raise UserError(f"{target} holds pictures already; remove them or choose another --data-root")
-    files: dict[Path, Path] = {}
-    for source in sources:
-        name = source.relative_to(config.sharp_dir).with_suffix(".png")
-        if files.setdefault(name, source) != source:
-            raise UserError(f"{source} and {files[name]} would both become {name}; rename one")
-    rng = np.random.default_rng(config.seed)
     unfinished = target.with_name(f".{target.name}.unfinished")  # renamed once all pairs are in it
+    plan = plan_outputs([config.sharp_dir], lambda name: unfinished / "sharp" / name.with_suffix(".png"))
     shutil.rmtree(unfinished, ignore_errors=True)
-    for name, source in tqdm(files.items(), "prepare"):
+    rng = np.random.default_rng(config.seed)
+    for file, source in tqdm(plan.items(), "prepare"):
         scale, sigma = rng.choice(config.scale), rng.uniform(0, config.extra_blur)
         sharp = even_sized(open_picture(source))
-        for side, image in (("blurred", Degradation(scale, sigma)(sharp)), ("sharp", sharp)):
-            (unfinished / side / name).parent.mkdir(parents=True, exist_ok=True)
-            image.save(unfinished / side / name)
+        save_picture(sharp, file)
+        save_picture(Degradation(scale, sigma)(sharp), unfinished / "blurred" / file.relative_to(unfinished / "sharp"))
     shutil.copytree(unfinished, target, dirs_exist_ok=True, copy_function=shutil.move)
     shutil.rmtree(unfinished)
-    print(f"{len(files)} pairs in {target}")
+    print(f"{len(plan)} pairs in {target}")
 
 
 # --- Teacher: a frozen Restormer, its features read by forward hooks --------------------------------------------------
@@ -858,7 +885,9 @@ def vgg_features() -> nn.Sequential:
     features = torchvision.models.vgg19(weights=None).features[:36]
     try:
         state = weights.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
-        features.load_state_dict({k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")})
+        features.load_state_dict(
+            {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
+        )
     except Exception as error:  # no file and no download, or what a damaged file happens to cause
         raise UserError(f"{path}: no VGG19 weights ({type(error).__name__}: {error}); {remedy}") from error
     normalise = Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -1540,51 +1569,16 @@ def sharpen_picture(sharpener: FrameSharpener, image: Image.Image) -> Image.Imag
     return result
 
 
-def save_picture(image: Image.Image, path: Path) -> None:
-    """Write with the metadata in `image.info`, to a temporary file that is then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    kind = Image.registered_extensions()[path.suffix.lower()]
-    best = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95}}.get(kind, {})
-    try:
-        image.save(temporary, format=kind, **image.info, **best)
-        temporary.replace(path)
-    except (OSError, ValueError) as error:
-        hint = "; alpha needs .png, .webp or .tif" if image.mode in ("LA", "RGBA") else ""
-        raise UserError(f"{path}: cannot be written ({error}){hint}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def plan_outputs(config: SharpenConfig) -> dict[Path, Path]:
-    """{file to write: picture} for every input; UserError for what cannot be, before any work."""
+def sharpen(config: SharpenConfig) -> None:
+    """The `sharpen` command. One unreadable picture does not stop the others; it is named at the end."""
     output, ending = (config.output, ".png") if config.output else (SAMPLES, "_sharpened.png")
     one_file = output.suffix and not output.is_dir()
     if one_file and output.suffix.lower() not in Image.registered_extensions():
         raise UserError(f"-o {output}: Pillow does not know the file type {output.suffix}")
     if one_file and (len(config.inputs) > 1 or config.inputs[0].is_dir()):
         raise UserError(f"-o {output}: a file can take one picture only; name a folder")
-    plan: dict[Path, Path] = {}
-    for path in config.inputs:
-        if not path.exists():
-            raise UserError(f"{path}: no such file or folder")
-        folder, pictures = (path, list_pictures(path)) if path.is_dir() else (path.parent, [path])
-        for source in pictures:
-            name = source.relative_to(folder)
-            target = output if one_file else output / name.with_name(name.stem + ending)
-            if target.resolve() == source.resolve():
-                raise UserError(f"{source}: would be overwritten; choose another -o")
-            if plan.setdefault(target, source) is not source:
-                raise UserError(f"{plan[target]} and {source} would both become {target}; rename one")
-    if not plan:
-        raise UserError(f"{config.inputs[0]}: no pictures in this folder")
-    return plan
-
-
-def sharpen(config: SharpenConfig) -> None:
-    """The `sharpen` command. One unreadable picture does not stop the others; it is named at the end."""
-    plan, failed = plan_outputs(config), []
-    sharpener = student_frames(config, config.strength)
+    plan = plan_outputs(config.inputs, lambda name: output if one_file else output / name.with_name(name.stem + ending))
+    sharpener, failed = student_frames(config, config.strength), []
     for target, source in tqdm(plan.items(), "sharpen", disable=len(plan) == 1):
         try:
             save_picture(sharpen_picture(sharpener, open_picture(source)), target)
