@@ -66,6 +66,7 @@ TILE, OVERLAP = 1024, 256  # pixels; a 1080p frame's tiles hold a seventh more t
 SKIPS = ("concatenate", "add")
 BACKENDS = {"torch": "torch", "compile": "torch", "onnx": "onnxruntime", "openvino": "openvino"}  # with their packages
 FPS_SIZES = ((512, 512), (720, 1280), (1080, 1920))
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun numbers them
 FrameFunction = Callable[[np.ndarray], np.ndarray]  # 8-bit RGB (H, W, 3) in and out
 Arrays = Callable[..., np.ndarray]  # a network as a backend runs it: arrays in, an array out
 
@@ -239,6 +240,8 @@ def pick_device(config: DeviceConfig) -> torch.device:
     name = found if config.device == "auto" else config.device
     if name not in (found, "cpu"):
         raise UserError(f"--device {name}: PyTorch finds none here; use --device auto")
+    if name == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # torchrun's number of this process's GPU
     return torch.device(name)
 
 
@@ -247,11 +250,6 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     processor = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     native = device.type == "cuda" or processor.get("avx512_bf16", False)
     return torch.bfloat16 if name == "bf16" or (name == "auto" and native) else torch.float32
-
-
-def process_rank() -> tuple[int, int]:
-    """(rank, processes): torchrun's, or (0, 1)."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 # --- Pictures and datasets --------------------------------------------------------------------------------------------
@@ -675,9 +673,9 @@ class TeacherCache(Dataset):
     def build(self, teacher: RestormerTeacherWrapper, autocast: torch.autocast) -> None:
         """Write every file; processes that train together share them out."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        device, (rank, processes) = next(teacher.parameters()).device, process_rank()
-        places = list(itertools.product(range(len(self.dataset.pairs)), range(self.variants)))[rank::processes]
-        for index, variant in tqdm(places, "teacher cache", disable=rank > 0):
+        device = next(teacher.parameters()).device
+        places = list(itertools.product(range(len(self.dataset.pairs)), range(self.variants)))[RANK::PROCESSES]
+        for index, variant in tqdm(places, "teacher cache", disable=RANK > 0):
             rng = np.random.default_rng((variant, index))  # not the run's seed: runs of several seeds share a cache
             example = self.dataset.example(self.dataset.images(index), rng)
             example = {name: pad_to_multiple(image[None].to(device), self.alignment) for name, image in example.items()}
@@ -685,7 +683,7 @@ class TeacherCache(Dataset):
                 example |= {"output": teacher(example["blurred"])} | teacher.tapped
             example = {name: t[0].permute(1, 2, 0).half().contiguous().cpu() for name, t in example.items()}
             save_atomically(example, self.file(index, variant))
-        if processes > 1:
+        if PROCESSES > 1:
             dist.barrier()
 
     def __getitem__(self, item: tuple[int, int]) -> dict[str, Tensor]:
@@ -885,9 +883,8 @@ def vgg_features() -> nn.Sequential:
     features = torchvision.models.vgg19(weights=None).features[:36]
     try:
         state = weights.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
-        features.load_state_dict(
-            {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
-        )
+        state = {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
+        features.load_state_dict(state)
     except Exception as error:  # no file and no download, or what a damaged file happens to cause
         raise UserError(f"{path}: no VGG19 weights ({type(error).__name__}: {error}); {remedy}") from error
     normalise = Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -1302,19 +1299,16 @@ class Fit:
     def __init__(self, config: FitConfig, objective: Distillation, network_config: dict, pairs: list[Pair],
                  frame_function: Callable[[nn.Module, torch.device], FrameFunction], last: dict | None = None,
                  ) -> None:  # fmt: skip
-        self.device, (self.rank, processes) = pick_device(config), process_rank()
-        if processes > 1:
-            if self.device.type == "cuda":
-                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-                torch.cuda.set_device(self.device)
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         self.config, self.network_config, self.frame_function = config, network_config, frame_function
+        self.device = pick_device(config)
+        if PROCESSES > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         training, held_out = hold_out(pairs, config.validation_fraction)
         training = balanced(training) if config.balance else training
         self.held_out = [pair.load() for pair in held_out]
         settings = ("image_size", "blur_probability", "seed", "cache", "degradation")
         self.dataset = GoProSharpeningDataset(training, **{name: getattr(config, name) for name in settings})
-        self.order = CropOrder(len(training), config, self.rank, processes)
+        self.order = CropOrder(len(training), config, RANK, PROCESSES)
         self.objective = objective.to(self.device, memory_format=torch.channels_last)
         bf16 = pick_precision(config.precision, self.device) == torch.bfloat16
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
@@ -1328,7 +1322,7 @@ class Fit:
         self.step, self.best, self.rows = 0, -math.inf, []  # the rows of log.csv
         if last:
             self.continue_from(last)
-        self.parallel = nn.parallel.DistributedDataParallel(self.objective) if processes > 1 else self.objective
+        self.parallel = nn.parallel.DistributedDataParallel(self.objective) if PROCESSES > 1 else self.objective
 
     def continue_from(self, last: dict) -> None:
         """Take up the state that `save_last` wrote; UserError if it is another kind of run's."""
@@ -1407,7 +1401,7 @@ class Fit:
         options = {"pin_memory": self.device.type == "cuda", "worker_init_fn": ignore_interrupts}
         loader = DataLoader(self.dataset, batch_sampler=order, num_workers=config.workers, **options)
         config.run_dir.mkdir(parents=True, exist_ok=True)
-        bar = tqdm(total=total, initial=self.step, disable=self.rank > 0, unit="step")
+        bar = tqdm(total=total, initial=self.step, disable=RANK > 0, unit="step")
         with bar, deferred_interrupts() as interrupts:
             batches, saved = iter(loader), time.monotonic()
             while self.step < total and not any_process(bool(interrupts), self.device):
@@ -1419,7 +1413,7 @@ class Fit:
                 means = self.optimise(batches)
                 bar.set_postfix({name: f"{means[name]:.4f}" for name in terms}, refresh=False)
                 bar.update()
-                if self.rank:
+                if RANK:
                     continue
                 row = {"step": self.step, "epoch": epoch, "learning_rate": rate}
                 row |= {"loss": sum(means[name] for name in terms), **means, "seconds": time.perf_counter() - started}
@@ -1430,7 +1424,7 @@ class Fit:
                 if time.monotonic() - saved > 60:
                     self.save_last()
                     saved = time.monotonic()
-        if self.rank == 0:
+        if RANK == 0:
             self.save_last()
             plot(config.run_dir / "curves.png", self.draw_curves)
         if dist.is_initialized():
@@ -1482,7 +1476,7 @@ def train(config: TrainConfig) -> None:
         teacher = RestormerTeacherWrapper(load_restormer(config.teacher_weights), widths)
     run = Fit(config, Distillation(student, teacher, loss), student.config, pairs, FrameSharpener, last)
     run.run()
-    if run.rank == 0 and run.held_out:
+    if RANK == 0 and run.held_out:
         before = mean_score(run.held_out, lambda frame: frame)
         after = load_student(config.run_dir / "best.pth")[1]["held_out"]
         pace = statistics.median(row["seconds"] for row in run.rows)
