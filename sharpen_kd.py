@@ -381,10 +381,7 @@ PAIR_FILE = re.compile(r"(|.*?/)(blurred|blur|sharp)/(.*?)(_blurred|_blur|_sharp
 
 
 def find_pairs(split_dir: Path, protocol: str = "") -> list[Pair]:
-    """The pairs below a split's folder, sorted by key; with a `protocol`, sharp pictures to be degraded by it.
-
-    UserError for nothing, files without a partner, unequal sizes, unreadable files, two files for one side.
-    """
+    """A folder's pairs by key, or with a `protocol` its sharp pictures, to be degraded; UserError for what fits not."""
     sides, problems = {"blurred": {}, "sharp": {}}, []
     names = {path: path.relative_to(split_dir).with_suffix("").as_posix() for path in list_pictures(split_dir)}
     for path, name in names.items():
@@ -467,8 +464,9 @@ class GoProSharpeningDataset(Dataset):
     def __init__(self, pairs: Sequence[Pair], image_size: int, blur_probability: float = 1.0,
                  seed: int = 0, cache: bool = False, degradation: str = "pairs") -> None:  # fmt: skip
         self.pairs, self.image_size, self.blur_probability, self.seed = pairs, image_size, blur_probability, seed
-        self.degradation, self.to_tensor, self.decoded = degradation, CustomToTensor(), []
-        self.decoded = [self.images(index) for index in range(len(pairs))] if cache else []
+        self.degradation, self.to_tensor = degradation, CustomToTensor()
+        if cache:
+            self.images = [self.images(index) for index in range(len(pairs))].__getitem__
 
     def __getitem__(self, item: int | tuple[int, int]) -> dict[str, Tensor]:
         epoch, index = item if isinstance(item, tuple) else (0, item)
@@ -478,8 +476,6 @@ class GoProSharpeningDataset(Dataset):
 
     def images(self, index: int) -> list[np.ndarray]:
         """The pair's pictures, or the sharp one; enlarged where they are smaller than a crop."""
-        if self.decoded:
-            return self.decoded[index]
         pair = self.pairs[index]
         images = [*pair.load()] if self.degradation == "pairs" else [np.array(even_sized(open_picture(pair.sharp)))]
         if min(images[0].shape[:2]) >= self.image_size:
@@ -849,10 +845,8 @@ def ssim(first: Tensor, second: Tensor) -> Tensor:
 
 
 def positional_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(teacher || student) of (B, C, H, W) as soft distributions over positions, one a channel, averaged.
-
-    Over three colour channels a distribution says nothing; so channel-wise distillation (Shu et al., ICCV 2021, eq. 4).
-    """
+    """T^2 KL(teacher || student) over each channel's positions, of (B, C, H, W); Shu et al., ICCV 2021, eq. 4."""
+    # a distribution over three colours, which the report's words would also allow, says nothing
     student, teacher = ((x.flatten(2) / temperature).log_softmax(-1) for x in (student, teacher))
     return F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1).mean() * temperature**2
 
@@ -1184,10 +1178,7 @@ class Distillation(nn.Module):
 
 
 class CropOrder(Sampler[list[tuple[int, int]]]):
-    """The (epoch, index) batches of one process over a whole run, from `first_step` on.
-
-    Epochs are permutations, wrapped around to fill the last batches; N processes see, step by step, what one would.
-    """
+    """The (epoch, index) batches of one process from `first_step` on; N processes see, step by step, what one would."""
 
     def __init__(self, count: int, config: FitConfig, rank: int = 0, processes: int = 1) -> None:
         self.count, self.config, self.rank, self.first_step = count, config, rank, 0
@@ -1204,7 +1195,7 @@ class CropOrder(Sampler[list[tuple[int, int]]]):
         first_epoch, done = divmod(self.first_step, self.steps_per_epoch)
         for epoch in range(first_epoch, self.config.epochs):
             order = np.random.default_rng((self.config.seed, epoch)).permutation(self.count)
-            batches = np.resize(order, math.prod(self.epoch_shape)).reshape(self.epoch_shape)
+            batches = np.resize(order, self.epoch_shape)  # wrapped around to fill the last ones
             for batch in batches[done * self.group :, :, self.rank]:
                 yield [(epoch, int(index)) for index in batch]
             done = 0
@@ -1250,17 +1241,15 @@ def plot(path: Path, draw: Callable[..., None]) -> None:
 def deferred_interrupts() -> Iterator[list[int]]:
     """A list that a first Ctrl-C or termination signal is put into; a second one acts at once."""
     received: list[int] = []
+    with contextlib.ExitStack() as former:
 
-    def note(number: int, frame: object) -> None:
-        received.append(number)
-        signal.signal(number, before[number])
+        def note(number: int, frame: object) -> None:
+            received.append(number)
+            former.close()
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            former.callback(signal.signal, number, signal.signal(number, note))
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def ignore_interrupts(worker: int) -> None:
@@ -1355,9 +1344,9 @@ class Fit:
             tqdm.write(f"step {self.step}: held-out {psnr:.2f} dB, SSIM {similarity:.4f}")
         if psnr > self.best or not self.held_out:
             self.best = max(self.best, psnr)
-            scores = {"psnr": psnr, "ssim": similarity, "pictures": len(self.held_out)}
-            content = {"network": self.network_config, "params": self.ema.state_dict(), "step": self.step}
-            save_atomically(content | {"held_out": scores}, self.config.run_dir / "best.pth")
+            content = {"network": self.network_config, "params": self.ema.state_dict(), "step": self.step,
+                       "held_out": {"psnr": psnr, "ssim": similarity, "pictures": len(self.held_out)}}  # fmt: skip
+            save_atomically(content, self.config.run_dir / "best.pth")
         return {"val_psnr": psnr, "val_ssim": similarity}
 
     def optimise(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, float]:
@@ -1500,23 +1489,22 @@ def ablate(config: AblateConfig) -> None:
     that are there already are kept or continued, so two processes can share out the seeds, and a third the table.
     """
     test = [] if uses_embedded_sample(config) else [p.load() for p in find_pairs(config.data_root / "test", "x2")]
-    device = pick_device(config)
     scores, seconds = {}, {}  # {variant: {"held out" or "test": [[PSNR, SSIM] of each seed]}}, {variant: of a step}
     for name, terms in ABLATION.items():
-        weights = {f"lambda_{term}": 0.0 for term in ("perceptual", "feature", "kl", "output") if term not in terms}
+        changes = {f"lambda_{term}": 0.0 for term in ("perceptual", "feature", "kl", "output") if term not in terms}
         epochs = round(config.epochs * seconds["all"] / seconds["no teacher"]) if "longer" in name else config.epochs
-        cycle = {"epochs": epochs, "restart_epochs": epochs, "validate_every": epochs}
+        changes |= dict.fromkeys(("epochs", "restart_epochs", "validate_every"), epochs)
         scores[name], steps = {"held out": [], "test": []}, []
         for seed in config.seeds:
             folder = config.run_dir / f"{name.replace(',', '').replace(' ', '_')}_{seed}"
             if not (folder / "best.pth").exists():  # it is written at the end
-                run = {"run_dir": folder, "seed": seed, "resume": (folder / "last.pth").exists()}
-                train(dataclasses.replace(config, **run, **weights, **cycle))
+                changes |= {"run_dir": folder, "seed": seed, "resume": (folder / "last.pth").exists()}
+                train(dataclasses.replace(config, **changes))
             student, content = load_student(folder / "best.pth")
             steps += [float(row["seconds"]) for row in csv.DictReader((folder / "log.csv").read_text().splitlines())]
             scores[name]["held out"].append([content["held_out"]["psnr"], content["held_out"]["ssim"]])
             if test:
-                sharpener = FrameSharpener(student, device, precision=config.precision)
+                sharpener = FrameSharpener(student, pick_device(config), precision=config.precision)
                 scores[name]["test"].append(mean_score(test, sharpener))
         seconds[name] = statistics.median(steps)
         line = f"{name:<20}{len(steps) // len(config.seeds):>6} steps of{1000 * seconds[name]:>4.0f} ms"
@@ -1576,10 +1564,9 @@ def sharpen(config: SharpenConfig) -> None:
     for target, source in tqdm(plan.items(), "sharpen", disable=len(plan) == 1):
         try:
             save_picture(sharpen_picture(sharpener, open_picture(source)), target)
+            tqdm.write(f"{source} -> {target}")
         except UserError as error:
             failed.append(str(error))
-        else:
-            tqdm.write(f"{source} -> {target}")
     if failed:
         raise UserError("; ".join(failed))
 
@@ -1863,7 +1850,7 @@ def build_parser() -> argparse.ArgumentParser:
 def settle(config_class: type, given: dict) -> object:
     """The command's configuration: given flags over a resumed run's over the embedded run's; UserError off bounds."""
     config = config_class(**given)
-    if isinstance(config, FitConfig) and uses_embedded_sample(config):
+    if uses_embedded_sample(config):
         config = config_class(**(EMBEDDED_RUN | given))
     if isinstance(config, FitConfig) and config.resume:
         saved = read_checkpoint(config.run_dir / "last.pth", "start the run without --resume")["config"]
