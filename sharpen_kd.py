@@ -50,7 +50,6 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.transforms import Normalize
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
@@ -374,9 +373,8 @@ def list_pictures(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES)
 
 
-# A file's side of a pair is a folder's name, wherever it stands, and the rest is the key it shares with its partner:
-# `blurred/text/a_blur.png` ("text/a") and the published `GOPR0372_07_00/blur/000047.png` ("GOPR0372_07_00/000047"),
-# whose `blur_gamma` is passed over.
+# A file's side of a pair is a folder's name, wherever it stands; the rest is the pair's key: "text/a" for
+# `blurred/text/a_blur.png`, "GOPR0372_07_00/000047" for GoPro's `GOPR0372_07_00/blur/000047.png` (not `blur_gamma`).
 PAIR_FILE = re.compile(r"(|.*?/)(blurred|blur|sharp)/(.*?)(_blurred|_blur|_sharp)?", re.DOTALL)
 
 
@@ -417,7 +415,7 @@ EMBEDDED = {"animals": ("chelsea.png", "horse.png"), "people": ("astronaut.png",
             "gravel.png", "brick.png", "hubble_deep_field.jpg", "motorcycle_left.png")}  # fmt: skip
 
 
-def uses_embedded_sample(config: FitConfig) -> bool:
+def uses_embedded_sample(config: object) -> bool:
     """Whether this is `train` without a dataset: no other --data-root, and no pictures under this one."""
     return isinstance(config, TrainConfig) and config.data_root == DATASET and not list_pictures(DATASET / "train")
 
@@ -455,17 +453,16 @@ def balanced(pairs: list[Pair]) -> list[Pair]:
 class GoProSharpeningDataset(Dataset):
     """Blurred/sharp training crops as float RGB tensors, each (3, image_size, image_size).
 
-    An item is drawn from (seed, epoch, index) alone, so neither worker processes nor an interruption change what a run
-    sees. Crops start at even pixels: a frame enlarged by 2, and a student with a stem, repeat every two. "pairs" blurs
-    the pair's own blur more; "x2" and "mixed" degrade a crop of the sharp picture anew (see `Degradation.draw`). A
-    student starts on "x2": from "mixed" alone it learns to do nothing.
+    An item is drawn from (seed, epoch, index) alone, whatever the workers or interruptions. Crops start at even pixels:
+    a frame enlarged by 2, and a student with a stem, repeat every two. "pairs" blurs the pair's own blur more; "x2" and
+    "mixed" degrade the sharp crop anew. A student starts on "x2": from "mixed" alone it learns to do nothing.
     """
 
     def __init__(self, pairs: Sequence[Pair], image_size: int, blur_probability: float = 1.0,
                  seed: int = 0, cache: bool = False, degradation: str = "pairs") -> None:  # fmt: skip
         self.pairs, self.image_size, self.blur_probability, self.seed = pairs, image_size, blur_probability, seed
         self.degradation, self.to_tensor = degradation, CustomToTensor()
-        if cache:
+        if cache:  # from here on a look-up
             self.images = [self.images(index) for index in range(len(pairs))].__getitem__
 
     def __getitem__(self, item: int | tuple[int, int]) -> dict[str, Tensor]:
@@ -881,7 +878,7 @@ def vgg_features() -> nn.Sequential:
         features.load_state_dict(state)
     except Exception as error:  # no file and no download, or what a damaged file happens to cause
         raise UserError(f"{path}: no VGG19 weights ({type(error).__name__}: {error}); {remedy}") from error
-    normalise = Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    normalise = torchvision.transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     return nn.Sequential(normalise, features).requires_grad_(False).eval()
 
 
@@ -1484,9 +1481,9 @@ ABLATION = {"no teacher": (), "features": ("feature",), "KL": ("kl",), "output":
 def ablate(config: AblateConfig) -> None:
     """The `ablate` command: runs in --run-dir/VARIANT_SEED, then a table, ablation.json and ablation.png.
 
-    A teacher term that a variant lacks has weight 0; the others have their --lambda. With a --teacher-cache every
-    variant sees the same crops. "No teacher, longer" has as many more epochs as a step of "all" takes longer. Runs
-    that are there already are kept or continued, so two processes can share out the seeds, and a third the table.
+    A teacher term that a variant lacks has weight 0; the others have their --lambda. "No teacher, longer" has as many
+    more epochs as a step of "all" takes longer. With a --teacher-cache all see the same crops. Runs that are there are
+    kept or continued, so two processes can share out the seeds, and a third the table.
     """
     test = [] if uses_embedded_sample(config) else [p.load() for p in find_pairs(config.data_root / "test", "x2")]
     scores, seconds = {}, {}  # {variant: {"held out" or "test": [[PSNR, SSIM] of each seed]}}, {variant: of a step}
@@ -1542,7 +1539,7 @@ def sharpen_picture(sharpener: FrameSharpener, image: Image.Image) -> Image.Imag
             srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
             image = ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
             kept["icc_profile"] = srgb.tobytes()
-    if "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
+    if image.has_transparency_data:
         image = image.convert("RGBA")
     result = Image.fromarray(sharpener(frame_array(image))).convert("L" if grey else "RGB")
     if image.mode == "RGBA":
