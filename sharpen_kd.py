@@ -580,10 +580,9 @@ def read_checkpoint(path: Path, remedy: str) -> dict:
 def load_restormer(weights: Path | None) -> StemmedRestormer:
     """The RGB Restormer of a file, {"params": state dict} or a bare one, by default the official; UserError if none."""
     path = weights or OFFICIAL_TEACHER
-    remedy = (
-        f"get motion_deblurring.pth from the releases of github.com/swz30/Restormer and put it at {OFFICIAL_TEACHER}, "
-        f"or name another file with --teacher-weights ({COMPACT_TEACHER.relative_to(HERE)} is a compact one)"
-    )
+    remedy = (f"get motion_deblurring.pth from the releases of github.com/swz30/Restormer and put it at "
+              f"{OFFICIAL_TEACHER}, or name another file with --teacher-weights "
+              f"({COMPACT_TEACHER.relative_to(HERE)} is a compact one)")  # fmt: skip
     content = read_checkpoint(path, remedy)
     state = content.get("params", content)
     try:
@@ -1465,8 +1464,7 @@ def train(config: TrainConfig) -> None:
     if RANK == 0 and run.held_out:
         before = mean_score(run.held_out, lambda frame: frame)
         after = load_student(config.run_dir / "best.pth")[1]["held_out"]
-        pace = statistics.median(row["seconds"] for row in run.rows)
-        print(f"{run.step} steps, {1000 * pace:.0f} ms each (median)")
+        print(f"{run.step} steps, {1000 * statistics.median(row['seconds'] for row in run.rows):.0f} ms each (median)")
         print(f"{len(run.held_out)} held-out pictures, {config.run_dir / 'best.pth'}")
         print(f"before: {before[0]:.2f} dB, SSIM {before[1]:.4f}")
         print(f"after:  {after['psnr']:.2f} dB, SSIM {after['ssim']:.4f}")
