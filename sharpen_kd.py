@@ -67,6 +67,7 @@ BACKENDS = {"torch": "torch", "compile": "torch", "onnx": "onnxruntime", "openvi
             "openvino-int8": "nncf"}  # with their packages  # fmt: skip
 FIXED_PRECISION = {"onnx": "float32", "openvino-int8": "int8"}  # whatever --precision says
 FPS_SIZES = ((512, 512), (720, 1280), (1080, 1920))
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun numbers them
 FrameFunction = Callable[[np.ndarray], np.ndarray]  # 8-bit RGB (H, W, 3) in and out
 Arrays = Callable[..., np.ndarray]  # a network as a backend runs it: arrays in, an array out
 
@@ -240,6 +241,8 @@ def pick_device(config: DeviceConfig) -> torch.device:
     name = found if config.device == "auto" else config.device
     if name not in (found, "cpu"):
         raise UserError(f"--device {name}: PyTorch finds none here; use --device auto")
+    if name == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # torchrun's number of this process's GPU
     return torch.device(name)
 
 
@@ -248,11 +251,6 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     processor = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     native = device.type == "cuda" or processor.get("avx512_bf16", False)
     return torch.bfloat16 if name == "bf16" or (name == "auto" and native) else torch.float32
-
-
-def process_rank() -> tuple[int, int]:
-    """(rank, processes): torchrun's, or (0, 1)."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 # --- Pictures and datasets --------------------------------------------------------------------------------------------
@@ -377,17 +375,13 @@ def list_pictures(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES)
 
 
-# A file's side of a pair is a folder's name, wherever it stands, and the rest is the key it shares with its partner:
-# `blurred/text/a_blur.png` ("text/a") and the published `GOPR0372_07_00/blur/000047.png` ("GOPR0372_07_00/000047"),
-# whose `blur_gamma` is passed over.
+# A file's side of a pair is a folder's name, wherever it stands; the rest is the pair's key: "text/a" for
+# `blurred/text/a_blur.png`, "GOPR0372_07_00/000047" for GoPro's `GOPR0372_07_00/blur/000047.png` (not `blur_gamma`).
 PAIR_FILE = re.compile(r"(|.*?/)(blurred|blur|sharp)/(.*?)(_blurred|_blur|_sharp)?", re.DOTALL)
 
 
 def find_pairs(split_dir: Path, protocol: str = "") -> list[Pair]:
-    """The pairs below a split's folder, sorted by key; with a `protocol`, sharp pictures to be degraded by it.
-
-    UserError for nothing, files without a partner, unequal sizes, unreadable files, two files for one side.
-    """
+    """A folder's pairs by key, or with a `protocol` its sharp pictures, to be degraded; UserError for what fits not."""
     sides, problems = {"blurred": {}, "sharp": {}}, []
     names = {path: path.relative_to(split_dir).with_suffix("").as_posix() for path in list_pictures(split_dir)}
     for path, name in names.items():
@@ -423,7 +417,7 @@ EMBEDDED = {"animals": ("chelsea.png", "horse.png"), "people": ("astronaut.png",
             "gravel.png", "brick.png", "hubble_deep_field.jpg", "motorcycle_left.png")}  # fmt: skip
 
 
-def uses_embedded_sample(config: FitConfig) -> bool:
+def uses_embedded_sample(config: object) -> bool:
     """Whether this is `train` without a dataset: no other --data-root, and no pictures under this one."""
     return isinstance(config, TrainConfig) and config.data_root == DATASET and not list_pictures(DATASET / "train")
 
@@ -461,17 +455,17 @@ def balanced(pairs: list[Pair]) -> list[Pair]:
 class GoProSharpeningDataset(Dataset):
     """Blurred/sharp training crops as float RGB tensors, each (3, image_size, image_size).
 
-    An item is drawn from (seed, epoch, index) alone, so neither worker processes nor an interruption change what a run
-    sees. Crops start at even pixels: a frame enlarged by 2, and a student with a stem, repeat every two. "pairs" blurs
-    the pair's own blur more; "x2" and "mixed" degrade a crop of the sharp picture anew (see `Degradation.draw`). A
-    student starts on "x2": from "mixed" alone it learns to do nothing.
+    An item is drawn from (seed, epoch, index) alone, whatever the workers or interruptions. Crops start at even pixels:
+    a frame enlarged by 2, and a student with a stem, repeat every two. "pairs" blurs the pair's own blur more; "x2" and
+    "mixed" degrade the sharp crop anew. A student starts on "x2": from "mixed" alone it learns to do nothing.
     """
 
     def __init__(self, pairs: Sequence[Pair], image_size: int, blur_probability: float = 1.0,
                  seed: int = 0, cache: bool = False, degradation: str = "pairs") -> None:  # fmt: skip
         self.pairs, self.image_size, self.blur_probability, self.seed = pairs, image_size, blur_probability, seed
-        self.degradation, self.to_tensor, self.decoded = degradation, CustomToTensor(), []
-        self.decoded = [self.images(index) for index in range(len(pairs))] if cache else []
+        self.degradation, self.to_tensor = degradation, CustomToTensor()
+        if cache:  # from here on a look-up
+            self.images = [self.images(index) for index in range(len(pairs))].__getitem__
 
     def __getitem__(self, item: int | tuple[int, int]) -> dict[str, Tensor]:
         epoch, index = item if isinstance(item, tuple) else (0, item)
@@ -481,8 +475,6 @@ class GoProSharpeningDataset(Dataset):
 
     def images(self, index: int) -> list[np.ndarray]:
         """The pair's pictures, or the sharp one; enlarged where they are smaller than a crop."""
-        if self.decoded:
-            return self.decoded[index]
         pair = self.pairs[index]
         images = [*pair.load()] if self.degradation == "pairs" else [np.array(even_sized(open_picture(pair.sharp)))]
         if min(images[0].shape[:2]) >= self.image_size:
@@ -503,30 +495,57 @@ class GoProSharpeningDataset(Dataset):
         return {"blurred": blurred, "sharp": sharp}
 
 
+def save_picture(image: Image.Image, path: Path) -> None:
+    """Write with the metadata in `image.info`, to a temporary file that is then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    kind = Image.registered_extensions()[path.suffix.lower()]
+    best = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95}}.get(kind, {})
+    try:
+        image.save(temporary, format=kind, **image.info, **best)
+        temporary.replace(path)
+    except (OSError, ValueError) as error:
+        hint = "; alpha needs .png, .webp or .tif" if image.mode in ("LA", "RGBA") else ""
+        raise UserError(f"{path}: cannot be written ({error}){hint}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def plan_outputs(inputs: Sequence[Path], target: Callable[[Path], Path]) -> dict[Path, Path]:
+    """{`target` of its path in its folder: picture} for files and folders; UserError for what cannot be written."""
+    plan: dict[Path, Path] = {}
+    for path in inputs:
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder")
+        folder, pictures = (path, list_pictures(path)) if path.is_dir() else (path.parent, [path])
+        for source in pictures:
+            file = target(source.relative_to(folder))
+            if file.resolve() == source.resolve():
+                raise UserError(f"{source}: would be overwritten; choose another -o")
+            if plan.setdefault(file, source) is not source:
+                raise UserError(f"{plan[file]} and {source} would both become {file}; rename one")
+    if not plan:
+        raise UserError(f"{inputs[0]}: no pictures in this folder")
+    return plan
+
+
 def prepare(config: PrepareConfig) -> None:
     """The `prepare` command: pairs of the xS protocol under `data_root/split`, categories kept."""
-    sources, target = list_pictures(config.sharp_dir), config.data_root / config.split
-    if not sources:
-        raise UserError(f"{config.sharp_dir}: no pictures in this folder")
+    target = config.data_root / config.split
     if list_pictures(target):
         raise UserError(f"{target} holds pictures already; remove them or choose another --data-root")
-    files: dict[Path, Path] = {}
-    for source in sources:
-        name = source.relative_to(config.sharp_dir).with_suffix(".png")
-        if files.setdefault(name, source) != source:
-            raise UserError(f"{source} and {files[name]} would both become {name}; rename one")
-    rng = np.random.default_rng(config.seed)
     unfinished = target.with_name(f".{target.name}.unfinished")  # renamed once all pairs are in it
+    plan = plan_outputs([config.sharp_dir], lambda name: unfinished / "sharp" / name.with_suffix(".png"))
     shutil.rmtree(unfinished, ignore_errors=True)
-    for name, source in tqdm(files.items(), "prepare"):
+    rng = np.random.default_rng(config.seed)
+    for file, source in tqdm(plan.items(), "prepare"):
         scale, sigma = rng.choice(config.scale), rng.uniform(0, config.extra_blur)
         sharp = even_sized(open_picture(source))
-        for side, image in (("blurred", Degradation(scale, sigma)(sharp)), ("sharp", sharp)):
-            (unfinished / side / name).parent.mkdir(parents=True, exist_ok=True)
-            image.save(unfinished / side / name)
+        save_picture(sharp, file)
+        save_picture(Degradation(scale, sigma)(sharp), unfinished / "blurred" / file.relative_to(unfinished / "sharp"))
     shutil.copytree(unfinished, target, dirs_exist_ok=True, copy_function=shutil.move)
     shutil.rmtree(unfinished)
-    print(f"{len(files)} pairs in {target}")
+    print(f"{len(plan)} pairs in {target}")
 
 
 # --- Teacher: a frozen Restormer, its features read by forward hooks --------------------------------------------------
@@ -563,10 +582,9 @@ def read_checkpoint(path: Path, remedy: str) -> dict:
 def load_restormer(weights: Path | None) -> StemmedRestormer:
     """The RGB Restormer of a file, {"params": state dict} or a bare one, by default the official; UserError if none."""
     path = weights or OFFICIAL_TEACHER
-    remedy = (
-        f"get motion_deblurring.pth from the releases of github.com/swz30/Restormer and put it at {OFFICIAL_TEACHER}, "
-        f"or name another file with --teacher-weights ({COMPACT_TEACHER.relative_to(HERE)} is a compact one)"
-    )
+    remedy = (f"get motion_deblurring.pth from the releases of github.com/swz30/Restormer and put it at "
+              f"{OFFICIAL_TEACHER}, or name another file with --teacher-weights "
+              f"({COMPACT_TEACHER.relative_to(HERE)} is a compact one)")  # fmt: skip
     content = read_checkpoint(path, remedy)
     state = content.get("params", content)
     try:
@@ -649,9 +667,9 @@ class TeacherCache(Dataset):
     def build(self, teacher: RestormerTeacherWrapper, autocast: torch.autocast) -> None:
         """Write every file; processes that train together share them out."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        device, (rank, processes) = next(teacher.parameters()).device, process_rank()
-        places = list(itertools.product(range(len(self.dataset.pairs)), range(self.variants)))[rank::processes]
-        for index, variant in tqdm(places, "teacher cache", disable=rank > 0):
+        device = next(teacher.parameters()).device
+        places = list(itertools.product(range(len(self.dataset.pairs)), range(self.variants)))[RANK::PROCESSES]
+        for index, variant in tqdm(places, "teacher cache", disable=RANK > 0):
             rng = np.random.default_rng((variant, index))  # not the run's seed: runs of several seeds share a cache
             example = self.dataset.example(self.dataset.images(index), rng)
             example = {name: pad_to_multiple(image[None].to(device), self.alignment) for name, image in example.items()}
@@ -659,7 +677,7 @@ class TeacherCache(Dataset):
                 example |= {"output": teacher(example["blurred"])} | teacher.tapped
             example = {name: t[0].permute(1, 2, 0).half().contiguous().cpu() for name, t in example.items()}
             save_atomically(example, self.file(index, variant))
-        if processes > 1:
+        if PROCESSES > 1:
             dist.barrier()
 
     def __getitem__(self, item: tuple[int, int]) -> dict[str, Tensor]:
@@ -804,10 +822,8 @@ def load_student(name: str | Path) -> tuple[StudentUNet, dict]:
 @functools.lru_cache
 def gaussian_windows(length: int, size: int = 11, sigma: float = 1.5) -> Tensor:
     """(length - size + 1, length): each row a normalised Gaussian window at the next position where it fits."""
-    position = torch.arange(size, dtype=torch.float32) - (size - 1) / 2
-    window = torch.softmax(-(position**2) / (2 * sigma**2), 0)
-    count = length - size + 1
-    return F.pad(window, (0, count)).repeat(count)[: count * length].view(count, length)  # its period is length + 1
+    window = torch.softmax(-((torch.arange(size) - size // 2) ** 2) / (2 * sigma**2), 0)
+    return torch.stack([F.pad(window, (start, length - size - start)) for start in range(length - size + 1)])
 
 
 def ssim(first: Tensor, second: Tensor) -> Tensor:
@@ -827,10 +843,8 @@ def ssim(first: Tensor, second: Tensor) -> Tensor:
 
 
 def positional_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(teacher || student) of (B, C, H, W) as soft distributions over positions, one a channel, averaged.
-
-    Over three colour channels a distribution says nothing; so channel-wise distillation (Shu et al., ICCV 2021, eq. 4).
-    """
+    """T^2 KL(teacher || student) over each channel's positions, of (B, C, H, W); Shu et al., ICCV 2021, eq. 4."""
+    # a distribution over three colours, which the report's words would also allow, says nothing
     student, teacher = ((x.flatten(2) / temperature).log_softmax(-1) for x in (student, teacher))
     return F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1).mean() * temperature**2
 
@@ -853,25 +867,20 @@ def feature_loss(student: dict[str, Tensor], teacher: dict[str, Tensor]) -> Tens
     return torch.stack(losses).mean()
 
 
-class VGGFeatures(nn.Module):
+def vgg_features() -> nn.Sequential:
     """torchvision's VGG19 up to relu5_4, frozen, on RGB (B, 3, H, W) in [0, 1]; UserError without its weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        weights = torchvision.models.VGG19_Weights.IMAGENET1K_V1
-        path = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
-        remedy = f"put {path.name} from {weights.url} there, or turn the term off with --lambda-perceptual 0"
-        self.features = torchvision.models.vgg19(weights=None).features[:36]
-        try:
-            state = weights.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
-            state = {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
-            self.features.load_state_dict(state)
-        except Exception as error:  # no file and no download, or what a damaged file happens to cause
-            raise UserError(f"{path}: no VGG19 weights ({type(error).__name__}: {error}); {remedy}") from error
-        self.requires_grad_(False).eval()
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.features(TF.normalize(image, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    weights = torchvision.models.VGG19_Weights.IMAGENET1K_V1
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+    remedy = f"put {path.name} from {weights.url} there, or turn the term off with --lambda-perceptual 0"
+    features = torchvision.models.vgg19(weights=None).features[:36]
+    try:
+        state = weights.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
+        state = {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
+        features.load_state_dict(state)
+    except Exception as error:  # no file and no download, or what a damaged file happens to cause
+        raise UserError(f"{path}: no VGG19 weights ({type(error).__name__}: {error}); {remedy}") from error
+    normalise = torchvision.transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    return nn.Sequential(normalise, features).requires_grad_(False).eval()
 
 
 class DistillationLoss(nn.Module):
@@ -882,7 +891,7 @@ class DistillationLoss(nn.Module):
         self.weights = {name: weight for name, weight in weights.items() if weight > 0}
         self.temperature = temperature
         self.needs_teacher = not self.weights.keys().isdisjoint({"perceptual", "feature", "kl", "output"})
-        self.vgg = VGGFeatures() if "perceptual" in self.weights else None
+        self.vgg = vgg_features() if "perceptual" in self.weights else None
 
     def forward(self, output: Tensor, sharp: Tensor, features: dict[str, Tensor] | None = None,
                 teacher_output: Tensor | None = None, teacher_features: dict[str, Tensor] | None = None,
@@ -1185,10 +1194,7 @@ class Distillation(nn.Module):
 
 
 class CropOrder(Sampler[list[tuple[int, int]]]):
-    """The (epoch, index) batches of one process over a whole run, from `first_step` on.
-
-    Epochs are permutations, wrapped around to fill the last batches; N processes see, step by step, what one would.
-    """
+    """The (epoch, index) batches of one process from `first_step` on; N processes see, step by step, what one would."""
 
     def __init__(self, count: int, config: FitConfig, rank: int = 0, processes: int = 1) -> None:
         self.count, self.config, self.rank, self.first_step = count, config, rank, 0
@@ -1205,7 +1211,7 @@ class CropOrder(Sampler[list[tuple[int, int]]]):
         first_epoch, done = divmod(self.first_step, self.steps_per_epoch)
         for epoch in range(first_epoch, self.config.epochs):
             order = np.random.default_rng((self.config.seed, epoch)).permutation(self.count)
-            batches = np.resize(order, math.prod(self.epoch_shape)).reshape(self.epoch_shape)
+            batches = np.resize(order, self.epoch_shape)  # wrapped around to fill the last ones
             for batch in batches[done * self.group :, :, self.rank]:
                 yield [(epoch, int(index)) for index in batch]
             done = 0
@@ -1251,17 +1257,15 @@ def plot(path: Path, draw: Callable[..., None]) -> None:
 def deferred_interrupts() -> Iterator[list[int]]:
     """A list that a first Ctrl-C or termination signal is put into; a second one acts at once."""
     received: list[int] = []
+    with contextlib.ExitStack() as former:
 
-    def note(number: int, frame: object) -> None:
-        received.append(number)
-        signal.signal(number, before[number])
+        def note(number: int, frame: object) -> None:
+            received.append(number)
+            former.close()
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            former.callback(signal.signal, number, signal.signal(number, note))
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def ignore_interrupts(worker: int) -> None:
@@ -1300,19 +1304,16 @@ class Fit:
     def __init__(self, config: FitConfig, objective: Distillation, network_config: dict, pairs: list[Pair],
                  frame_function: Callable[[nn.Module, torch.device], FrameFunction], last: dict | None = None,
                  ) -> None:  # fmt: skip
-        self.device, (self.rank, processes) = pick_device(config), process_rank()
-        if processes > 1:
-            if self.device.type == "cuda":
-                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-                torch.cuda.set_device(self.device)
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         self.config, self.network_config, self.frame_function = config, network_config, frame_function
+        self.device = pick_device(config)
+        if PROCESSES > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         training, held_out = hold_out(pairs, config.validation_fraction)
         training = balanced(training) if config.balance else training
         self.held_out = [pair.load() for pair in held_out]
         settings = ("image_size", "blur_probability", "seed", "cache", "degradation")
         self.dataset = GoProSharpeningDataset(training, **{name: getattr(config, name) for name in settings})
-        self.order = CropOrder(len(training), config, self.rank, processes)
+        self.order = CropOrder(len(training), config, RANK, PROCESSES)
         self.objective = objective.to(self.device, memory_format=torch.channels_last)
         bf16 = pick_precision(config.precision, self.device) == torch.bfloat16
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
@@ -1326,7 +1327,7 @@ class Fit:
         self.step, self.best, self.rows = 0, -math.inf, []  # the rows of log.csv
         if last:
             self.continue_from(last)
-        self.parallel = nn.parallel.DistributedDataParallel(self.objective) if processes > 1 else self.objective
+        self.parallel = nn.parallel.DistributedDataParallel(self.objective) if PROCESSES > 1 else self.objective
 
     def continue_from(self, last: dict) -> None:
         """Take up the state that `save_last` wrote; UserError if it is another kind of run's."""
@@ -1359,9 +1360,9 @@ class Fit:
             tqdm.write(f"step {self.step}: held-out {psnr:.2f} dB, SSIM {similarity:.4f}")
         if psnr > self.best or not self.held_out:
             self.best = max(self.best, psnr)
-            scores = {"psnr": psnr, "ssim": similarity, "pictures": len(self.held_out)}
-            content = {"network": self.network_config, "params": self.ema.state_dict(), "step": self.step}
-            save_atomically(content | {"held_out": scores}, self.config.run_dir / "best.pth")
+            content = {"network": self.network_config, "params": self.ema.state_dict(), "step": self.step,
+                       "held_out": {"psnr": psnr, "ssim": similarity, "pictures": len(self.held_out)}}  # fmt: skip
+            save_atomically(content, self.config.run_dir / "best.pth")
         return {"val_psnr": psnr, "val_ssim": similarity}
 
     def optimise(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, float]:
@@ -1405,7 +1406,7 @@ class Fit:
         options = {"pin_memory": self.device.type == "cuda", "worker_init_fn": ignore_interrupts}
         loader = DataLoader(self.dataset, batch_sampler=order, num_workers=config.workers, **options)
         config.run_dir.mkdir(parents=True, exist_ok=True)
-        bar = tqdm(total=total, initial=self.step, disable=self.rank > 0, unit="step")
+        bar = tqdm(total=total, initial=self.step, disable=RANK > 0, unit="step")
         with bar, deferred_interrupts() as interrupts:
             batches, saved = iter(loader), time.monotonic()
             while self.step < total and not any_process(bool(interrupts), self.device):
@@ -1417,7 +1418,7 @@ class Fit:
                 means = self.optimise(batches)
                 bar.set_postfix({name: f"{means[name]:.4f}" for name in terms}, refresh=False)
                 bar.update()
-                if self.rank:
+                if RANK:
                     continue
                 row = {"step": self.step, "epoch": epoch, "learning_rate": rate}
                 row |= {"loss": sum(means[name] for name in terms), **means, "seconds": time.perf_counter() - started}
@@ -1428,7 +1429,7 @@ class Fit:
                 if time.monotonic() - saved > 60:
                     self.save_last()
                     saved = time.monotonic()
-        if self.rank == 0:
+        if RANK == 0:
             self.save_last()
             plot(config.run_dir / "curves.png", self.draw_curves)
         if dist.is_initialized():
@@ -1480,11 +1481,10 @@ def train(config: TrainConfig) -> None:
         teacher = RestormerTeacherWrapper(load_restormer(config.teacher_weights), widths)
     run = Fit(config, Distillation(student, teacher, loss), student.config, pairs, FrameSharpener, last)
     run.run()
-    if run.rank == 0 and run.held_out:
+    if RANK == 0 and run.held_out:
         before = mean_score(run.held_out, lambda frame: frame)
         after = load_student(config.run_dir / "best.pth")[1]["held_out"]
-        pace = statistics.median(row["seconds"] for row in run.rows)
-        print(f"{run.step} steps, {1000 * pace:.0f} ms each (median)")
+        print(f"{run.step} steps, {1000 * statistics.median(row['seconds'] for row in run.rows):.0f} ms each (median)")
         print(f"{len(run.held_out)} held-out pictures, {config.run_dir / 'best.pth'}")
         print(f"before: {before[0]:.2f} dB, SSIM {before[1]:.4f}")
         print(f"after:  {after['psnr']:.2f} dB, SSIM {after['ssim']:.4f}")
@@ -1499,28 +1499,27 @@ ABLATION = {"no teacher": (), "features": ("feature",), "KL": ("kl",), "output":
 def ablate(config: AblateConfig) -> None:
     """The `ablate` command: runs in --run-dir/VARIANT_SEED, then a table, ablation.json and ablation.png.
 
-    A teacher term that a variant lacks has weight 0; the others have their --lambda. With a --teacher-cache every
-    variant sees the same crops. "No teacher, longer" has as many more epochs as a step of "all" takes longer. Runs
-    that are there already are kept or continued, so two processes can share out the seeds, and a third the table.
+    A teacher term that a variant lacks has weight 0; the others have their --lambda. "No teacher, longer" has as many
+    more epochs as a step of "all" takes longer. With a --teacher-cache all see the same crops. Runs that are there are
+    kept or continued, so two processes can share out the seeds, and a third the table.
     """
     test = [] if uses_embedded_sample(config) else [p.load() for p in find_pairs(config.data_root / "test", "x2")]
-    device = pick_device(config)
     scores, seconds = {}, {}  # {variant: {"held out" or "test": [[PSNR, SSIM] of each seed]}}, {variant: of a step}
     for name, terms in ABLATION.items():
-        weights = {f"lambda_{term}": 0.0 for term in ("perceptual", "feature", "kl", "output") if term not in terms}
+        changes = {f"lambda_{term}": 0.0 for term in ("perceptual", "feature", "kl", "output") if term not in terms}
         epochs = round(config.epochs * seconds["all"] / seconds["no teacher"]) if "longer" in name else config.epochs
-        cycle = {"epochs": epochs, "restart_epochs": epochs, "validate_every": epochs}
+        changes |= dict.fromkeys(("epochs", "restart_epochs", "validate_every"), epochs)
         scores[name], steps = {"held out": [], "test": []}, []
         for seed in config.seeds:
             folder = config.run_dir / f"{name.replace(',', '').replace(' ', '_')}_{seed}"
             if not (folder / "best.pth").exists():  # it is written at the end
-                run = {"run_dir": folder, "seed": seed, "resume": (folder / "last.pth").exists()}
-                train(dataclasses.replace(config, **run, **weights, **cycle))
+                changes |= {"run_dir": folder, "seed": seed, "resume": (folder / "last.pth").exists()}
+                train(dataclasses.replace(config, **changes))
             student, content = load_student(folder / "best.pth")
             steps += [float(row["seconds"]) for row in csv.DictReader((folder / "log.csv").read_text().splitlines())]
             scores[name]["held out"].append([content["held_out"]["psnr"], content["held_out"]["ssim"]])
             if test:
-                sharpener = FrameSharpener(student, device, precision=config.precision)
+                sharpener = FrameSharpener(student, pick_device(config), precision=config.precision)
                 scores[name]["test"].append(mean_score(test, sharpener))
         seconds[name] = statistics.median(steps)
         line = f"{name:<20}{len(steps) // len(config.seeds):>6} steps of{1000 * seconds[name]:>4.0f} ms"
@@ -1558,7 +1557,7 @@ def sharpen_picture(sharpener: FrameSharpener, image: Image.Image) -> Image.Imag
             srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
             image = ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
             kept["icc_profile"] = srgb.tobytes()
-    if "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
+    if image.has_transparency_data:
         image = image.convert("RGBA")
     result = Image.fromarray(sharpener(frame_array(image))).convert("L" if grey else "RGB")
     if image.mode == "RGBA":
@@ -1567,58 +1566,22 @@ def sharpen_picture(sharpener: FrameSharpener, image: Image.Image) -> Image.Imag
     return result
 
 
-def save_picture(image: Image.Image, path: Path) -> None:
-    """Write with the metadata in `image.info`, to a temporary file that is then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    kind = Image.registered_extensions()[path.suffix.lower()]
-    best = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95}}.get(kind, {})
-    try:
-        image.save(temporary, format=kind, **image.info, **best)
-        temporary.replace(path)
-    except (OSError, ValueError) as error:
-        hint = "; alpha needs .png, .webp or .tif" if image.mode in ("LA", "RGBA") else ""
-        raise UserError(f"{path}: cannot be written ({error}){hint}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def plan_outputs(config: SharpenConfig) -> dict[Path, Path]:
-    """{file to write: picture} for every input; UserError for what cannot be, before any work."""
+def sharpen(config: SharpenConfig) -> None:
+    """The `sharpen` command. One unreadable picture does not stop the others; it is named at the end."""
     output, ending = (config.output, ".png") if config.output else (SAMPLES, "_sharpened.png")
     one_file = output.suffix and not output.is_dir()
     if one_file and output.suffix.lower() not in Image.registered_extensions():
         raise UserError(f"-o {output}: Pillow does not know the file type {output.suffix}")
     if one_file and (len(config.inputs) > 1 or config.inputs[0].is_dir()):
         raise UserError(f"-o {output}: a file can take one picture only; name a folder")
-    plan: dict[Path, Path] = {}
-    for path in config.inputs:
-        if not path.exists():
-            raise UserError(f"{path}: no such file or folder")
-        folder, pictures = (path, list_pictures(path)) if path.is_dir() else (path.parent, [path])
-        for source in pictures:
-            name = source.relative_to(folder)
-            target = output if one_file else output / name.with_name(name.stem + ending)
-            if target.resolve() == source.resolve():
-                raise UserError(f"{source}: would be overwritten; choose another -o")
-            if plan.setdefault(target, source) is not source:
-                raise UserError(f"{plan[target]} and {source} would both become {target}; rename one")
-    if not plan:
-        raise UserError(f"{config.inputs[0]}: no pictures in this folder")
-    return plan
-
-
-def sharpen(config: SharpenConfig) -> None:
-    """The `sharpen` command. One unreadable picture does not stop the others; it is named at the end."""
-    plan, failed = plan_outputs(config), []
-    sharpener = student_frames(config, config.strength)
+    plan = plan_outputs(config.inputs, lambda name: output if one_file else output / name.with_name(name.stem + ending))
+    sharpener, failed = student_frames(config, config.strength), []
     for target, source in tqdm(plan.items(), "sharpen", disable=len(plan) == 1):
         try:
             save_picture(sharpen_picture(sharpener, open_picture(source)), target)
+            tqdm.write(f"{source} -> {target}")
         except UserError as error:
             failed.append(str(error))
-        else:
-            tqdm.write(f"{source} -> {target}")
     if failed:
         raise UserError("; ".join(failed))
 
@@ -1904,7 +1867,7 @@ def build_parser() -> argparse.ArgumentParser:
 def settle(config_class: type, given: dict) -> object:
     """The command's configuration: given flags over a resumed run's over the embedded run's; UserError off bounds."""
     config = config_class(**given)
-    if isinstance(config, FitConfig) and uses_embedded_sample(config):
+    if uses_embedded_sample(config):
         config = config_class(**(EMBEDDED_RUN | given))
     if isinstance(config, FitConfig) and config.resume:
         saved = read_checkpoint(config.run_dir / "last.pth", "start the run without --resume")["config"]
