@@ -561,7 +561,7 @@ def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
 
 def save_atomically(content: dict, path: Path) -> None:
     """Write to a temporary file and rename it: an interruption leaves the old file whole."""
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # processes may write the same file of a cache
     torch.save(content, temporary)
     temporary.replace(path)
 
@@ -1738,29 +1738,27 @@ def best_convolution(precision: torch.dtype, device: torch.device, config: FpsCo
     return max(reached)
 
 
-def draw_quality(config: FpsConfig, students: dict[str, nn.Module], rows: list[dict], device: torch.device) -> None:
+def draw_quality(config: FpsConfig, students: dict[str, nn.Module], backends: Sequence[str], device: torch.device):
     """`--plot`: PSNR and SSIM at x2 against the milliseconds of a 1280x720 frame, also printed."""
     found = list_pictures(config.data_root / "test")
     pairs = [pair.load() for pair in (find_pairs(config.data_root / "test", "x2") if found else embedded_pairs())]
     mask, frame = ImageFilter.UnsharpMask(2, 100), sample_frames(720, 1280)[0]
-    simple = {"input": lambda frame: frame, "unsharp mask": lambda f: np.array(Image.fromarray(f).filter(mask))}
-    options = {"precision": config.precision, "backend": rows[0]["backend"]}
-    methods = simple | {name: FrameSharpener(student, device, **options) for name, student in students.items()}
-    scores = {name: mean_score(pairs, method) for name, method in tqdm(methods.items(), "quality")}
-    for name, (psnr, similarity) in scores.items():
-        print(f"{name:<14}{psnr:.2f} dB / {similarity:.4f} at x2, {len(pairs)} pictures")
-    points = [(name, name, milliseconds(functools.partial(method, frame), device, config)[0])
-              for name, method in simple.items()]  # fmt: skip
-    points += [(f"{row['network']}, {row['backend']}", row["network"], row["frame_ms"]) for row in rows
-               if row["network"] in students and row["height"] == 720 and not row["tiled"]]  # fmt: skip
+    methods = {"input": lambda frame: frame, "unsharp mask": lambda f: np.array(Image.fromarray(f).filter(mask))}
+    for (name, student), backend in itertools.product(students.items(), backends):
+        methods[f"{name}, {backend}"] = FrameSharpener(student, device, precision=config.precision, backend=backend)
+    points = {}
+    for label, method in tqdm(methods.items(), "quality"):
+        duration, _ = milliseconds(functools.partial(method, frame), device, config)
+        points[label] = (duration, *mean_score(pairs, method))
+    for label, (duration, psnr, similarity) in points.items():
+        print(f"{label:<24}{duration:>7.1f} ms   {psnr:.2f} dB / {similarity:.4f} at x2, {len(pairs)} pictures")
 
     def draw(*panels) -> None:
-        for axes, which, title in zip(panels, (0, 1), ("PSNR, dB", "SSIM"), strict=True):
-            for label, name, duration in points:
-                axes.plot(duration, scores[name][which], "o")
-                axes.annotate(label, (duration, scores[name][which]), xytext=(4, 4), textcoords="offset points")
+        for axes, which, title in zip(panels, (1, 2), ("PSNR, dB", "SSIM"), strict=True):
+            for (label, point), marker in zip(points.items(), itertools.cycle("os^vDPX"), strict=False):
+                axes.plot(point[0], point[which], marker, label=label)
             axes.set(title=f"{title}, x2", xlabel="ms for a 1280x720 frame, 8-bit to 8-bit")
-            axes.margins(0.15)
+        panels[1].legend()
 
     plot(config.plot, draw)
 
@@ -1783,32 +1781,34 @@ def measure_fps(config: FpsConfig) -> None:
           "  GFLOP/s  x plain")  # fmt: skip
     installed = [name for name, package in BACKENDS.items() if name != "compile" and importlib.util.find_spec(package)]
     tilings = [(name, tile) for name in networks for tile in sorted({0, config.tile}) if name in students or not tile]
-    for backend in config.backend or (installed if device.type == "cpu" else ["torch"]):
+    plain = {}  # the yardstick's milliseconds for each backend and size
+    backends = config.backend or (installed if device.type == "cpu" else ["torch"])
+    for backend in backends:
         arithmetic = FIXED_PRECISION.get(backend, str(precision).removeprefix("torch."))
-        sharpeners = [FrameSharpener(networks[name], device, tile, config.overlap, 1.0, config.precision, backend)
-                      for name, tile in tilings]  # fmt: skip
-        for (height, width), ((name, tile), sharpener) in itertools.product(
-            FPS_SIZES, zip(tilings, sharpeners, strict=True)
-        ):
+        options = {"overlap": config.overlap, "precision": config.precision, "backend": backend}
+        sharpeners = [FrameSharpener(networks[name], device, tile, **options) for name, tile in tilings]
+        for (height, width), index in itertools.product(FPS_SIZES, range(len(tilings))):
+            (name, tile), sharpener = tilings[index], sharpeners[index]
             if tile and len(sharpener.side(height).parts) == len(sharpener.side(width).parts) == 1:
                 continue  # timed already
-            row = {"network": name, "backend": backend, "precision": arithmetic, "device": str(device),
-                   "threads": torch.get_num_threads(), "height": height, "width": width, "tiled": bool(tile)}  # fmt: skip
+            row = {"checkpoint": name, "backend": backend, "precision": arithmetic, "device": str(device),
+                   "threads": torch.get_num_threads(), "height": height, "width": width,
+                   "tiled": bool(tile)}  # fmt: skip
             row |= time_frames(sharpener, height, width, config)
-            plain = row["frame_ms"] if name == "plain layers" else plain  # the first of every size
-            row |= {"fps": 1000 / row["frame_ms"], "plain_ms": plain, "macs_per_pixel": macs[name],
+            plain.setdefault((backend, height), row["frame_ms"])
+            row |= {"fps": 1000 / row["frame_ms"], "plain_ms": plain[backend, height], "macs_per_pixel": macs[name],
                     "gflops": 2 * macs[name] * height * width / row["network_ms"] / 1e6}  # fmt: skip
             rows.append(row)
             size = f"{width}x{height}{' tiled' if tile else ''}"
             times = f"{row['network_ms']:>10.1f}{row['frame_ms']:>22.1f}{row['frame_ms_p95']:>7.1f}{row['fps']:>7.1f}"
-            line = f"{name:<14}{backend:<14}{arithmetic:<11}{size:<16}{times}{row['gflops']:>9.0f}"
-            print(f"{line}{row['frame_ms'] / plain:>9.2f}", flush=True)
+            speeds = f"{row['gflops']:>9.0f}{row['frame_ms'] / row['plain_ms']:>9.2f}"
+            print(f"{name:<14}{backend:<14}{arithmetic:<11}{size:<16}{times}{speeds}", flush=True)
     best = best_convolution(precision, device, config)
     print(f"{precision}: PyTorch's best 3x3 convolution reaches {best:.0f} GFLOP/s")
     if config.json:
         config.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     if config.plot:
-        draw_quality(config, students, rows, device)
+        draw_quality(config, students, backends, device)
 
 
 # --- Export -----------------------------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ def test_fps_rows(tmp_path, student_file, sharp_folder, capsys, monkeypatch):
     rows = json.loads((tmp_path / "fps.json").read_text())["rows"]
     sizes = ((64, 96), (1280, 720))
     cases = [*itertools.product(sizes, ("plain", "student"), (False,)), (sizes[1], "student", True)]
-    found = [(r["backend"], (r["width"], r["height"]), r["network"].split()[0], r["tiled"]) for r in rows]
+    found = [(r["backend"], (r["width"], r["height"]), r["checkpoint"].split()[0], r["tiled"]) for r in rows]
     assert found == [(backend, *case) for backend in ("torch", "openvino") for case in cases]
     for row in rows:
         assert row["fps"] == pytest.approx(1000 / row["frame_ms"])
@@ -104,7 +104,7 @@ def test_fps_rows(tmp_path, student_file, sharp_folder, capsys, monkeypatch):
         assert row["network_ms"] > 0
         assert row["frame_ms"] <= row["frame_ms_p95"]
         plain = [
-            r for r in rows if r["network"] == "plain layers" and all(r[k] == row[k] for k in ("backend", "height"))
+            r for r in rows if r["checkpoint"] == "plain layers" and all(r[k] == row[k] for k in ("backend", "height"))
         ]
         assert row["plain_ms"] == plain[0]["frame_ms"]
     printed = capsys.readouterr().out
@@ -113,7 +113,8 @@ def test_fps_rows(tmp_path, student_file, sharp_folder, capsys, monkeypatch):
     assert float(ratio) == pytest.approx(rows[4]["frame_ms"] / rows[4]["plain_ms"], abs=0.006)
     assert float(re.search(r"convolution reaches (\d+) GFLOP/s", printed)[1]) > 0
     by_hand = np.mean([kd.score(*pair.load()) for pair in kd.find_pairs(tmp_path / "test", "x2")], 0)
-    assert f"input         {by_hand[0]:.2f} dB / {by_hand[1]:.4f}" in printed
+    assert re.search(rf"input +[\d.]+ ms   {by_hand[0]:.2f} dB / {by_hand[1]:.4f} at x2", printed)
+    assert re.findall(r"\n(\S+, \S+) +[\d.]+ ms", printed) == ["student, torch", "student, openvino"]
     assert Image.open(tmp_path / "fps.png").size[0] > 500
 
 
