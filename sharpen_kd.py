@@ -381,7 +381,10 @@ PAIR_FILE = re.compile(r"(|.*?/)(blurred|blur|sharp)/(.*?)(_blurred|_blur|_sharp
 
 
 def find_pairs(split_dir: Path, protocol: str = "") -> list[Pair]:
-    """A folder's pairs by key, or with a `protocol` its sharp pictures, to be degraded; UserError for what fits not."""
+    """A folder's pairs by key, or with a `protocol` its sharp pictures, to be degraded.
+
+    UserError for nothing, files without a partner, unequal sizes, unreadable files, two files for one side.
+    """
     sides, problems = {"blurred": {}, "sharp": {}}, []
     names = {path: path.relative_to(split_dir).with_suffix("").as_posix() for path in list_pictures(split_dir)}
     for path, name in names.items():
