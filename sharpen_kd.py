@@ -140,7 +140,7 @@ class TrainConfig(FitConfig):
     stem_stride: int = flag(4, "space-to-depth factor before the first stage", choices=(1, 2, 4))
     widths: tuple[int, ...] = flag((), "the five stage widths, instead of --base-channels")
     skips: str = flag("concatenate", "how a decoder stage takes its skip; adding is faster", choices=SKIPS)
-    convolutions: int = flag(2, "3x3 convolutions a stage; one is faster", choices=(1, 2))
+    convolutions: tuple[int, ...] = flag((2,), "3x3 convolutions a stage, or five numbers: of each scale", at_least=1)
     teacher_weights: Path | None = flag(None, "Restormer weight file (default: the official one)")
     lambda_reconstruction: float = flag(1.0, "weight of L1 to the sharp picture", at_least=0)
     lambda_perceptual: float = flag(0.01, "weight of VGG19 features against the teacher's output", at_least=0)
@@ -715,19 +715,18 @@ LEAK = 0.1  # slope below zero. With plain ReLUs the deep stages die: 64 of 64 c
 
 
 class Stage(nn.Module):
-    """One or two 3x3 convolutions with leaky ReLUs, then a gate a channel: the SE block's, or one handed in."""
+    """3x3 convolutions with leaky ReLUs, then a gate a channel: the SE block's, or one handed in."""
 
     def __init__(self, in_channels: int, channels: int, convolutions: int = 2) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1) if convolutions == 2 else None
+        widths = itertools.pairwise((in_channels, *(channels,) * convolutions))
+        self.layers = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in widths)
         self.se = SEBlock(channels)
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(features, the gate that they have passed)."""
-        x = F.leaky_relu_(self.conv1(x), LEAK)
-        if self.conv2:
-            x = F.leaky_relu_(self.conv2(x), LEAK)
+        for layer in self.layers:
+            x = F.leaky_relu_(layer(x), LEAK)
         gate = self.se(x) if gate is None else gate.to(x.dtype)  # a float32 gate would make what follows float32
         return x * gate, gate
 
@@ -741,26 +740,27 @@ class StudentUNet(nn.Module):
 
     def __init__(self, in_channels: int = 3, out_channels: int = 3, base_channels: int = 256,
                  stem_stride: int = 4, widths: Sequence[int] | None = None, skips: str = "concatenate",
-                 convolutions: int = 2) -> None:  # fmt: skip
+                 convolutions: Sequence[int] = (2,)) -> None:  # fmt: skip
         super().__init__()
         widths = tuple(widths or (base_channels * k // 4 for k in (1, 2, 4, 8, 12)))
         if len(widths) != 5 or min(widths) < 1:
             raise UserError(f"--widths {widths}: a student has five stages, each 1 or wider")
-        numbers = stem_stride in (1, 2, 4) and convolutions in (1, 2) and in_channels == out_channels
-        if not numbers or skips not in SKIPS:
-            raise ValueError(f"a student has in = out channels, a stem stride of 1, 2 or 4, "
-                             f"1 or 2 convolutions a stage, and skips of {SKIPS}")  # fmt: skip
+        convolutions = tuple(convolutions) * (5 if len(convolutions) == 1 else 1)
+        if len(convolutions) != 5 or min(convolutions) < 1:
+            raise UserError(f"--convolutions {convolutions}: one number for all stages or one for each of the five scales")
+        if stem_stride not in (1, 2, 4) or in_channels != out_channels or skips not in SKIPS:
+            raise ValueError(f"a student has in = out channels, a stem stride of 1, 2 or 4, and skips of {SKIPS}")
         self.config = {"stem_stride": stem_stride, "widths": widths, "skips": skips, "convolutions": convolutions}
         self.merge = torch.add if skips == "add" else lambda below, skip: torch.cat([below, skip], dim=1)
         self.stem_stride, folded = stem_stride, in_channels * stem_stride**2
         self.alignment = 16 * stem_stride  # sides that are its multiples pass through every stage without padding
         self.gate_widths = (*widths, *widths[3::-1])
         self.feature_widths = {"e2": widths[1], "e4": widths[3], "b": widths[4]}
-        self.encoder = nn.ModuleList(map(Stage, (folded, *widths[:3]), widths[:4], (convolutions,) * 4))
-        self.bottleneck = Stage(widths[3], widths[4], convolutions)
+        self.encoder = nn.ModuleList(map(Stage, (folded, *widths[:3]), widths[:4], convolutions))
+        self.bottleneck = Stage(widths[3], widths[4], convolutions[4])
         self.up = nn.ModuleList(nn.ConvTranspose2d(a, b, 2, stride=2) for a, b in itertools.pairwise(widths[::-1]))
         merged = (width if skips == "add" else 2 * width for width in widths[3::-1])
-        self.decoder = nn.ModuleList(map(Stage, merged, widths[3::-1], (convolutions,) * 4))
+        self.decoder = nn.ModuleList(map(Stage, merged, widths[3::-1], convolutions[3::-1]))
         self.output = nn.Conv2d(widths[0], folded, 1)
         self.initialise()
 
@@ -781,7 +781,7 @@ class StudentUNet(nn.Module):
 
     def ends(self) -> tuple[nn.Conv2d, nn.Conv2d]:
         """The layers that read and write folded pixels."""
-        return self.encoder[0].conv1, self.output
+        return self.encoder[0].layers[0], self.output
 
     def correct(self, folded: Tensor, gates: Iterable[Tensor] = (None,) * 9) -> tuple[Tensor, dict, list[Tensor]]:
         """The correction of a folded picture, the features to be compared with the teacher's, every stage's gate."""
@@ -1027,7 +1027,7 @@ def quantized(model, network: FrameNetwork):
     with torch.inference_mode():
         inputs = [(frame, network.average_gates(torch.from_numpy(frame)).numpy()) for frame in frames]
     # Kept: what is added to the frame, whose bytes must stay (1.2 dB), and the layers that read and write pixels.
-    scope = nncf.IgnoredScope(types=["Add"], patterns=[".*encoder.0.conv1.*", ".*output.*"], validate=False)
+    scope = nncf.IgnoredScope(types=["Add"], patterns=[".*encoder.0.layers.0.*", ".*output.*"], validate=False)
     return nncf.quantize(model, nncf.Dataset(inputs), subset_size=len(inputs), ignored_scope=scope)
 
 

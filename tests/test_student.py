@@ -70,15 +70,15 @@ def test_deep_stages_come_in_as_they_learn():
     _, features = student(picture, features=True)
     assert max(below) < 0.1
     for f in features.values():
-        gradient = torch.autograd.grad(f.sum(), student.encoder[0].conv1.weight, retain_graph=True)[0]
+        gradient = torch.autograd.grad(f.sum(), student.encoder[0].layers[0].weight, retain_graph=True)[0]
         assert gradient.abs().amax((1, 2, 3)).min() > 0
     assert (features["b"] < 0).any()  # leaky
 
 
 def test_wrong_dimensions_are_refused():
     for options in ({"widths": (1, 2, 3)}, {"stem_stride": 3}, {"out_channels": 1}, {"skips": "none"},
-                    {"convolutions": 3}):  # fmt: skip
-        with pytest.raises(ValueError, match=r"five stages|stem stride"):
+                    {"convolutions": (2, 2)}, {"convolutions": (1, 1, 0, 1, 1)}):  # fmt: skip
+        with pytest.raises(ValueError, match=r"five stages|stem stride|--convolutions"):
             kd.StudentUNet(**options)
 
 
@@ -114,7 +114,7 @@ def test_gates_are_the_mean_over_patches(student_file):
         assert each.std(0).max() > 0.01
         folded = torch.nn.functional.pixel_unshuffle(patches.permute(0, 3, 1, 2) / 255, 2)
         leaky, first = torch.nn.LeakyReLU(0.1), student.encoder[0]
-        by_hand = first.se(leaky(first.conv2(leaky(first.conv1(folded))))).mean((0, 2, 3))
+        by_hand = first.se(leaky(first.layers[1](leaky(first.layers[0](folded))))).mean((0, 2, 3))
         assert torch.allclose(network(patches)[:8], by_hand, atol=1e-6)
 
 
@@ -122,3 +122,13 @@ def test_added_skips_need_narrower_stages():
     widths = (4, 6, 8, 10, 12)
     fewer = count(widths=widths) - count(widths=widths, skips="add")
     assert fewer == sum(9 * width * width for width in widths[:4])
+
+
+def test_convolutions_are_one_number_or_one_a_scale():
+    widths, each = (4, 6, 8, 10, 12), {}
+    assert count(widths=widths, convolutions=(2,)) == count(widths=widths, convolutions=(2,) * 5) == count(widths=widths)
+    for scale in range(5):
+        convolutions = tuple(3 if scale == other else 2 for other in range(5))
+        each[scale] = count(widths=widths, convolutions=convolutions) - count(widths=widths)
+    layers = [9 * width * width + width for width in widths]
+    assert list(each.values()) == [2 * n for n in layers[:4]] + layers[4:]  # the encoder's and the decoder's
