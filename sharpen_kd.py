@@ -747,7 +747,7 @@ class StudentUNet(nn.Module):
             raise UserError(f"--widths {widths}: a student has five stages, each 1 or wider")
         convolutions = tuple(convolutions) * (5 if len(convolutions) == 1 else 1)
         if len(convolutions) != 5 or min(convolutions) < 1:
-            raise UserError(f"--convolutions {convolutions}: one number for all stages or one for each of the five scales")
+            raise UserError(f"--convolutions {convolutions}: one number, or one for each of the five scales")
         if stem_stride not in (1, 2, 4) or in_channels != out_channels or skips not in SKIPS:
             raise ValueError(f"a student has in = out channels, a stem stride of 1, 2 or 4, and skips of {SKIPS}")
         self.config = {"stem_stride": stem_stride, "widths": widths, "skips": skips, "convolutions": convolutions}
@@ -916,8 +916,8 @@ class DistillationLoss(nn.Module):
 class FrameNetwork(nn.Module):
     """A student between 8-bit frames (B, H, W, 3) whose sides are multiples of its stem stride: what a backend runs.
 
-    `gates` are the whole frame's. A convolution of the folded picture is one of the picture with a stride, and what
-    the last layer writes is unfolded in runs of pixels, colours innermost: no pass over the frame only reorders it.
+    `gates` are the whole frame's. A convolution of the folded picture is one of the picture with a stride, and the last
+    layer writes a fold's pixels row by row, colours innermost, so that every row of the frame is added up in one run.
     """
 
     def __init__(self, student: nn.Module) -> None:
@@ -930,20 +930,22 @@ class FrameNetwork(nn.Module):
         last.weight.data, last.bias.data = 255 * last.weight.data[order], 255 * last.bias.data[order]
 
     def correct(self, frames: Tensor, gates: Iterable[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The folded correction (B, rows, columns, 3 r^2) of floats (B, H, W, 3), and every stage's gate."""
-        correction, _, gates = self.student.correct(frames.permute(0, 3, 1, 2), gates)
+        """The folded correction (B, rows, columns, 3 r^2) of 8-bit frames (B, H, W, 3), and every stage's gate."""
+        pictures = frames.to(self.student.ends()[0].weight.dtype).permute(0, 3, 1, 2)
+        correction, _, gates = self.student.correct(pictures, gates)
         return correction.permute(0, 2, 3, 1), gates
 
     def average_gates(self, patches: Tensor) -> Tensor:
         """Every stage's gates of 8-bit patches (N, h, w, 3) in a vector, averaged over the patches."""
-        _, gates = self.correct(patches.float(), (None,) * 9)
+        _, gates = self.correct(patches, (None,) * 9)
         return torch.cat([gate.mean(0).flatten() for gate in gates]).float()
 
     def forward(self, frames: Tensor, gates: Tensor) -> Tensor:
-        frames, gates = frames.float(), gates.view(1, -1, 1, 1).split(self.student.gate_widths, dim=1)
-        correction = self.correct(frames, gates)[0].float().unflatten(3, (self.stride, -1)).permute(0, 1, 3, 2, 4)
-        correction = correction.flatten(1, 2).unflatten(3, (-1, 3)).flatten(2, 3)
-        return (frames + correction).round_().clamp_(0, 255).to(torch.uint8)
+        correction, _ = self.correct(frames, gates.view(1, -1, 1, 1).split(self.student.gate_widths, dim=1))
+        rows = frames.flatten(2).unflatten(1, (-1, self.stride))  # (B, rows of folds, r, 3 W)
+        sums = [rows[:, :, i] + part.flatten(2) for i, part in enumerate(correction.chunk(self.stride, dim=3))]
+        restored = torch.stack([row.round_().clamp_(0, 255).to(torch.uint8) for row in sums], dim=2)
+        return restored.flatten(1, 2).unflatten(2, (-1, 3))
 
 
 class GateNetwork(FrameNetwork):
@@ -985,13 +987,14 @@ def traced(network: FrameNetwork, library: str):
 def torch_backend(network: nn.Module, device: torch.device, precision: torch.dtype) -> Arrays:
     """PyTorch as it is."""
 
+    network = network.to(precision)
+
     @torch.inference_mode()
     def run(*arrays: np.ndarray) -> np.ndarray:
         tensors = map(torch.from_numpy, arrays)
         if device.type == "cuda":  # from pinned memory, a copy need not be waited for
             tensors = (tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
-            return network(*(tensor.to(device) for tensor in tensors)).cpu().numpy()
+        return network(*(tensor.to(device) for tensor in tensors)).cpu().numpy()
 
     return run
 
@@ -1083,8 +1086,8 @@ class TileSide:
                       for start, (a, b) in zip(starts, itertools.pairwise(cuts), strict=True)]  # fmt: skip
 
 
-def sample_patches(frame: np.ndarray, side: int = 128, count: int = 4) -> np.ndarray:
-    """(N, h, w, 3): the most detailed patches of a grid, to take gates from; a small frame stands for itself.
+def sample_patches(frame: np.ndarray, side: int = 128, count: int = 2) -> np.ndarray:
+    """(N, h, w, 3): a frame's most detailed patches, to take gates from; a small frame stands for itself.
 
     What gates make of flat patches is chance, since training crops without detail lose nothing by it: evenly spaced
     patches cost single pictures up to 3 dB.
@@ -1092,13 +1095,13 @@ def sample_patches(frame: np.ndarray, side: int = 128, count: int = 4) -> np.nda
     height, width = frame.shape[:2]
     if height * width <= side * side * count:
         return frame[None]
-    green = frame[::4, :, 1].astype(np.int16)
-    detail = np.abs(np.diff(green, axis=1, prepend=green[:, :1]))
     h, w = min(side, height), min(side, width)
-    tops, lefts = (np.linspace(0, s - p, -(-s // p)).astype(int) for s, p in ((height, h), (width, w)))
-    places = itertools.product(tops, lefts)
-    best = sorted(places, key=lambda at: detail[at[0] // 4 : (at[0] + h) // 4 + 1, at[1] : at[1] + w].mean())[-count:]
-    return np.stack([frame[top : top + h, left : left + w] for top, left in best])
+    rows, columns = height // h, width // w
+    frame = frame[height % h // 2 :, width % w // 2 :]
+    green = frame[: rows * h : 8, : columns * w, 1].astype(np.int16)
+    detail = np.abs(np.diff(green, axis=1, prepend=green[:, :1])).reshape(rows, -1, columns, w).mean((1, 3))
+    places = (divmod(place, columns) for place in np.argsort(detail, axis=None)[-count:])
+    return np.stack([frame[h * i : h * (i + 1), w * j : w * (j + 1)] for i, j in places])
 
 
 class FrameSharpener:

@@ -170,19 +170,19 @@ def test_strength_scales_the_correction(student_file, random_frame):
 def test_small_frame_is_its_own_patch(random_frame):
     small = random_frame(100, 200)
     assert np.array_equal(kd.sample_patches(small)[0], small)
-    assert kd.sample_patches(random_frame(90, 2000)).shape == (4, 90, 128, 3)
+    assert kd.sample_patches(random_frame(90, 2000)).shape == (2, 90, 128, 3)
+    assert kd.sample_patches(random_frame(200, 250)).shape == (1, 128, 128, 3)
 
 
 def test_patches_of_a_large_frame_are_where_its_detail_is(random_frame):
     frame = np.full((512, 640, 3), 128, np.uint8)
     frame[128:256, :256] = random_frame(128, 256)
-    frame[384:, 256:512] = random_frame(128, 256, seed=1)
-    patches = kd.sample_patches(frame)
-    assert patches.shape == (4, 128, 128, 3)
-    assert {patch.tobytes() for patch in patches} == {
-        *(frame[128:256, left : left + 128].tobytes() for left in (0, 128)),
-        *(frame[384:, left : left + 128].tobytes() for left in (256, 384)),
-    }
+    frame[384:, 256:384] = random_frame(128, 128, seed=1) // 2
+    patches = kd.sample_patches(frame, count=3)
+    places = ((128, 0), (128, 128), (384, 256))
+    assert patches.shape == (3, 128, 128, 3)
+    assert {p.tobytes() for p in patches} == {frame[y : y + 128, x : x + 128].tobytes() for y, x in places}
+    assert {p.tobytes() for p in kd.sample_patches(frame)} == {p.tobytes() for p in patches[1:]}
 
 
 def test_score_is_the_stated_protocol(photographs):
