@@ -61,10 +61,10 @@ SAMPLES = HERE / "inference_samples"
 OFFICIAL_TEACHER = HERE / "Restormer/Motion_Deblurring/pretrained_models/motion_deblurring.pth"
 COMPACT_TEACHER = HERE / "model_checkpoints/teacher.pth"
 SHIPPED = {"quality": HERE / "model_checkpoints/student.pth", "fast": HERE / "model_checkpoints/student_fast.pth"}
-TILE, OVERLAP = 1024, 256  # pixels; a 1080p frame's tiles hold a seventh more than it and differ by 2/255 at most
+TILE, OVERLAP = 1024, 128  # pixels; a 1080p frame's tiles hold a fifteenth more than it and differ by 2/255 at most
 SKIPS = ("concatenate", "add")
 BACKENDS = {"torch": "torch", "compile": "torch", "onnx": "onnxruntime", "openvino": "openvino",
-            "openvino-int8": "nncf"}  # with their packages  # fmt: skip
+            "openvino-int8": "nncf openvino"}  # with their packages  # fmt: skip
 FIXED_PRECISION = {"onnx": "float32", "openvino-int8": "int8"}  # whatever --precision says
 FPS_SIZES = ((512, 512), (720, 1280), (1080, 1920))
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun numbers them
@@ -1711,39 +1711,45 @@ def sample_frames(height: int, width: int) -> list[np.ndarray]:
 
 
 @torch.inference_mode()
-def milliseconds(function: Callable[[], object], device: torch.device, config: FpsConfig) -> tuple[float, float]:
-    """Median and 95th percentile of a call's time after the warm-up, waiting for the device on both ends."""
+def milliseconds(functions: Sequence[Callable[[], object]], device: torch.device, config: FpsConfig) -> np.ndarray:
+    """(functions, 2): median and 95th percentile of each one's time, waiting for the device on both ends.
+
+    They take turns, so that whatever else the machine does slows all of them alike.
+    """
     wait = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
-    times = []
-    for _ in range(config.warmup + config.frames):
+    times = np.empty((config.warmup + config.frames, len(functions)))
+    for turn, index in np.ndindex(times.shape):
         wait()
         start = time.perf_counter()
-        function()
+        functions[index]()
         wait()
-        times.append(1000 * (time.perf_counter() - start))
-    return tuple(map(float, np.percentile(times[config.warmup :], (50, 95))))
+        times[turn, index] = 1000 * (time.perf_counter() - start)
+    return np.percentile(times[config.warmup :], (50, 95), axis=0).T
 
 
-def time_frames(sharpener: FrameSharpener, height: int, width: int, config: FpsConfig) -> dict[str, float]:
-    """Median network time, and median and 95th percentile of the 8-bit frame's time, in milliseconds."""
-    frames = sample_frames(height, width)
-    turns, (padded, gates) = itertools.cycle(frames), sharpener.prepare(frames[0])
-    batches = [tiles for tiles, *_ in sharpener.tiles(padded, (height, width))]
-    network, _ = milliseconds(lambda: [sharpener.network(b, gates) for b in batches], sharpener.device, config)
-    whole, late = milliseconds(lambda: sharpener(next(turns)), sharpener.device, config)
-    return {"network_ms": network, "frame_ms": whole, "frame_ms_p95": late}
+def time_frames(sharpeners: Sequence[FrameSharpener], height: int, width: int, config: FpsConfig) -> list[dict]:
+    """Each one's median network time, and median and 95th percentile of the 8-bit frame's time, in milliseconds."""
+    frames, functions = sample_frames(height, width), []
+    for sharpener in sharpeners:
+        padded, gates = sharpener.prepare(frames[0])
+        tiles, turns = [batch for batch, *_ in sharpener.tiles(padded, (height, width))], itertools.cycle(frames)
+        functions += [lambda s=sharpener, tiles=tiles, gates=gates: [s.network(batch, gates) for batch in tiles],
+                      lambda s=sharpener, turns=turns: s(next(turns))]  # fmt: skip
+    times = milliseconds(functions, sharpeners[0].device, config).tolist()
+    return [{"network_ms": network, "frame_ms": median, "frame_ms_p95": late}
+            for (network, _), (median, late) in zip(times[::2], times[1::2], strict=True)]  # fmt: skip
 
 
 @torch.inference_mode()
 def convolution_speeds(precision: torch.dtype, device: torch.device, config: FpsConfig) -> dict[int, float]:
     """{channels: GFLOP/s} of 3x3 convolutions at 270x480 in PyTorch: what arithmetic could reach here."""
-    reached = {}
-    for width in (16, 24, 32, 64, 128):
+    layers, widths = [], (16, 24, 32, 64, 128)
+    for width in widths:
         layer = nn.Conv2d(width, width, 3, padding=1).to(device, precision, memory_format=torch.channels_last)
         maps = torch.rand(1, width, 270, 480, device=device, dtype=precision).to(memory_format=torch.channels_last)
-        median, _ = milliseconds(functools.partial(layer, maps), device, config)
-        reached[width] = 2 * 9 * width**2 * 270 * 480 / median / 1e6
-    return reached
+        layers.append(functools.partial(layer, maps))
+    medians = milliseconds(layers, device, config)[:, 0]
+    return {width: 2 * 9 * width**2 * 270 * 480 / 1e6 / median for width, median in zip(widths, medians, strict=True)}
 
 
 def draw_quality(config: FpsConfig, students: dict[str, nn.Module], backends: Sequence[str], device: torch.device):
@@ -1754,10 +1760,11 @@ def draw_quality(config: FpsConfig, students: dict[str, nn.Module], backends: Se
     methods = {"input": lambda frame: frame, "unsharp mask": lambda f: np.array(Image.fromarray(f).filter(mask))}
     for (name, student), backend in itertools.product(students.items(), backends):
         methods[f"{name}, {backend}"] = FrameSharpener(student, device, precision=config.precision, backend=backend)
-    points = {}
-    for label, method in tqdm(methods.items(), "quality"):
-        duration, _ = milliseconds(functools.partial(method, frame), device, config)
-        points[label] = (duration, *mean_score(pairs, method))
+    durations = milliseconds([functools.partial(method, frame) for method in methods.values()], device, config)[:, 0]
+    points = {
+        label: (duration, *mean_score(pairs, method))
+        for (label, method), duration in zip(tqdm(methods.items(), "quality"), durations, strict=True)
+    }
     for label, (duration, psnr, similarity) in points.items():
         print(f"{label:<24}{duration:>7.1f} ms   {psnr:.2f} dB / {similarity:.4f} at x2, {len(pairs)} pictures")
 
@@ -1771,46 +1778,51 @@ def draw_quality(config: FpsConfig, students: dict[str, nn.Module], backends: Se
     plot(config.plot, draw)
 
 
+def fps_rows(networks: dict[str, nn.Module], backend: str, device: torch.device, config: FpsConfig) -> Iterator[dict]:
+    """At every size each network with the whole frame and, where it takes several, with tiles; the first is plain."""
+    precision = FIXED_PRECISION.get(backend, str(pick_precision(config.precision, device)).removeprefix("torch."))
+    common = {"backend": backend, "precision": precision, "device": str(device), "threads": torch.get_num_threads()}
+    options = {"overlap": config.overlap, "precision": config.precision, "backend": backend}
+    plain, *students = itertools.product(networks, sorted({0, config.tile}))
+    sharpeners = {(name, tile): FrameSharpener(networks[name], device, tile, **options)
+                  for name, tile in (plain, *students) if (name, tile) == plain or name != plain[0]}  # fmt: skip
+    for height, width in FPS_SIZES:
+        timed = {(name, tile): sharpener for (name, tile), sharpener in sharpeners.items()
+                 if not tile or len(sharpener.side(height).parts) + len(sharpener.side(width).parts) > 2}  # fmt: skip
+        times = time_frames(list(timed.values()), height, width, config)
+        for (name, tile), row in zip(timed, times, strict=True):
+            macs = multiply_adds_per_pixel(networks[name])
+            yield {"checkpoint": name, **common, "height": height, "width": width, "tiled": bool(tile), **row,
+                   "fps": 1000 / row["frame_ms"], "plain_ms": times[0]["frame_ms"], "macs_per_pixel": macs,
+                   "gflops": 2 * macs * height * width / row["network_ms"] / 1e6}  # fmt: skip
+
+
+FPS_LINE = ("{checkpoint:<14}{backend:<14}{precision:<11}{size:<16}{network_ms:>10.1f}{frame_ms:>22.1f}"
+            "{frame_ms_p95:>7.1f}{fps:>7.1f}{gflops:>9.0f}{ratio:>9.2f}")  # fmt: skip
+
+
 def measure_fps(config: FpsConfig) -> None:
     """The `fps` command."""
     device, rows = pick_device(config), []
-    precision = pick_precision(config.precision, device)
     students = {Path(name).stem: load_student(name)[0] for name in config.checkpoint if not config.base_channels}
     if config.base_channels:
         name = f"c={config.base_channels} r={config.stem_stride}"
         students[name] = StudentUNet(base_channels=config.base_channels, stem_stride=config.stem_stride)
     networks = {"plain layers": PlainLayers()} | students
-    macs = {name: multiply_adds_per_pixel(network) for name, network in networks.items()}
     for name, network in networks.items():
         count = sum(p.numel() for p in network.parameters())
-        print(f"{name}: {count:,} parameters, {macs[name]:,.0f} multiply-adds a pixel")
+        print(f"{name}: {count:,} parameters, {multiply_adds_per_pixel(network):,.0f} multiply-adds a pixel")
     print(f"{device}, {torch.get_num_threads()} CPU threads, PyTorch {torch.__version__}")
     print("network       backend       precision  frame              network   8-bit to 8-bit, ms   95 %    FPS"
           "  GFLOP/s  x plain")  # fmt: skip
-    installed = [name for name, package in BACKENDS.items() if name != "compile" and importlib.util.find_spec(package)]
-    tilings = [(name, tile) for name in networks for tile in sorted({0, config.tile}) if name in students or not tile]
-    plain = {}  # the yardstick's milliseconds for each backend and size
+    installed = [name for name, packages in BACKENDS.items() if all(map(importlib.util.find_spec, packages.split()))]
+    installed.remove("compile")  # minutes for a checkpoint and a size
     backends = config.backend or (installed if device.type == "cpu" else ["torch"])
-    for backend in backends:
-        arithmetic = FIXED_PRECISION.get(backend, str(precision).removeprefix("torch."))
-        options = {"overlap": config.overlap, "precision": config.precision, "backend": backend}
-        sharpeners = [FrameSharpener(networks[name], device, tile, **options) for name, tile in tilings]
-        for (height, width), index in itertools.product(FPS_SIZES, range(len(tilings))):
-            (name, tile), sharpener = tilings[index], sharpeners[index]
-            if tile and len(sharpener.side(height).parts) == len(sharpener.side(width).parts) == 1:
-                continue  # timed already
-            row = {"checkpoint": name, "backend": backend, "precision": arithmetic, "device": str(device),
-                   "threads": torch.get_num_threads(), "height": height, "width": width,
-                   "tiled": bool(tile)}  # fmt: skip
-            row |= time_frames(sharpener, height, width, config)
-            plain.setdefault((backend, height), row["frame_ms"])
-            row |= {"fps": 1000 / row["frame_ms"], "plain_ms": plain[backend, height], "macs_per_pixel": macs[name],
-                    "gflops": 2 * macs[name] * height * width / row["network_ms"] / 1e6}  # fmt: skip
-            rows.append(row)
-            size = f"{width}x{height}{' tiled' if tile else ''}"
-            times = f"{row['network_ms']:>10.1f}{row['frame_ms']:>22.1f}{row['frame_ms_p95']:>7.1f}{row['fps']:>7.1f}"
-            speeds = f"{row['gflops']:>9.0f}{row['frame_ms'] / row['plain_ms']:>9.2f}"
-            print(f"{name:<14}{backend:<14}{arithmetic:<11}{size:<16}{times}{speeds}", flush=True)
+    for row in itertools.chain.from_iterable(fps_rows(networks, backend, device, config) for backend in backends):
+        size = f"{row['width']}x{row['height']}{' tiled' if row['tiled'] else ''}"
+        print(FPS_LINE.format(size=size, ratio=row["frame_ms"] / row["plain_ms"], **row), flush=True)
+        rows.append(row)
+    precision = pick_precision(config.precision, device)
     reached = convolution_speeds(precision, device, config)
     widths = ", ".join(f"{speed:.0f} ({width} wide)" for width, speed in reached.items())
     print(f"{precision}: PyTorch's best 3x3 convolution reaches {max(reached.values()):.0f} GFLOP/s of {widths}")
