@@ -8,8 +8,8 @@
 `prepare` makes blurred/sharp pairs from sharp pictures, and `teacher` trains a compact Restormer where the
 published weights do not suit the blur. Every flag is in `python sharpen_kd.py COMMAND --help`.
 
-Pictures blurred at x2 (27.75 dB / 0.8605) become 29.67 dB / 0.9034 by model_checkpoints/student.pth, in 214 ms a
-1080p frame on two cores of an AMD EPYC, and 28.94 dB / 0.8919 by student_fast.pth, in 70 ms (44 with OpenVINO).
+Pictures blurred at x2 (27.75 dB / 0.8605) become 29.65 dB / 0.9026 by model_checkpoints/student.pth, in 116 ms a
+1080p frame on two cores of an AMD EPYC (87 with OpenVINO), and 28.92 dB / 0.8923 by student_fast.pth, in 52 ms (34).
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ SAMPLES = HERE / "inference_samples"
 OFFICIAL_TEACHER = HERE / "Restormer/Motion_Deblurring/pretrained_models/motion_deblurring.pth"
 COMPACT_TEACHER = HERE / "model_checkpoints/teacher.pth"
 SHIPPED = {"quality": HERE / "model_checkpoints/student.pth", "fast": HERE / "model_checkpoints/student_fast.pth"}
-TILE, OVERLAP = 1024, 128  # pixels; a 1080p frame's tiles hold a fifteenth more than it and differ by 2/255 at most
+TILE, OVERLAP = 2048, 320  # pixels; a 4K frame's tiles hold a twelfth more than it; they differ by 2/255 at most
 SKIPS = ("concatenate", "add")
-BACKENDS = {"torch": "torch", "compile": "torch", "onnx": "onnxruntime", "openvino": "openvino",
+BACKENDS = {"torch": "torch", "compile": "torch", "onnx": "onnx onnxruntime", "openvino": "openvino",
             "openvino-int8": "nncf openvino"}  # with their packages  # fmt: skip
 FIXED_PRECISION = {"onnx": "float32", "openvino-int8": "int8"}  # whatever --precision says
 FPS_SIZES = ((512, 512), (720, 1280), (1080, 1920))
@@ -1579,8 +1579,8 @@ def sharpen(config: SharpenConfig) -> None:
     """The `sharpen` command. One unreadable picture does not stop the others; it is named at the end."""
     output, ending = (config.output, ".png") if config.output else (SAMPLES, "_sharpened.png")
     one_file = output.suffix and not output.is_dir()
-    if one_file and output.suffix.lower() not in Image.registered_extensions():
-        raise UserError(f"-o {output}: Pillow does not know the file type {output.suffix}")
+    if one_file and Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
+        raise UserError(f"-o {output}: Pillow cannot write the file type {output.suffix}")
     if one_file and (len(config.inputs) > 1 or config.inputs[0].is_dir()):
         raise UserError(f"-o {output}: a file can take one picture only; name a folder")
     plan = plan_outputs(config.inputs, lambda name: output if one_file else output / name.with_name(name.stem + ending))
@@ -1589,8 +1589,8 @@ def sharpen(config: SharpenConfig) -> None:
         try:
             save_picture(sharpen_picture(sharpener, open_picture(source)), target)
             tqdm.write(f"{source} -> {target}")
-        except UserError as error:
-            failed.append(str(error))
+        except (ValueError, OSError, ImageCms.PyCMSError) as error:  # a UserError is a ValueError
+            failed.append(str(error) if str(source) in str(error) else f"{source}: {error}")
     if failed:
         raise UserError("; ".join(failed))
 
@@ -1806,6 +1806,8 @@ def measure_fps(config: FpsConfig) -> None:
     """The `fps` command."""
     device, rows = pick_device(config), []
     students = {Path(name).stem: load_student(name)[0] for name in config.checkpoint if not config.base_channels}
+    if len(students) < len(config.checkpoint) and not config.base_channels:
+        raise UserError("--checkpoint: two files of one name, by which the table tells them apart; rename one")
     if config.base_channels:
         name = f"c={config.base_channels} r={config.stem_stride}"
         students[name] = StudentUNet(base_channels=config.base_channels, stem_stride=config.stem_stride)
@@ -1892,11 +1894,15 @@ def settle(config_class: type, given: dict) -> object:
     if uses_embedded_sample(config):
         config = config_class(**(EMBEDDED_RUN | given))
     if isinstance(config, FitConfig) and config.resume:
-        saved = read_checkpoint(config.run_dir / "last.pth", "start the run without --resume")["config"]
-        for name, hint in typing.get_type_hints(config_class).items():
-            if hint in (Path, Path | None) and saved[name] is not None:
-                saved[name] = Path(saved[name])
-        config = config_class(**(saved | given))
+        last = read_checkpoint(config.run_dir / "last.pth", "start the run without --resume")
+        try:
+            saved = last["config"]
+            for name, hint in typing.get_type_hints(config_class).items():
+                if hint in (Path, Path | None) and saved[name] is not None:
+                    saved[name] = Path(saved[name])
+            config = config_class(**(saved | given))
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{config.run_dir / 'last.pth'}: another command's run ({error})") from error
     for item in dataclasses.fields(config):
         (at_least, above), value = item.metadata["bounds"], getattr(config, item.name)
         for number in value if isinstance(value, tuple) else (value,):

@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -116,6 +117,14 @@ def test_fps_rows(tmp_path, student_file, sharp_folder, capsys, monkeypatch):
     assert re.search(rf"input +[\d.]+ ms   {by_hand[0]:.2f} dB / {by_hand[1]:.4f} at x2", printed)
     assert re.findall(r"\n(\S+, \S+) +[\d.]+ ms", printed) == ["student, torch", "student, openvino"]
     assert Image.open(tmp_path / "fps.png").size[0] > 500
+
+
+def test_files_of_one_name_are_not_confused(tmp_path, student_file, capsys):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        shutil.copy(student_file, tmp_path / folder / "best.pth")
+    assert kd.main(["fps", "--checkpoint", str(tmp_path / "a/best.pth"), str(tmp_path / "b/best.pth")]) == 2
+    assert "two files of one name" in capsys.readouterr().err
 
 
 def test_frames_are_pictures():

@@ -109,6 +109,13 @@ def test_accumulated_gradient_is_the_mean_over_the_group(data_root, tmp_path):
     assert torch.allclose(seen[1], expected[2], atol=1e-5)  # the last, partial group
 
 
+def test_a_run_of_another_command_is_not_resumed(tmp_path, capsys):
+    torch.save({"config": {"dim": 24, "run_dir": str(tmp_path)}}, tmp_path / "last.pth")
+    for command in ("train", "teacher"):
+        assert kd.main([command, "--resume", "--run-dir", str(tmp_path)]) == 2
+        assert "last.pth: another command's run" in capsys.readouterr().err
+
+
 def test_resumed_run_reaches_the_same_weights(arguments, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert kd.main([*arguments, "--run-dir", str(whole), "--max-steps", "5"]) == 0
