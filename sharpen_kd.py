@@ -986,7 +986,6 @@ def traced(network: FrameNetwork, library: str):
 
 def torch_backend(network: nn.Module, device: torch.device, precision: torch.dtype) -> Arrays:
     """PyTorch as it is."""
-
     network = network.to(precision)
 
     @torch.inference_mode()
@@ -1784,6 +1783,7 @@ def fps_rows(networks: dict[str, nn.Module], backend: str, device: torch.device,
     precision = FIXED_PRECISION.get(backend, str(pick_precision(config.precision, device)).removeprefix("torch."))
     common = {"backend": backend, "precision": precision, "device": str(device), "threads": torch.get_num_threads()}
     options = {"overlap": config.overlap, "precision": config.precision, "backend": backend}
+    macs = {name: multiply_adds_per_pixel(network) for name, network in networks.items()}
     plain, *students = itertools.product(networks, sorted({0, config.tile}))
     sharpeners = {(name, tile): FrameSharpener(networks[name], device, tile, **options)
                   for name, tile in (plain, *students) if (name, tile) == plain or name != plain[0]}  # fmt: skip
@@ -1792,10 +1792,9 @@ def fps_rows(networks: dict[str, nn.Module], backend: str, device: torch.device,
                  if not tile or len(sharpener.side(height).parts) + len(sharpener.side(width).parts) > 2}  # fmt: skip
         times = time_frames(list(timed.values()), height, width, config)
         for (name, tile), row in zip(timed, times, strict=True):
-            macs = multiply_adds_per_pixel(networks[name])
             yield {"checkpoint": name, **common, "height": height, "width": width, "tiled": bool(tile), **row,
-                   "fps": 1000 / row["frame_ms"], "plain_ms": times[0]["frame_ms"], "macs_per_pixel": macs,
-                   "gflops": 2 * macs * height * width / row["network_ms"] / 1e6}  # fmt: skip
+                   "fps": 1000 / row["frame_ms"], "plain_ms": times[0]["frame_ms"], "macs_per_pixel": macs[name],
+                   "gflops": 2 * macs[name] * height * width / row["network_ms"] / 1e6}  # fmt: skip
 
 
 FPS_LINE = ("{checkpoint:<14}{backend:<14}{precision:<11}{size:<16}{network_ms:>10.1f}{frame_ms:>22.1f}"
@@ -1825,8 +1824,7 @@ def measure_fps(config: FpsConfig) -> None:
         size = f"{row['width']}x{row['height']}{' tiled' if row['tiled'] else ''}"
         print(FPS_LINE.format(size=size, ratio=row["frame_ms"] / row["plain_ms"], **row), flush=True)
         rows.append(row)
-    precision = pick_precision(config.precision, device)
-    reached = convolution_speeds(precision, device, config)
+    reached = convolution_speeds(precision := pick_precision(config.precision, device), device, config)
     widths = ", ".join(f"{speed:.0f} ({width} wide)" for width, speed in reached.items())
     print(f"{precision}: PyTorch's best 3x3 convolution reaches {max(reached.values()):.0f} GFLOP/s of {widths}")
     if config.json:
