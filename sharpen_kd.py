@@ -15,6 +15,7 @@ Pictures blurred at x2 (27.75 dB / 0.8605) become 29.65 dB / 0.9026 by model_che
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import copy
 import csv
@@ -714,21 +715,41 @@ class SEBlock(nn.Module):
 LEAK = 0.1  # slope below zero. With plain ReLUs the deep stages die: 64 of 64 channels after 2,000 steps, and 0.08 dB
 
 
+class LeakyConvolution(nn.Conv2d):
+    """A convolution, a leaky ReLU and, if one is handed in, a gate (1, C, 1, 1) in (0, 1)."""
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        x = F.leaky_relu_(super().forward(x), LEAK)
+        return x if gate is None else x * gate.to(x.dtype)  # a float32 gate would make what follows float32
+
+    def forward_in_one_pass(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """The same for inference on a CPU, where a ReLU and a gate would each read and write the whole map again."""
+        weight, bias = self.weight, self.bias
+        if gate is not None:  # it is positive, so the ReLU lets it through and the weights can take it
+            weight, bias = (weight * gate.view(-1, 1, 1, 1)).to(weight.dtype), (bias * gate.flatten()).to(bias.dtype)
+        settings = (self.padding, self.stride, self.dilation, self.groups, "leaky_relu", [LEAK], "")
+        return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *settings)
+
+
 class Stage(nn.Module):
     """3x3 convolutions with leaky ReLUs, then a gate a channel: the SE block's, or one handed in."""
 
     def __init__(self, in_channels: int, channels: int, convolutions: int = 2) -> None:
         super().__init__()
         widths = itertools.pairwise((in_channels, *(channels,) * convolutions))
-        self.layers = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in widths)
+        self.layers = nn.ModuleList(LeakyConvolution(a, b, 3, padding=1) for a, b in widths)
         self.se = SEBlock(channels)
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(features, the gate that they have passed)."""
-        for layer in self.layers:
-            x = F.leaky_relu_(layer(x), LEAK)
-        gate = self.se(x) if gate is None else gate.to(x.dtype)  # a float32 gate would make what follows float32
-        return x * gate, gate
+        *layers, last = self.layers
+        for layer in layers:
+            x = layer(x)
+        x = last(x, gate)
+        if gate is None:
+            gate = self.se(x)
+            x = x * gate
+        return x, gate
 
 
 class StudentUNet(nn.Module):
@@ -751,7 +772,7 @@ class StudentUNet(nn.Module):
         if stem_stride not in (1, 2, 4) or in_channels != out_channels or skips not in SKIPS:
             raise ValueError(f"a student has in = out channels, a stem stride of 1, 2 or 4, and skips of {SKIPS}")
         self.config = {"stem_stride": stem_stride, "widths": widths, "skips": skips, "convolutions": convolutions}
-        self.merge = torch.add if skips == "add" else lambda below, skip: torch.cat([below, skip], dim=1)
+        self.merge = Tensor.add_ if skips == "add" else lambda below, skip: torch.cat([below, skip], dim=1)
         self.stem_stride, folded = stem_stride, in_channels * stem_stride**2
         self.alignment = 16 * stem_stride  # sides that are its multiples pass through every stage without padding
         self.gate_widths = (*widths, *widths[3::-1])
@@ -762,6 +783,7 @@ class StudentUNet(nn.Module):
         merged = (width if skips == "add" else 2 * width for width in widths[3::-1])
         self.decoder = nn.ModuleList(map(Stage, merged, widths[3::-1], convolutions[3::-1]))
         self.output = nn.Conv2d(widths[0], folded, 1)
+        self.ends = self.encoder[0].layers[0], self.output  # which read and write folded pixels
         self.initialise()
 
     def initialise(self) -> None:
@@ -778,10 +800,6 @@ class StudentUNet(nn.Module):
             else:
                 nn.init.kaiming_normal_(parameter, nonlinearity="relu")
         nn.init.normal_(self.output.weight, std=1e-3)
-
-    def ends(self) -> tuple[nn.Conv2d, nn.Conv2d]:
-        """The layers that read and write folded pixels."""
-        return self.encoder[0].layers[0], self.output
 
     def correct(self, folded: Tensor, gates: Iterable[Tensor] = (None,) * 9) -> tuple[Tensor, dict, list[Tensor]]:
         """The correction of a folded picture, the features to be compared with the teacher's, every stage's gate."""
@@ -916,49 +934,35 @@ class DistillationLoss(nn.Module):
 class FrameNetwork(nn.Module):
     """A student between 8-bit frames (B, H, W, 3) whose sides are multiples of its stem stride: what a backend runs.
 
-    `gates` are the whole frame's. A convolution of the folded picture is one of the picture with a stride, and the last
-    layer writes a fold's pixels row by row, colours innermost, so that every row of the frame is added up in one run.
+    `gates` are the whole frame's, a vector of every stage's in turn. Called without them it returns them, averaged over
+    patches (N, h, w, 3) of the frame, about as large as training crops: plain SE blocks average over their whole input,
+    so every tile would have other gates than its neighbours, and seams.
+
+    A convolution of the folded picture is one of the picture with a stride, and the last layer writes a fold's pixels
+    row by row, colours innermost, so that every row of the frame is added up in one run.
     """
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__()
         self.student, self.stride = copy.deepcopy(student), student.stem_stride
-        first, last = self.student.ends()
+        first, last = self.student.ends
         first.weight.data = F.pixel_shuffle(first.weight.data, self.stride) / 255
         first.stride = first.padding = (self.stride, self.stride)
         order = torch.arange(3 * self.stride**2).view(3, -1).T.flatten()  # of colours, rows, columns: colours last
         last.weight.data, last.bias.data = 255 * last.weight.data[order], 255 * last.bias.data[order]
 
-    def correct(self, frames: Tensor, gates: Iterable[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The folded correction (B, rows, columns, 3 r^2) of 8-bit frames (B, H, W, 3), and every stage's gate."""
-        pictures = frames.to(self.student.ends()[0].weight.dtype).permute(0, 3, 1, 2)
-        correction, _, gates = self.student.correct(pictures, gates)
-        return correction.permute(0, 2, 3, 1), gates
-
-    def average_gates(self, patches: Tensor) -> Tensor:
-        """Every stage's gates of 8-bit patches (N, h, w, 3) in a vector, averaged over the patches."""
-        _, gates = self.correct(patches, (None,) * 9)
-        return torch.cat([gate.mean(0).flatten() for gate in gates]).float()
-
-    def forward(self, frames: Tensor, gates: Tensor) -> Tensor:
-        correction, _ = self.correct(frames, gates.view(1, -1, 1, 1).split(self.student.gate_widths, dim=1))
+    def forward(self, frames: Tensor, gates: Tensor | None = None) -> Tensor:
+        widths = self.student.gate_widths
+        split = [None] * len(widths) if gates is None else gates.view(1, -1, 1, 1).split(widths, dim=1)
+        pictures = frames.to(self.student.ends[0].weight.dtype).permute(0, 3, 1, 2)
+        correction, _, used = self.student.correct(pictures, split)
+        if gates is None:
+            return torch.cat([gate.mean(0).flatten() for gate in used]).float()
+        parts = correction.permute(0, 2, 3, 1).chunk(self.stride, dim=3)  # the rows of a fold
         rows = frames.flatten(2).unflatten(1, (-1, self.stride))  # (B, rows of folds, r, 3 W)
-        sums = [rows[:, :, i] + part.flatten(2) for i, part in enumerate(correction.chunk(self.stride, dim=3))]
+        sums = [rows[:, :, i] + part.flatten(2) for i, part in enumerate(parts)]
         restored = torch.stack([row.round_().clamp_(0, 255).to(torch.uint8) for row in sums], dim=2)
         return restored.flatten(1, 2).unflatten(2, (-1, 3))
-
-
-class GateNetwork(FrameNetwork):
-    """A frame's gates from patches (N, h, w, 3) of it, about as large as training crops.
-
-    Plain SE blocks average over their whole input, so every tile would have other gates than its neighbours: seams.
-    """
-
-    def forward(self, patches: Tensor) -> Tensor:
-        return self.average_gates(patches)
-
-
-NETWORKS = {"": FrameNetwork, "_gates": GateNetwork}  # what a student runs as, and is exported as
 
 
 def optional_package(name: str):
@@ -968,25 +972,33 @@ def optional_package(name: str):
         raise UserError(f"{name} is not installed: pip install {name}") from error
 
 
-def traced(network: FrameNetwork, library: str):
-    """The network for frames of any size that is a multiple of its alignment: `openvino.Model`, or ONNX as bytes."""
+def traced(network: FrameNetwork, library: str, gated: bool):
+    """The network, with its gates handed in or returning them, for frames whose sides are multiples of its alignment:
+    `openvino.Model`, or ONNX as bytes."""
     package, side, file = optional_package(library), network.student.alignment, io.BytesIO()
     frames, gates = torch.zeros(1, side, side, 3, dtype=torch.uint8), torch.ones(sum(network.student.gate_widths))
-    inputs = (frames,) if isinstance(network, GateNetwork) else (frames, gates)
+    inputs = (frames, gates) if gated else (frames,)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of branches that frames of aligned sides never take
         if library == "openvino":
             shapes = [[-1, -1, -1, 3], [len(gates)]][: len(inputs)]
             return package.convert_model(network, example_input=inputs, input=shapes)
         sizes = {name: {0: "batch", 1: "height", 2: "width"} for name in ("frames", "restored")}
-        names = {"input_names": ["frames", "gates"][: len(inputs)], "output_names": ["restored"]}
+        names = {"input_names": ["frames", "gates"][: len(inputs)], "output_names": ["restored" if gated else "gates"]}
         torch.onnx.export(network, inputs, file, **names, dynamic_axes=sizes, dynamo=False)
     return file.getvalue()
 
 
-def torch_backend(network: nn.Module, device: torch.device, precision: torch.dtype) -> Arrays:
-    """PyTorch as it is."""
-    network = network.to(precision)
+def torch_backend(network: nn.Module, device: torch.device, precision: torch.dtype, compiled: bool = False) -> Arrays:
+    """PyTorch as it is, or its compiler, with CUDA graphs on CUDA."""
+    network, one_pass = network.to(precision), device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if compiled:
+        mode = "reduce-overhead" if device.type == "cuda" else "default"
+        network = torch.compile(network, mode=mode, dynamic=False)
+    elif one_pass and (precision == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        for layer in network.modules():
+            if isinstance(layer, LeakyConvolution):
+                layer.forward = layer.forward_in_one_pass
 
     @torch.inference_mode()
     def run(*arrays: np.ndarray) -> np.ndarray:
@@ -998,20 +1010,20 @@ def torch_backend(network: nn.Module, device: torch.device, precision: torch.dty
     return run
 
 
-def compile_backend(network: nn.Module, device: torch.device, precision: torch.dtype) -> Arrays:
-    """PyTorch's compiler, with CUDA graphs on CUDA."""
-    mode = "reduce-overhead" if device.type == "cuda" else "default"
-    return torch_backend(torch.compile(network, mode=mode, dynamic=False), device, precision)
-
-
 def onnx_backend(network: nn.Module, device: torch.device, precision: torch.dtype) -> Arrays:
     """ONNX Runtime, in float32."""
     runtime = optional_package("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = runtime.InferenceSession(traced(network, "onnx"), options, providers=["CPUExecutionProvider"])
-    names = [item.name for item in session.get_inputs()]
-    return lambda *arrays: session.run(None, dict(zip(names, arrays, strict=False)))[0]  # an unused input is left out
+    sessions = [runtime.InferenceSession(traced(network, "onnx", gated), options, providers=["CPUExecutionProvider"])
+                for gated in (False, True)]  # fmt: skip
+
+    def run(*arrays: np.ndarray) -> np.ndarray:
+        session = sessions[len(arrays) - 1]
+        names = [item.name for item in session.get_inputs()]  # without one that a network does not use
+        return session.run(None, dict(zip(names, arrays, strict=False)))[0]
+
+    return run
 
 
 @functools.cache
@@ -1027,23 +1039,23 @@ def quantized(model, network: FrameNetwork):
     pictures = [ImageOps.fit(even_sized(open_picture(pair.sharp)), (256, 256)) for pair in embedded_pairs()]
     frames = [np.array(PROTOCOLS["x2"](picture))[None] for picture in pictures]
     with torch.inference_mode():
-        inputs = [(frame, network.average_gates(torch.from_numpy(frame)).numpy()) for frame in frames]
+        inputs = [(frame, network(torch.from_numpy(frame)).numpy()) for frame in frames]
     # Kept: what is added to the frame, whose bytes must stay (1.2 dB), and the layers that read and write pixels.
     scope = nncf.IgnoredScope(types=["Add"], patterns=[".*encoder.0.layers.0.*", ".*output.*"], validate=False)
     return nncf.quantize(model, nncf.Dataset(inputs), subset_size=len(inputs), ignored_scope=scope)
 
 
 def openvino_backend(network: nn.Module, device: torch.device, precision: torch.dtype, int8: bool = False) -> Arrays:
-    """OpenVINO on the CPU."""
+    """OpenVINO on the CPU; the gates are never in int8."""
     hints = {"INFERENCE_PRECISION_HINT": "bf16" if precision == torch.bfloat16 else "f32",
              "INFERENCE_NUM_THREADS": torch.get_num_threads()}  # fmt: skip
-    model = traced(network, "openvino")
-    if int8 and not isinstance(network, GateNetwork):
-        model = quantized(model, network)
+    models = [traced(network, "openvino", gated) for gated in (False, True)]
+    if int8:
+        models[1] = quantized(models[1], network)
 
     @functools.lru_cache(8)
     def compiled(*shapes: tuple[int, ...]):
-        fixed = model.clone()
+        fixed = models[len(shapes) - 1].clone()
         fixed.reshape(dict(zip(fixed.inputs, shapes, strict=True)))
         return openvino_core().compile_model(fixed, "CPU", hints).create_infer_request()
 
@@ -1055,16 +1067,12 @@ def openvino_backend(network: nn.Module, device: torch.device, precision: torch.
     return run
 
 
-RUNNERS = {"torch": torch_backend, "compile": compile_backend, "onnx": onnx_backend, "openvino": openvino_backend,
-           "openvino-int8": functools.partial(openvino_backend, int8=True)}  # fmt: skip
+RUNNERS = {"torch": torch_backend, "compile": functools.partial(torch_backend, compiled=True), "onnx": onnx_backend,
+           "openvino": openvino_backend, "openvino-int8": functools.partial(openvino_backend, int8=True)}  # fmt: skip
 
 
-class Part(typing.NamedTuple):
-    """One tile along a side: what it takes of the padded frame, what it gives to the result, where it has that."""
-
-    taken: slice
-    given: slice
-    inner: slice
+# One tile along a side: what it takes of the padded frame, what it gives to the result, where it has that.
+Part = collections.namedtuple("Part", "taken given inner")
 
 
 class TileSide:
@@ -1116,8 +1124,8 @@ class FrameSharpener:
             raise UserError(f"--tile {tile} --overlap {overlap}: tiles must be larger than their overlap")
         if BACKENDS[backend] != "torch" and device.type != "cpu":
             raise UserError(f"--backend {backend}: computes on the CPU; add --device cpu")
-        networks = (kind(student).to(device, memory_format=torch.channels_last).eval() for kind in NETWORKS.values())
-        self.network, self.gates = (RUNNERS[backend](n, device, pick_precision(precision, device)) for n in networks)
+        network = FrameNetwork(student).to(device, memory_format=torch.channels_last).eval()
+        self.network = RUNNERS[backend](network, device, pick_precision(precision, device))
         self.side = functools.lru_cache(lambda length: TileSide(length, tile, overlap, student.alignment))
         self.strength, self.device = strength, device
 
@@ -1125,7 +1133,7 @@ class FrameSharpener:
         """The frame, continued by its reflection to whole tiles, and its gates."""
         padding = [(0, self.side(length).padding) for length in frame.shape[:2]]
         padded = np.pad(frame, (*padding, (0, 0)), "reflect") if np.any(padding) else frame
-        return padded, self.gates(sample_patches(padded))
+        return padded, self.network(sample_patches(padded))
 
     def tiles(self, padded: np.ndarray, size: Sequence[int]) -> Iterator[tuple[np.ndarray, Part, list[Part]]]:
         """Batches (B, h, w, 3) of tiles with their row and their columns; on a CPU one tile is enough at a time."""
@@ -1686,9 +1694,7 @@ class PlainLayers(nn.Module):
         widths = (12, 24, 24, 24, 24, 24, 12)
         layers = [[nn.Conv2d(a, b, 3, padding=1), nn.ReLU(True)] for a, b in itertools.pairwise(widths)]
         self.layers = nn.Sequential(*itertools.chain(*layers))[:-1]
-
-    def ends(self) -> tuple[nn.Conv2d, nn.Conv2d]:
-        return self.layers[0], self.layers[-1]
+        self.ends = self.layers[0], self.layers[-1]
 
     def correct(self, folded: Tensor, gates: Iterable[Tensor] = ()) -> tuple[Tensor, dict, list[Tensor]]:
         return self.layers(folded), {}, [folded[:, :1].mean((2, 3))]
@@ -1725,19 +1731,6 @@ def milliseconds(functions: Sequence[Callable[[], object]], device: torch.device
         wait()
         times[turn, index] = 1000 * (time.perf_counter() - start)
     return np.percentile(times[config.warmup :], (50, 95), axis=0).T
-
-
-def time_frames(sharpeners: Sequence[FrameSharpener], height: int, width: int, config: FpsConfig) -> list[dict]:
-    """Each one's median network time, and median and 95th percentile of the 8-bit frame's time, in milliseconds."""
-    frames, functions = sample_frames(height, width), []
-    for sharpener in sharpeners:
-        padded, gates = sharpener.prepare(frames[0])
-        tiles, turns = [batch for batch, *_ in sharpener.tiles(padded, (height, width))], itertools.cycle(frames)
-        functions += [lambda s=sharpener, tiles=tiles, gates=gates: [s.network(batch, gates) for batch in tiles],
-                      lambda s=sharpener, turns=turns: s(next(turns))]  # fmt: skip
-    times = milliseconds(functions, sharpeners[0].device, config).tolist()
-    return [{"network_ms": network, "frame_ms": median, "frame_ms_p95": late}
-            for (network, _), (median, late) in zip(times[::2], times[1::2], strict=True)]  # fmt: skip
 
 
 @torch.inference_mode()
@@ -1784,21 +1777,26 @@ def fps_rows(networks: dict[str, nn.Module], backend: str, device: torch.device,
     common = {"backend": backend, "precision": precision, "device": str(device), "threads": torch.get_num_threads()}
     options = {"overlap": config.overlap, "precision": config.precision, "backend": backend}
     macs = {name: multiply_adds_per_pixel(network) for name, network in networks.items()}
-    plain, *students = itertools.product(networks, sorted({0, config.tile}))
-    sharpeners = {(name, tile): FrameSharpener(networks[name], device, tile, **options)
-                  for name, tile in (plain, *students) if (name, tile) == plain or name != plain[0]}  # fmt: skip
+    sharpeners = {(name, tile): FrameSharpener(network, device, tile, **options)
+                  for name, network in networks.items() for tile in sorted({0, config.tile})
+                  if not tile or not isinstance(network, PlainLayers)}  # fmt: skip
     for height, width in FPS_SIZES:
-        timed = {(name, tile): sharpener for (name, tile), sharpener in sharpeners.items()
-                 if not tile or len(sharpener.side(height).parts) + len(sharpener.side(width).parts) > 2}  # fmt: skip
-        times = time_frames(list(timed.values()), height, width, config)
-        for (name, tile), row in zip(timed, times, strict=True):
-            yield {"checkpoint": name, **common, "height": height, "width": width, "tiled": bool(tile), **row,
-                   "fps": 1000 / row["frame_ms"], "plain_ms": times[0]["frame_ms"], "macs_per_pixel": macs[name],
-                   "gflops": 2 * macs[name] * height * width / row["network_ms"] / 1e6}  # fmt: skip
-
-
-FPS_LINE = ("{checkpoint:<14}{backend:<14}{precision:<11}{size:<16}{network_ms:>10.1f}{frame_ms:>22.1f}"
-            "{frame_ms_p95:>7.1f}{fps:>7.1f}{gflops:>9.0f}{ratio:>9.2f}")  # fmt: skip
+        frames, timed, functions = sample_frames(height, width), [], []
+        turns = itertools.cycle(frames)
+        for key, sharpener in sharpeners.items():
+            padded, gates = sharpener.prepare(frames[0])
+            batches = [batch for batch, *_ in sharpener.tiles(padded, (height, width))]
+            if key[1] and sum(map(len, batches)) == 1:
+                continue  # one tile takes it whole
+            timed.append(key)
+            functions += [lambda s=sharpener, batches=batches, gates=gates: [s.network(b, gates) for b in batches],
+                          lambda s=sharpener, turns=turns: s(next(turns))]  # fmt: skip
+        times = milliseconds(functions, device, config).tolist()
+        for (name, tile), (network, _), (median, late) in zip(timed, times[::2], times[1::2], strict=True):
+            yield {"checkpoint": name, **common, "height": height, "width": width, "tiled": bool(tile),
+                   "network_ms": network, "frame_ms": median, "frame_ms_p95": late, "fps": 1000 / median,
+                   "plain_ms": times[1][0], "macs_per_pixel": macs[name],
+                   "gflops": 2 * macs[name] * height * width / network / 1e6}  # fmt: skip
 
 
 def measure_fps(config: FpsConfig) -> None:
@@ -1822,7 +1820,10 @@ def measure_fps(config: FpsConfig) -> None:
     backends = config.backend or (installed if device.type == "cpu" else ["torch"])
     for row in itertools.chain.from_iterable(fps_rows(networks, backend, device, config) for backend in backends):
         size = f"{row['width']}x{row['height']}{' tiled' if row['tiled'] else ''}"
-        print(FPS_LINE.format(size=size, ratio=row["frame_ms"] / row["plain_ms"], **row), flush=True)
+        line = (f"{row['checkpoint']:<14}{row['backend']:<14}{row['precision']:<11}{size:<16}{row['network_ms']:>10.1f}"
+                f"{row['frame_ms']:>22.1f}{row['frame_ms_p95']:>7.1f}{row['fps']:>7.1f}{row['gflops']:>9.0f}"
+                f"{row['frame_ms'] / row['plain_ms']:>9.2f}")  # fmt: skip
+        print(line, flush=True)
         rows.append(row)
     reached = convolution_speeds(precision := pick_precision(config.precision, device), device, config)
     widths = ", ".join(f"{speed:.0f} ({width} wide)" for width, speed in reached.items())
@@ -1841,8 +1842,9 @@ def export(config: ExportConfig) -> None:
     student, _ = load_student(config.checkpoint)
     config.output.parent.mkdir(parents=True, exist_ok=True)
     name, suffix = config.output.name, {"onnx": ".onnx", "openvino": ".xml"}[config.format]
-    for ending, kind in NETWORKS.items():
-        path, model = config.output.with_name(name + ending + suffix), traced(kind(student), config.format)
+    for ending, gated in (("", True), ("_gates", False)):
+        path = config.output.with_name(name + ending + suffix)
+        model = traced(FrameNetwork(student), config.format, gated)
         if config.format == "onnx":
             path.write_bytes(model)
         else:

@@ -94,7 +94,7 @@ def test_gates_of_one_patch_are_the_plain_ones(student_file, skips):
     frames = to_frames(torch.rand(1, 3, 64, 96))
     picture = frames.permute(0, 3, 1, 2) / 255
     with torch.no_grad():
-        gates = kd.GateNetwork(student)(frames)
+        gates = kd.FrameNetwork(student)(frames)
         assert len(gates) == sum((8, 12, 16, 16, 24, 16, 16, 12, 8)) == sum(student.gate_widths)
         plain, restored = to_frames(student(picture).clamp(0, 1)).int(), kd.FrameNetwork(student)(frames, gates).int()
         assert (plain - restored).abs().max() <= 1
@@ -107,15 +107,29 @@ def test_gates_of_one_patch_are_the_plain_ones(student_file, skips):
 def test_gates_are_the_mean_over_patches(student_file):
     student, _ = kd.load_student(student_file)
     patches = to_frames(torch.rand(3, 3, 32, 32) * torch.tensor([0.2, 0.6, 1.0]).view(3, 1, 1, 1))
-    network = kd.GateNetwork(student)
+    network = kd.FrameNetwork(student)
     with torch.no_grad():
         each = torch.stack([network(patch[None]) for patch in patches])
         assert torch.allclose(network(patches), each.mean(0), atol=1e-6)
         assert each.std(0).max() > 0.01
-        folded = torch.nn.functional.pixel_unshuffle(patches.permute(0, 3, 1, 2) / 255, 2)
-        leaky, first = torch.nn.LeakyReLU(0.1), student.encoder[0]
-        by_hand = first.se(leaky(first.layers[1](leaky(first.layers[0](folded))))).mean((0, 2, 3))
+        x, first = torch.nn.functional.pixel_unshuffle(patches.permute(0, 3, 1, 2) / 255, 2), student.encoder[0]
+        for layer in first.layers:
+            x = torch.nn.functional.conv2d(x, layer.weight, layer.bias, padding=1)
+            x = torch.where(x > 0, x, 0.1 * x)
+        by_hand = first.se(x).mean((0, 2, 3))
         assert torch.allclose(network(patches)[:8], by_hand, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch is built without oneDNN")
+def test_a_layer_in_one_pass_is_the_layer():
+    torch.manual_seed(0)
+    layer, picture, gate = kd.LeakyConvolution(6, 8, 3, padding=1), torch.randn(2, 6, 20, 30), torch.rand(1, 8, 1, 1)
+    with torch.inference_mode():
+        for arguments in ((picture,), (picture, gate)):
+            expected = torch.nn.functional.conv2d(picture, layer.weight, layer.bias, padding=1)
+            expected = torch.where(expected > 0, expected, 0.1 * expected) * (gate if len(arguments) == 2 else 1)
+            for forward in (layer.forward, layer.forward_in_one_pass):
+                assert torch.allclose(forward(*arguments), expected, atol=1e-6)
 
 
 def test_added_skips_need_narrower_stages():
