@@ -70,7 +70,7 @@ FIXED_PRECISION = {"onnx": "float32", "openvino-int8": "int8"}  # whatever --pre
 FPS_SIZES = ((512, 512), (720, 1280), (1080, 1920))
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun numbers them
 FrameFunction = Callable[[np.ndarray], np.ndarray]  # 8-bit RGB (H, W, 3) in and out
-Arrays = Callable[..., np.ndarray]  # a network as a backend runs it: arrays in, an array out
+Runner = Callable[..., Callable[[], np.ndarray]]  # starts a network on arrays; what it returns waits for the result
 
 # --- Configuration: one dataclass a command; its fields are the command's flags (see `build_parser`) ------------------
 
@@ -109,7 +109,7 @@ class FitConfig(DeviceConfig):
 
     data_root: Path = flag(DATASET, "dataset folder, with train/ in it")
     run_dir: Path = flag(HERE / "model_checkpoints/run", "folder for last.pth, best.pth and log.csv")
-    resume: bool = flag(False, "continue the run in --run-dir, with its own settings")
+    resume: bool = flag(False, "continue the run in --run-dir, with its own settings; ablate always does")
     overwrite: bool = flag(False, "start anew in a --run-dir that holds a run already")
     init: Path | None = flag(None, "checkpoint whose weights the run starts from")
     epochs: int = flag(50, "passes over the training pairs", at_least=1)
@@ -167,11 +167,11 @@ class TeacherConfig(FitConfig):
     """Train a Restormer of any size on the dataset (L1); best.pth is a --teacher-weights file."""
 
     stem_stride: int = flag(2, "space-to-depth factor before the first level", choices=(1, 2, 4))
-    dim: int = flag(24, "channels of the first level")
-    num_blocks: tuple[int, ...] = flag((1, 2, 2, 3), "transformer blocks of the four levels")
-    num_refinement_blocks: int = flag(2, "blocks of the last stage")
-    heads: tuple[int, ...] = flag((1, 2, 4, 8), "attention heads of the four levels")
-    ffn_expansion_factor: float = flag(2.0, "hidden width of the feed-forward layers")
+    dim: int = flag(24, "channels of the first level, an even number", at_least=2)
+    num_blocks: tuple[int, ...] = flag((1, 2, 2, 3), "transformer blocks of the four levels", at_least=1)
+    num_refinement_blocks: int = flag(2, "blocks of the last stage", at_least=1)
+    heads: tuple[int, ...] = flag((1, 2, 4, 8), "attention heads of the four levels", at_least=1)
+    ffn_expansion_factor: float = flag(2.0, "hidden width of the feed-forward layers", at_least=1)
     image_size: int = flag(128, "side of the random training crop in pixels, a multiple of 16", at_least=16)
     batch_size: int = flag(8, "crops a forward pass, for each process", at_least=1)
     gradient_accumulation_steps: int = flag(1, "forward passes an optimiser step", at_least=1)
@@ -215,7 +215,7 @@ class FpsConfig(InferenceConfig):
     """Milliseconds a frame of 512x512, 1280x720 and 1920x1080, whole and in tiles, by every backend."""
 
     checkpoint: tuple[str, ...] = flag(("quality", "fast"), "students: quality, fast, or checkpoint files")
-    backend: tuple[str, ...] = flag((), "what runs them (default: all installed but compile)", choices=BACKENDS)
+    backend: tuple[str, ...] = flag((), "what runs them (default: on a CPU all but compile)", choices=BACKENDS)
     base_channels: int = flag(0, "time an untrained student of this size instead (the report: 256)", at_least=0)
     stem_stride: int = flag(4, "its stem stride", choices=(1, 2, 4))
     warmup: int = flag(3, "frames before timing starts", at_least=0)
@@ -250,7 +250,8 @@ def pick_device(config: DeviceConfig) -> torch.device:
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """The dtype of a network's arithmetic; `auto` is bf16 where the processor multiplies it natively."""
     processor = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-    native = device.type == "cuda" or processor.get("avx512_bf16", False)
+    emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    native = (device.type == "cuda" and not emulated) or processor.get("avx512_bf16", False)
     return torch.bfloat16 if name == "bf16" or (name == "auto" and native) else torch.float32
 
 
@@ -410,7 +411,8 @@ def find_pairs(split_dir: Path, protocol: str = "") -> list[Pair]:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise UserError("; ".join(problems[:5]) + more + ". Mend or remove them.")
     if not pairs:
-        remedy = f"make them with `python sharpen_kd.py prepare FOLDER --split {split_dir.name}`, or see README.md"
+        place = f"--data-root {split_dir.parent} --split {split_dir.name}"
+        remedy = f"make them with `python sharpen_kd.py prepare FOLDER {place}`, or see README.md"
         raise UserError(f"{split_dir}: no blurred/sharp pairs; {remedy}")
     return pairs
 
@@ -875,7 +877,7 @@ def feature_loss(student: dict[str, Tensor], teacher: dict[str, Tensor]) -> Tens
 
     The projections train too, so a plain L1 would be smallest with both sides at zero. Here each teacher channel is
     standardised, so that no projection can shrink it; the student's is only centred and has to come to that size.
-    (Standardising both leaves ReLU channels free to die: 13 of 24 in e2 after 120 steps, against 4.)
+    (Standardising both left plain ReLU channels free to die: 13 of 24 in e2 after 120 steps, against 4.)
     """
     losses = []
     for name, features in student.items():
@@ -965,6 +967,12 @@ class FrameNetwork(nn.Module):
         return restored.flatten(1, 2).unflatten(2, (-1, 3))
 
 
+def make_folders(*files: Path | None) -> None:
+    """The folders of files that are written when all work is done, so that it is not lost then."""
+    for file in filter(None, files):
+        file.parent.mkdir(parents=True, exist_ok=True)
+
+
 def optional_package(name: str):
     try:
         return importlib.import_module(name)
@@ -989,7 +997,7 @@ def traced(network: FrameNetwork, library: str, gated: bool):
     return file.getvalue()
 
 
-def torch_backend(network: nn.Module, device: torch.device, precision: torch.dtype, compiled: bool = False) -> Arrays:
+def torch_backend(network: nn.Module, device: torch.device, precision: torch.dtype, compiled: bool = False) -> Runner:
     """PyTorch as it is, or its compiler, with CUDA graphs on CUDA."""
     network, one_pass = network.to(precision), device.type == "cpu" and torch.backends.mkldnn.is_available()
     if compiled:
@@ -1000,17 +1008,29 @@ def torch_backend(network: nn.Module, device: torch.device, precision: torch.dty
             if isinstance(layer, LeakyConvolution):
                 layer.forward = layer.forward_in_one_pass
 
+    uploads = torch.cuda.Stream() if device.type == "cuda" else None
+
     @torch.inference_mode()
-    def run(*arrays: np.ndarray) -> np.ndarray:
-        tensors = map(torch.from_numpy, arrays)
-        if device.type == "cuda":  # from pinned memory, a copy need not be waited for
-            tensors = (tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors)
-        return network(*(tensor.to(device) for tensor in tensors)).cpu().numpy()
+    def start(*arrays: np.ndarray) -> Callable[[], np.ndarray]:
+        tensors = [torch.from_numpy(array) for array in arrays]
+        if not uploads:
+            restored = network(*(tensor.to(device) for tensor in tensors))
+            return lambda: restored.cpu().numpy()
+        with torch.cuda.stream(uploads):  # while the batch before is computed; only from pinned memory
+            tensors = [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
+        stream = torch.cuda.current_stream()
+        stream.wait_stream(uploads)
+        for tensor in tensors:
+            tensor.record_stream(stream)
+        restored = network(*tensors)
+        pinned = torch.empty(restored.shape, dtype=restored.dtype, pin_memory=True).copy_(restored, non_blocking=True)
+        done = stream.record_event()
+        return lambda: (done.synchronize(), pinned.numpy())[1]
 
-    return run
+    return start
 
 
-def onnx_backend(network: nn.Module, device: torch.device, precision: torch.dtype) -> Arrays:
+def onnx_backend(network: nn.Module, device: torch.device, precision: torch.dtype) -> Runner:
     """ONNX Runtime, in float32."""
     runtime = optional_package("onnxruntime")
     options = runtime.SessionOptions()
@@ -1018,12 +1038,13 @@ def onnx_backend(network: nn.Module, device: torch.device, precision: torch.dtyp
     sessions = [runtime.InferenceSession(traced(network, "onnx", gated), options, providers=["CPUExecutionProvider"])
                 for gated in (False, True)]  # fmt: skip
 
-    def run(*arrays: np.ndarray) -> np.ndarray:
+    def start(*arrays: np.ndarray) -> Callable[[], np.ndarray]:
         session = sessions[len(arrays) - 1]
         names = [item.name for item in session.get_inputs()]  # without one that a network does not use
-        return session.run(None, dict(zip(names, arrays, strict=False)))[0]
+        (restored,) = session.run(None, dict(zip(names, arrays, strict=False)))
+        return lambda: restored
 
-    return run
+    return start
 
 
 @functools.cache
@@ -1045,7 +1066,7 @@ def quantized(model, network: FrameNetwork):
     return nncf.quantize(model, nncf.Dataset(inputs), subset_size=len(inputs), ignored_scope=scope)
 
 
-def openvino_backend(network: nn.Module, device: torch.device, precision: torch.dtype, int8: bool = False) -> Arrays:
+def openvino_backend(network: nn.Module, device: torch.device, precision: torch.dtype, int8: bool = False) -> Runner:
     """OpenVINO on the CPU; the gates are never in int8."""
     hints = {"INFERENCE_PRECISION_HINT": "bf16" if precision == torch.bfloat16 else "f32",
              "INFERENCE_NUM_THREADS": torch.get_num_threads()}  # fmt: skip
@@ -1059,12 +1080,13 @@ def openvino_backend(network: nn.Module, device: torch.device, precision: torch.
         fixed.reshape(dict(zip(fixed.inputs, shapes, strict=True)))
         return openvino_core().compile_model(fixed, "CPU", hints).create_infer_request()
 
-    def run(*arrays: np.ndarray) -> np.ndarray:
+    def start(*arrays: np.ndarray) -> Callable[[], np.ndarray]:
         request = compiled(*(array.shape for array in arrays))
         request.infer([np.ascontiguousarray(array) for array in arrays], share_inputs=True)
-        return request.get_output_tensor().data.copy()
+        restored = request.get_output_tensor().data.copy()  # the next call writes there
+        return lambda: restored
 
-    return run
+    return start
 
 
 RUNNERS = {"torch": torch_backend, "compile": functools.partial(torch_backend, compiled=True), "onnx": onnx_backend,
@@ -1100,10 +1122,10 @@ def sample_patches(frame: np.ndarray, side: int = 128, count: int = 2) -> np.nda
     patches cost single pictures up to 3 dB.
     """
     height, width = frame.shape[:2]
-    if height * width <= side * side * count:
-        return frame[None]
     h, w = min(side, height), min(side, width)
     rows, columns = height // h, width // w
+    if rows * columns <= count:
+        return frame[None]
     frame = frame[height % h // 2 :, width % w // 2 :]
     green = frame[: rows * h : 8, : columns * w, 1].astype(np.int16)
     detail = np.abs(np.diff(green, axis=1, prepend=green[:, :1])).reshape(rows, -1, columns, w).mean((1, 3))
@@ -1114,8 +1136,8 @@ def sample_patches(frame: np.ndarray, side: int = 128, count: int = 2) -> np.nda
 class FrameSharpener:
     """A student applied to 8-bit RGB frames (H, W, 3) of any size; returns frames alike.
 
-    It holds one tile at a time (on an accelerator a row of them, as a batch). A frame's gates are taken once, so tiled
-    and whole outputs agree. `strength` scales the correction.
+    It holds two tiles at a time (on an accelerator two rows of them, as batches: one is on its way while the other is
+    computed). A frame's gates are taken once, so tiled and whole outputs agree. `strength` scales the correction.
     """
 
     def __init__(self, student: StudentUNet, device: torch.device, tile: int = TILE, overlap: int = OVERLAP,
@@ -1133,7 +1155,7 @@ class FrameSharpener:
         """The frame, continued by its reflection to whole tiles, and its gates."""
         padding = [(0, self.side(length).padding) for length in frame.shape[:2]]
         padded = np.pad(frame, (*padding, (0, 0)), "reflect") if np.any(padding) else frame
-        return padded, self.network(sample_patches(padded))
+        return padded, self.network(sample_patches(padded))()
 
     def tiles(self, padded: np.ndarray, size: Sequence[int]) -> Iterator[tuple[np.ndarray, Part, list[Part]]]:
         """Batches (B, h, w, 3) of tiles with their row and their columns; on a CPU one tile is enough at a time."""
@@ -1145,8 +1167,10 @@ class FrameSharpener:
 
     def __call__(self, frame: np.ndarray) -> np.ndarray:
         (padded, gates), result = self.prepare(frame), np.empty_like(frame)
-        for tiles, row, group in self.tiles(padded, frame.shape[:2]):
-            for column, restored in zip(group, self.network(tiles, gates), strict=True):
+        tiles = self.tiles(padded, frame.shape[:2])
+        started = ((self.network(batch, gates), row, group) for batch, row, group in tiles)
+        for (restore, row, group), _ in itertools.pairwise(itertools.chain(started, (None,))):  # the next is started
+            for column, restored in zip(group, restore(), strict=True):
                 given, restored = (row.given, column.given), restored[row.inner, column.inner]
                 if self.strength != 1:
                     change = self.strength * (restored.astype(np.float32) - frame[given])
@@ -1304,6 +1328,8 @@ def start_run(config: FitConfig) -> tuple[list[Pair], dict | None]:
         raise UserError("--ema-decay and --validation-fraction must be below 1")
     if (config.run_dir / "last.pth").exists() and not config.resume and not config.overwrite:
         raise UserError(f"{config.run_dir} holds a run already: add --resume or --overwrite, or name another --run-dir")
+    for name in ("last.pth", "best.pth") if config.overwrite and not config.resume else ():
+        (config.run_dir / name).unlink(missing_ok=True)
     torch.manual_seed(config.seed)
     last = read_checkpoint(config.run_dir / "last.pth", "start the run without --resume") if config.resume else None
     if not uses_embedded_sample(config):
@@ -1456,6 +1482,10 @@ class Fit:
 
 def train_teacher(config: TeacherConfig) -> None:
     """The `teacher` command."""
+    if len(config.num_blocks) != 4 or len(config.heads) != 4:
+        raise UserError("--num-blocks and --heads: four numbers each, one a level")
+    if config.dim % 2 or any(config.dim * 2**level % heads for level, heads in enumerate(config.heads)):
+        raise UserError(f"--dim {config.dim}: must be even, and every level's (it doubles) a multiple of its --heads")
     pairs, last = start_run(config)
     if last:
         restormer = StemmedRestormer(**last["network"])
@@ -1495,7 +1525,8 @@ def train(config: TrainConfig) -> None:
     if loss.needs_teacher or config.teacher_cache:  # crops come from the cache, even if no term reads the teacher
         widths = student.feature_widths if "feature" in loss.weights else None
         teacher = RestormerTeacherWrapper(load_restormer(config.teacher_weights), widths)
-    run = Fit(config, Distillation(student, teacher, loss), student.config, pairs, FrameSharpener, last)
+    frames = functools.partial(FrameSharpener, precision=config.precision)
+    run = Fit(config, Distillation(student, teacher, loss), student.config, pairs, frames, last)
     run.run()
     if RANK == 0 and run.held_out:
         before = mean_score(run.held_out, lambda frame: frame)
@@ -1528,8 +1559,9 @@ def ablate(config: AblateConfig) -> None:
         scores[name], steps = {"held out": [], "test": []}, []
         for seed in config.seeds:
             folder = config.run_dir / f"{name.replace(',', '').replace(' ', '_')}_{seed}"
-            if not (folder / "best.pth").exists():  # it is written at the end
-                changes |= {"run_dir": folder, "seed": seed, "resume": (folder / "last.pth").exists()}
+            if config.overwrite or not (folder / "best.pth").exists():  # it is written at the end
+                resume = (folder / "last.pth").exists() and not config.overwrite
+                changes |= {"run_dir": folder, "seed": seed, "resume": resume}
                 train(dataclasses.replace(config, **changes))
             student, content = load_student(folder / "best.pth")
             steps += [float(row["seconds"]) for row in csv.DictReader((folder / "log.csv").read_text().splitlines())]
@@ -1655,6 +1687,7 @@ def score_pair(config: EvalConfig, pair: Pair, methods: dict[str, FrameFunction]
 
 def evaluate(config: EvalConfig) -> None:
     """The `eval` command: a table on the terminal, scores.csv, and on request JSON and pictures."""
+    make_folders(config.json, config.output_dir / "scores.csv")
     data = {name: find_pairs(config.data_root / config.split, name) for name in config.protocol or ("",)}
     methods: dict[str, FrameFunction] = {"input": lambda frame: frame}
     if config.teacher:
@@ -1675,7 +1708,6 @@ def evaluate(config: EvalConfig) -> None:
             tables[protocol][category] = means
             print(f"{category:<12}" + "".join(f"{mean[0]:>9.2f} / {mean[1]:.4f}" for mean in means.values()))
         tables[protocol]["images"] = len(scored)
-    config.output_dir.mkdir(parents=True, exist_ok=True)
     write_csv(config.output_dir / "scores.csv", rows)
     if config.json:
         config.json.write_text(json.dumps(tables.get("", tables), indent=1) + "\n")
@@ -1789,7 +1821,7 @@ def fps_rows(networks: dict[str, nn.Module], backend: str, device: torch.device,
             if key[1] and sum(map(len, batches)) == 1:
                 continue  # one tile takes it whole
             timed.append(key)
-            functions += [lambda s=sharpener, batches=batches, gates=gates: [s.network(b, gates) for b in batches],
+            functions += [lambda s=sharpener, batches=batches, gates=gates: [s.network(b, gates)() for b in batches],
                           lambda s=sharpener, turns=turns: s(next(turns))]  # fmt: skip
         times = milliseconds(functions, device, config).tolist()
         for (name, tile), (network, _), (median, late) in zip(timed, times[::2], times[1::2], strict=True):
@@ -1801,6 +1833,9 @@ def fps_rows(networks: dict[str, nn.Module], backend: str, device: torch.device,
 
 def measure_fps(config: FpsConfig) -> None:
     """The `fps` command."""
+    if config.plot and config.plot.suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"--plot {config.plot}: name a .png, .pdf or .svg file")
+    make_folders(config.json, config.plot)
     device, rows = pick_device(config), []
     students = {Path(name).stem: load_student(name)[0] for name in config.checkpoint if not config.base_channels}
     if len(students) < len(config.checkpoint) and not config.base_channels:
@@ -1840,7 +1875,7 @@ def measure_fps(config: FpsConfig) -> None:
 def export(config: ExportConfig) -> None:
     """The `export` command: two files, the frame's network and the one that its gates come from."""
     student, _ = load_student(config.checkpoint)
-    config.output.parent.mkdir(parents=True, exist_ok=True)
+    make_folders(config.output)
     name, suffix = config.output.name, {"onnx": ".onnx", "openvino": ".xml"}[config.format]
     for ending, gated in (("", True), ("_gates", False)):
         path = config.output.with_name(name + ending + suffix)
@@ -1892,7 +1927,8 @@ def settle(config_class: type, given: dict) -> object:
     """The command's configuration: given flags over a resumed run's over the embedded run's; UserError off bounds."""
     config = config_class(**given)
     if uses_embedded_sample(config):
-        config = config_class(**(EMBEDDED_RUN | given))
+        sizes = {"widths": ()} if "base_channels" in given else {}  # which widths would overrule
+        config = config_class(**(EMBEDDED_RUN | sizes | given))
     if isinstance(config, FitConfig) and config.resume:
         last = read_checkpoint(config.run_dir / "last.pth", "start the run without --resume")
         try:

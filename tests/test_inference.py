@@ -50,10 +50,19 @@ def test_tiles_of_a_local_operation_join_without_a_trace(student_file, random_fr
     student, _ = kd.load_student(student_file)
     frame = random_frame(150, 210)
     sharpener = kd.FrameSharpener(student, CPU, tile=64, overlap=overlap)
-    sharpener.network = lambda tiles, *gates: 255 - tiles
+    started, waited = [], []
+
+    def start(tiles, *gates):
+        started.append(len(waited))
+        return lambda: waited.append(len(started)) or 255 - tiles
+
+    sharpener.network = start
     if device == "batches":  # as on an accelerator: a row of tiles at a time
         sharpener.device = torch.device("meta")
     assert np.array_equal(sharpener(frame), 255 - frame)
+    batches = len(started) - 1  # the first are the gates
+    assert batches > 1
+    assert waited == [1, *range(3, batches + 2), batches + 1]  # a batch is started before the last is waited for
 
 
 @pytest.mark.parametrize("backend", ["torch", "openvino"])
@@ -86,7 +95,7 @@ def test_backends_agree_with_pytorch(random_frame, backend):
     ours, theirs = (kd.FrameSharpener(student, CPU, **options, backend=name) for name in ("torch", backend))
     frame = random_frame(80, 130)
     patches = kd.sample_patches(ours.prepare(frame)[0])
-    assert np.allclose(ours.network(patches), theirs.network(patches), atol=1e-4)
+    assert np.allclose(ours.network(patches)(), theirs.network(patches)(), atol=1e-4)
     difference = np.abs(ours(frame).astype(int) - theirs(frame))
     assert difference.max() <= 1  # a half that is rounded the other way
     assert difference.mean() < 1e-3
@@ -170,7 +179,8 @@ def test_small_frame_is_its_own_patch(random_frame):
     small = random_frame(100, 200)
     assert np.array_equal(kd.sample_patches(small)[0], small)
     assert kd.sample_patches(random_frame(90, 2000)).shape == (2, 90, 128, 3)
-    assert kd.sample_patches(random_frame(200, 250)).shape == (1, 128, 128, 3)
+    assert kd.sample_patches(random_frame(200, 250)).shape == (1, 200, 250, 3)  # not only its centre
+    assert kd.sample_patches(random_frame(200, 400)).shape == (2, 128, 128, 3)
 
 
 def test_patches_of_a_large_frame_are_where_its_detail_is(random_frame):
