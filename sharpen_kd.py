@@ -1328,8 +1328,6 @@ def start_run(config: FitConfig) -> tuple[list[Pair], dict | None]:
         raise UserError("--ema-decay and --validation-fraction must be below 1")
     if (config.run_dir / "last.pth").exists() and not config.resume and not config.overwrite:
         raise UserError(f"{config.run_dir} holds a run already: add --resume or --overwrite, or name another --run-dir")
-    for name in ("last.pth", "best.pth") if config.overwrite and not config.resume else ():
-        (config.run_dir / name).unlink(missing_ok=True)
     torch.manual_seed(config.seed)
     last = read_checkpoint(config.run_dir / "last.pth", "start the run without --resume") if config.resume else None
     if not uses_embedded_sample(config):
@@ -1447,6 +1445,8 @@ class Fit:
         options = {"pin_memory": self.device.type == "cuda", "worker_init_fn": ignore_interrupts}
         loader = DataLoader(self.dataset, batch_sampler=order, num_workers=config.workers, **options)
         config.run_dir.mkdir(parents=True, exist_ok=True)
+        for name in ("last.pth", "best.pth") if not self.step else ():  # of a run that --overwrite gives up
+            (config.run_dir / name).unlink(missing_ok=True)
         bar = tqdm(total=total, initial=self.step, disable=RANK > 0, unit="step")
         with bar, deferred_interrupts() as interrupts:
             batches, saved = iter(loader), time.monotonic()

@@ -127,6 +127,18 @@ def test_files_of_one_name_are_not_confused(tmp_path, student_file, capsys):
     assert "two files of one name" in capsys.readouterr().err
 
 
+def test_files_to_write_are_settled_before_the_work(tmp_path, data_root, student_file, capsys):
+    assert kd.main(["fps", "--plot", str(tmp_path / "speed.jpeg2")]) == 2
+    assert "speed.jpeg2: name a .png" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert kd.main(["fps", "--json", str(tmp_path / "file/fps.json")]) == 2
+    assert capsys.readouterr().out == ""
+    command = ["eval", "--data-root", str(data_root), "--checkpoint", str(student_file)]
+    command += ["--output-dir", str(tmp_path / "scores"), "--json", str(tmp_path / "new/folder/scores.json")]
+    assert kd.main(command) == 0
+    assert json.loads((tmp_path / "new/folder/scores.json").read_text())["images"] == 8
+
+
 def test_frames_are_pictures():
     frames = kd.sample_frames(90, 160)
     assert len(frames) == 3

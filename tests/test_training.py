@@ -310,6 +310,51 @@ def test_a_run_may_start_from_another_students_weights(arguments, tmp_path):
     before, after = (kd.load_student(run / "best.pth")[0].state_dict() for run in (first, second))
     assert all(torch.allclose(before[name], after[name], atol=1e-7) for name in before)
     assert kd.main([*start, "--overwrite", "--widths", "4", "4", "4", "4", "8"]) == 2
+    assert (second / "best.pth").exists()  # a mistake gives up no run
+
+
+def test_overwrite_leaves_nothing_of_the_run_before(arguments, tmp_path, monkeypatch):
+    command = [*arguments, "--run-dir", str(tmp_path), "--max-steps", "2"]
+    assert kd.main(command) == 0
+    found = []
+
+    def stop(run, batches):
+        found.append(sorted(path.name for path in tmp_path.glob("*.pth")))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kd.Fit, "optimise", stop)
+    assert kd.main([*command, "--resume", "--max-steps", "3"]) == 130
+    assert kd.main([*command, "--overwrite"]) == 130
+    assert found == [["best.pth", "last.pth"], []]
+
+
+def test_validation_computes_in_the_precision_of_the_run(arguments, tmp_path, monkeypatch):
+    precisions, sharpener = [], kd.FrameSharpener
+    monkeypatch.setattr(kd, "FrameSharpener", lambda *a, **k: precisions.append(k["precision"]) or sharpener(*a, **k))
+    assert kd.main([*arguments, "--run-dir", str(tmp_path), "--max-steps", "1", "--precision", "float32"]) == 0
+    assert precisions == ["float32"]
+
+
+def test_a_teachers_dimensions_fit_each_other(data_root, tmp_path, capsys):
+    command = ["teacher", "--data-root", str(data_root), "--run-dir", str(tmp_path / "run")]
+    for extra, named in (
+        (["--heads", "1", "2"], "four numbers each"),
+        (["--num-blocks", "1", "1", "1", "1", "1"], "four numbers each"),
+        (["--dim", "9", "--heads", "1", "1", "1", "1"], "--dim 9: must be even"),
+        (["--dim", "10", "--heads", "1", "3", "4", "8"], "a multiple of its --heads"),
+        (["--dim", "0"], "--dim 0: must be at least 2"),
+    ):
+        assert kd.main([*command, *extra]) == 2
+        assert named in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+
+
+def test_base_channels_rules_the_embedded_runs_widths(monkeypatch, tmp_path):
+    monkeypatch.setattr(kd, "DATASET", tmp_path)
+    given = {"data_root": tmp_path, "base_channels": 32}
+    assert kd.settle(kd.TrainConfig, given).widths == ()
+    assert kd.settle(kd.TrainConfig, {"data_root": tmp_path}).widths == kd.EMBEDDED_RUN["widths"]
+    assert kd.settle(kd.TrainConfig, given | {"widths": (4,) * 5}).widths == (4,) * 5
 
 
 def test_ablation_compares_the_terms_and_keeps_finished_runs(arguments, tmp_path, capsys):
@@ -341,3 +386,6 @@ def test_ablation_compares_the_terms_and_keeps_finished_runs(arguments, tmp_path
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/best.pth")}
     assert kd.main(command) == 0
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/best.pth")}
+    assert kd.main([*command, "--overwrite", "--epochs", "1"]) == 0
+    assert all(path.stat().st_mtime_ns > time for path, time in before.items())
+    assert len(read_log(tmp_path / "all_0")) == len(logs["all_0"]) / 2
