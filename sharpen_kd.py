@@ -127,7 +127,7 @@ class FitConfig(DeviceConfig):
     blur_probability: float = flag(1.0, "pairs: share of crops blurred further (3x3, sigma 0.1 to 2.0)", at_least=0)
     validation_fraction: float = flag(0.05, "share of the training pairs held out for validation", at_least=0)
     validate_every: int = flag(5, "epochs between validations", at_least=1)
-    workers: int = flag(2, "processes that load pictures", at_least=0)
+    workers: int | None = flag(None, "processes that load pictures (default: 2, or 0 on two CPU threads)", at_least=0)
     balance: bool = flag(False, "show every category as often as the largest, by repeating its pictures")
     cache: bool = flag(False, "decode every picture once and keep it in memory")
     seed: int = flag(0, "seed of the initial weights, order and crops")
@@ -1450,7 +1450,9 @@ class Fit:
         config, order, terms = self.config, self.order, self.objective.loss.weights
         total = min(config.epochs * order.steps_per_epoch, config.max_steps or sys.maxsize)
         options = {"pin_memory": self.device.type == "cuda", "worker_init_fn": ignore_interrupts}
-        loader = DataLoader(self.dataset, batch_sampler=order, num_workers=config.workers, **options)
+        spare = self.device.type != "cpu" or torch.get_num_threads() > 2  # loaders take training's time
+        workers = 2 * spare if config.workers is None else config.workers
+        loader = DataLoader(self.dataset, batch_sampler=order, num_workers=workers, **options)
         config.run_dir.mkdir(parents=True, exist_ok=True)
         for name in ("last.pth", "best.pth") if not self.step else ():  # of a run that --overwrite gives up
             (config.run_dir / name).unlink(missing_ok=True)
