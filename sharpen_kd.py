@@ -79,6 +79,12 @@ class UserError(ValueError):
     """What the user can mend: one line that names the file or flag and the remedy, exit status 2."""
 
 
+def require(condition: object, message: str) -> None:
+    """UserError with this message unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
 def flag(default: object, text: str, at_least: float | None = None, above: float | None = None, **options):
     """A dataclass field that is also a command-line flag, with its meaning, bounds and argparse options."""
     return field(default=default, metadata={"bounds": (at_least, above), "options": {"help": text, **options}})
@@ -127,7 +133,7 @@ class FitConfig(DeviceConfig):
     blur_probability: float = flag(1.0, "pairs: share of crops blurred further (3x3, sigma 0.1 to 2.0)", at_least=0)
     validation_fraction: float = flag(0.05, "share of the training pairs held out for validation", at_least=0)
     validate_every: int = flag(5, "epochs between validations", at_least=1)
-    workers: int | None = flag(None, "processes that load pictures (default: 2, or 0 on two CPU threads)", at_least=0)
+    workers: int | None = flag(None, "loader processes (default: 2, or 0 on up to two CPU threads)", at_least=0)
     balance: bool = flag(False, "show every category as often as the largest, by repeating its pictures")
     cache: bool = flag(False, "decode every picture once and keep it in memory")
     seed: int = flag(0, "seed of the initial weights, order and crops")
@@ -182,8 +188,7 @@ class InferenceConfig(DeviceConfig):
     checkpoint: str = flag("quality", "quality, fast (both in model_checkpoints/), or a student checkpoint's file")
     backend: str = flag("torch", "what runs the student", choices=BACKENDS)
     tile: int = flag(TILE, "about the side of the tiles in pixels; 0 takes a picture whole", at_least=0)
-    overlap: int | None = flag(None, "pixels shared by neighbouring tiles (default: so many that no seam shows)",
-                               at_least=0)  # fmt: skip
+    overlap: int | None = flag(None, "pixels that tiles share (default: by what the student sees)", at_least=0)
 
 
 @dataclass
@@ -241,8 +246,7 @@ def pick_device(config: DeviceConfig) -> torch.device:
         torch.set_num_threads(config.threads)
     found = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     name = found if config.device == "auto" else config.device
-    if name not in (found, "cpu"):
-        raise UserError(f"--device {name}: PyTorch finds none here; use --device auto")
+    require(name in (found, "cpu"), f"--device {name}: PyTorch finds none here; use --device auto")
     if name == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # torchrun's number of this process's GPU
     return torch.device(name)
@@ -522,25 +526,21 @@ def plan_outputs(inputs: Sequence[Path], target: Callable[[Path], Path]) -> dict
     """{`target` of its path in its folder: picture} for files and folders; UserError for what cannot be written."""
     plan: dict[Path, Path] = {}
     for path in inputs:
-        if not path.exists():
-            raise UserError(f"{path}: no such file or folder")
+        require(path.exists(), f"{path}: no such file or folder")
         folder, pictures = (path, list_pictures(path)) if path.is_dir() else (path.parent, [path])
         for source in pictures:
             file = target(source.relative_to(folder))
-            if file.resolve() == source.resolve():
-                raise UserError(f"{source}: would be overwritten; choose another -o")
-            if plan.setdefault(file, source) is not source:
-                raise UserError(f"{plan[file]} and {source} would both become {file}; rename one")
-    if not plan:
-        raise UserError(f"{inputs[0]}: no pictures in this folder")
+            require(file.resolve() != source.resolve(), f"{source}: would be overwritten; choose another -o")
+            first = plan.setdefault(file, source)
+            require(first is source, f"{first} and {source} would both become {file}; rename one")
+    require(plan, f"{inputs[0]}: no pictures in this folder")
     return plan
 
 
 def prepare(config: PrepareConfig) -> None:
     """The `prepare` command: pairs of the xS protocol under `data_root/split`, categories kept."""
     target = config.data_root / config.split
-    if list_pictures(target):
-        raise UserError(f"{target} holds pictures already; remove them or choose another --data-root")
+    require(not list_pictures(target), f"{target} holds pictures already; remove them or choose another --data-root")
     unfinished = target.with_name(f".{target.name}.unfinished")  # renamed once all pairs are in it
     plan = plan_outputs([config.sharp_dir], lambda name: unfinished / "sharp" / name.with_suffix(".png"))
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -581,8 +581,7 @@ def read_checkpoint(path: Path, remedy: str) -> dict:
         raise UserError(f"{path}: no such file; {remedy}") from None
     except Exception as error:  # torch.load raises whatever a damaged archive happens to cause
         raise UserError(f"{path}: not a PyTorch weight file ({type(error).__name__}); {remedy}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no dictionary of weights; {remedy}")
+    require(isinstance(content, dict), f"{path}: holds no dictionary of weights; {remedy}")
     return content
 
 
@@ -665,8 +664,7 @@ class TeacherCache(Dataset):
             self.build(teacher, autocast)
             stamp.write_text(digest.hexdigest())
         elif stamp.read_text() != digest.hexdigest():
-            reason = "holds another teacher's results, or other pictures' or settings'"
-            raise UserError(f"--teacher-cache {folder}: {reason}; remove it or name another folder")
+            raise UserError(f"--teacher-cache {folder} is another teacher's or other data's; remove it or name another")
 
     def file(self, index: int, variant: int) -> Path:
         return self.folder / f"{index:06}_{variant}.pt"
@@ -718,41 +716,34 @@ class SEBlock(nn.Module):
 LEAK = 0.1  # slope below zero. With plain ReLUs the deep stages die: 64 of 64 channels after 2,000 steps, and 0.08 dB
 
 
-class LeakyConvolution(nn.Conv2d):
-    """A convolution, a leaky ReLU and, if one is handed in, a gate (1, C, 1, 1) in (0, 1)."""
-
-    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        x = F.leaky_relu_(super().forward(x), LEAK)
-        return x if gate is None else x * gate.to(x.dtype)  # a float32 gate would make what follows float32
-
-    def forward_in_one_pass(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        """The same for inference on a CPU, where a ReLU and a gate would each read and write the whole map again."""
-        weight, bias = self.weight, self.bias
-        if gate is not None:  # it is positive, so the ReLU lets it through and the weights can take it
-            weight, bias = (weight * gate.view(-1, 1, 1, 1)).to(weight.dtype), (bias * gate.flatten()).to(bias.dtype)
-        settings = (self.padding, self.stride, self.dilation, self.groups, "leaky_relu", [LEAK], "")
-        return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *settings)
-
-
 class Stage(nn.Module):
-    """3x3 convolutions with leaky ReLUs, then a gate a channel: the SE block's, or one handed in."""
+    """3x3 convolutions with leaky ReLUs, then a gate a channel: the SE block's, or (1, C, 1, 1) handed in."""
 
     def __init__(self, in_channels: int, channels: int, convolutions: int = 2) -> None:
         super().__init__()
         widths = itertools.pairwise((in_channels, *(channels,) * convolutions))
-        self.layers = nn.ModuleList(LeakyConvolution(a, b, 3, padding=1) for a, b in widths)
+        self.layers = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in widths)
         self.se = SEBlock(channels)
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(features, the gate that they have passed)."""
-        *layers, last = self.layers
-        for layer in layers:
-            x = layer(x)
-        x = last(x, gate)
-        if gate is None:
-            gate = self.se(x)
-            x = x * gate
-        return x, gate
+        for layer in self.layers:
+            x = F.leaky_relu_(layer(x), LEAK)
+        gate = self.se(x) if gate is None else gate.to(x.dtype)  # a float32 gate would make what follows float32
+        return x * gate, gate
+
+    def forward_in_one_pass(self, x: Tensor, gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The same for inference on a CPU, where a ReLU and a gate would each read and write the whole map again."""
+        for layer in self.layers:
+            weight, bias = layer.weight, layer.bias
+            if gate is not None and layer is self.layers[-1]:  # the ReLU lets a gate, which is positive, through
+                weight, bias = weight * gate.view(-1, 1, 1, 1), bias * gate.flatten()
+            settings = (layer.padding, layer.stride, layer.dilation, layer.groups, "leaky_relu", [LEAK], "")
+            x = torch.ops.mkldnn._convolution_pointwise(x, weight.to(x.dtype), bias.to(x.dtype), *settings)
+        if gate is not None:
+            return x, gate
+        gate = self.se(x)
+        return x * gate, gate
 
 
 class StudentUNet(nn.Module):
@@ -767,8 +758,7 @@ class StudentUNet(nn.Module):
                  convolutions: Sequence[int] = (2,)) -> None:  # fmt: skip
         super().__init__()
         widths = tuple(widths or (base_channels * k // 4 for k in (1, 2, 4, 8, 12)))
-        if len(widths) != 5 or min(widths) < 1:
-            raise UserError(f"--widths {widths}: a student has five stages, each 1 or wider")
+        require(len(widths) == 5 and min(widths) > 0, f"--widths {widths}: a student has five stages, each 1 or wider")
         convolutions = tuple(convolutions) * (5 if len(convolutions) == 1 else 1)
         if len(convolutions) != 5 or min(convolutions) < 1:
             raise UserError(f"--convolutions {convolutions}: one number, or one for each of the five scales")
@@ -948,14 +938,14 @@ class FrameNetwork(nn.Module):
     row by row, colours innermost, so that every row of the frame is added up in one run.
     """
 
-    def __init__(self, student: nn.Module) -> None:
+    def __init__(self, student: nn.Module, strength: float = 1.0) -> None:
         super().__init__()
-        self.student, self.stride = copy.deepcopy(student), student.stem_stride
+        self.student, self.stride, scale = copy.deepcopy(student), student.stem_stride, 255 * strength
         first, last = self.student.ends
         first.weight.data = F.pixel_shuffle(first.weight.data, self.stride) / 255
         first.stride = first.padding = (self.stride, self.stride)
         order = torch.arange(3 * self.stride**2).view(3, -1).T.flatten()  # of colours, rows, columns: colours last
-        last.weight.data, last.bias.data = 255 * last.weight.data[order], 255 * last.bias.data[order]
+        last.weight.data, last.bias.data = scale * last.weight.data[order], scale * last.bias.data[order]
 
     def forward(self, frames: Tensor, gates: Tensor | None = None) -> Tensor:
         widths = self.student.gate_widths
@@ -977,17 +967,10 @@ def make_folders(*files: Path | None) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
 
 
-def optional_package(name: str):
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(f"{name} is not installed: pip install {name}") from error
-
-
 def traced(network: FrameNetwork, library: str, gated: bool):
     """The network, with its gates handed in or returning them, for frames whose sides are multiples of its alignment:
     `openvino.Model`, or ONNX as bytes."""
-    package, side, file = optional_package(library), network.student.alignment, io.BytesIO()
+    package, side, file = importlib.import_module(library), network.student.alignment, io.BytesIO()
     frames, gates = torch.zeros(1, side, side, 3, dtype=torch.uint8), torch.ones(sum(network.student.gate_widths))
     inputs = (frames, gates) if gated else (frames,)
     with warnings.catch_warnings():
@@ -1005,12 +988,13 @@ def torch_backend(network: nn.Module, device: torch.device, precision: torch.dty
     """PyTorch as it is, or its compiler, with CUDA graphs on CUDA."""
     network, one_pass = network.to(precision), device.type == "cpu" and torch.backends.mkldnn.is_available()
     if compiled:
+        torch._dynamo.config.recompile_limit = 64  # networks and sizes share it; past 8 plain PyTorch would run
         mode = "reduce-overhead" if device.type == "cuda" else "default"
         network = torch.compile(network, mode=mode, dynamic=False)
     elif one_pass and (precision == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        for layer in network.modules():
-            if isinstance(layer, LeakyConvolution):
-                layer.forward = layer.forward_in_one_pass
+        for stage in network.modules():
+            if isinstance(stage, Stage):
+                stage.forward = stage.forward_in_one_pass
 
     uploads = torch.cuda.Stream() if device.type == "cuda" else None
 
@@ -1027,7 +1011,7 @@ def torch_backend(network: nn.Module, device: torch.device, precision: torch.dty
         for tensor in tensors:
             tensor.record_stream(stream)
         restored = network(*tensors)
-        pinned = torch.empty(restored.shape, dtype=restored.dtype, pin_memory=True).copy_(restored, non_blocking=True)
+        pinned = restored.to("cpu", non_blocking=True)  # which is pinned memory, filled when `done` is
         done = stream.record_event()
         return lambda: (done.synchronize(), pinned.numpy())[1]
 
@@ -1036,7 +1020,8 @@ def torch_backend(network: nn.Module, device: torch.device, precision: torch.dty
 
 def onnx_backend(network: nn.Module, device: torch.device, precision: torch.dtype) -> Runner:
     """ONNX Runtime, in float32."""
-    runtime = optional_package("onnxruntime")
+    import onnxruntime as runtime
+
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     sessions = [runtime.InferenceSession(traced(network, "onnx", gated), options, providers=["CPUExecutionProvider"])
@@ -1054,12 +1039,13 @@ def onnx_backend(network: nn.Module, device: torch.device, precision: torch.dtyp
 @functools.cache
 def openvino_core():
     """The process's one Core: with a second, whichever goes last restores a signal stack that is gone (a crash)."""
-    return optional_package("openvino").Core()
+    return importlib.import_module("openvino").Core()
 
 
 def quantized(model, network: FrameNetwork):
     """The OpenVINO model with int8 convolutions, calibrated on 256-pixel pieces of scikit-image's pictures at x2."""
-    nncf = optional_package("nncf")
+    import nncf
+
     nncf.set_log_level(40)  # errors only
     pictures = [ImageOps.fit(even_sized(open_picture(pair.sharp)), (256, 256)) for pair in embedded_pairs()]
     frames = [np.array(PROTOCOLS["x2"](picture))[None] for picture in pictures]
@@ -1082,12 +1068,10 @@ def openvino_backend(network: nn.Module, device: torch.device, precision: torch.
     def compiled(*shapes: tuple[int, ...]):
         fixed = models[len(shapes) - 1].clone()
         fixed.reshape(dict(zip(fixed.inputs, shapes, strict=True)))
-        return openvino_core().compile_model(fixed, "CPU", hints).create_infer_request()
+        return openvino_core().compile_model(fixed, "CPU", hints)
 
     def start(*arrays: np.ndarray) -> Callable[[], np.ndarray]:
-        request = compiled(*(array.shape for array in arrays))
-        request.infer([np.ascontiguousarray(array) for array in arrays], share_inputs=True)
-        restored = request.get_output_tensor().data.copy()  # the next call writes there
+        restored = compiled(*(array.shape for array in arrays))([np.ascontiguousarray(array) for array in arrays])[0]
         return lambda: restored
 
     return start
@@ -1101,22 +1085,19 @@ RUNNERS = {"torch": torch_backend, "compile": functools.partial(torch_backend, c
 Part = collections.namedtuple("Part", "taken given inner")
 
 
-class TileSide:
+def tile_side(length: int, tile: int, overlap: int, alignment: int) -> list[Part]:
     """How equal tiles of about `tile` pixels cover one side of a frame; 0 takes it whole.
 
     Tiles start on the whole frame's pooling grid and share `overlap` pixels or more, of which each gives the half that
     is farther from its edge.
     """
-
-    def __init__(self, length: int, tile: int, overlap: int, alignment: int) -> None:
-        padded, tile, overlap = (math.ceil(side / alignment) * alignment for side in (length, tile, overlap))
-        count = max(1, round((padded - overlap) / max(tile - overlap, alignment))) if tile else 1
-        size = math.ceil(((padded - overlap) / count + overlap) / alignment) * alignment if count > 1 else padded
-        starts = sorted({min(i * (size - overlap), padded - size) for i in range(count)})
-        cuts = [0, *((left + size + right) // 2 for left, right in itertools.pairwise(starts)), length]
-        self.padding = padded - length
-        self.parts = [Part(slice(start, start + size), slice(a, b), slice(a - start, b - start))
-                      for start, (a, b) in zip(starts, itertools.pairwise(cuts), strict=True)]  # fmt: skip
+    padded, tile, overlap = (math.ceil(side / alignment) * alignment for side in (length, tile, overlap))
+    count = max(1, round((padded - overlap) / max(tile - overlap, alignment))) if tile else 1
+    size = math.ceil(((padded - overlap) / count + overlap) / alignment) * alignment if count > 1 else padded
+    starts = sorted({min(i * (size - overlap), padded - size) for i in range(count)})
+    cuts = [0, *((left + size + right) // 2 for left, right in itertools.pairwise(starts)), length]
+    return [Part(slice(start, start + size), slice(a, b), slice(a - start, b - start))
+            for start, (a, b) in zip(starts, itertools.pairwise(cuts), strict=True)]  # fmt: skip
 
 
 def sample_patches(frame: np.ndarray, side: int = 128, count: int = 2) -> np.ndarray:
@@ -1147,26 +1128,23 @@ class FrameSharpener:
     def __init__(self, student: StudentUNet, device: torch.device, tile: int = TILE, overlap: int | None = None,
                  strength: float = 1.0, precision: str = "auto", backend: str = "torch") -> None:  # fmt: skip
         overlap = min(student.overlap, tile // 2) if overlap is None else overlap
-        if tile and overlap >= tile:
-            raise UserError(f"--tile {tile} --overlap {overlap}: tiles must be larger than their overlap")
+        require(not tile or overlap < tile, f"--tile {tile} --overlap {overlap}: tiles must exceed their overlap")
         if BACKENDS[backend] != "torch" and device.type != "cpu":
             raise UserError(f"--backend {backend}: computes on the CPU; add --device cpu")
-        network = FrameNetwork(student).to(device, memory_format=torch.channels_last).eval()
+        network = FrameNetwork(student, strength).to(device, memory_format=torch.channels_last).eval()
         self.network = RUNNERS[backend](network, device, pick_precision(precision, device))
-        self.side = functools.lru_cache(lambda length: TileSide(length, tile, overlap, student.alignment))
-        self.strength, self.device = strength, device
+        self.side = functools.lru_cache(lambda length: tile_side(length, tile, overlap, student.alignment))
 
     def prepare(self, frame: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The frame, continued by its reflection to whole tiles, and its gates."""
-        padding = [(0, self.side(length).padding) for length in frame.shape[:2]]
-        padded = np.pad(frame, (*padding, (0, 0)), "reflect") if np.any(padding) else frame
+        padding = [(0, self.side(length)[-1].taken.stop - length) for length in frame.shape[:2]]
+        padded = np.pad(frame, (*padding, (0, 0)), "reflect") if np.any(padding) else np.ascontiguousarray(frame)
         return padded, self.network(sample_patches(padded))()
 
     def tiles(self, padded: np.ndarray, size: Sequence[int]) -> Iterator[tuple[np.ndarray, Part, list[Part]]]:
-        """Batches (B, h, w, 3) of tiles with their row and their columns, on a CPU of about TILE x TILE pixels."""
-        rows, columns = (self.side(length).parts for length in size)
-        area = rows[0].taken.stop * columns[0].taken.stop
-        count = max(1, TILE**2 // area) if self.device.type == "cpu" else len(columns)
+        """Batches (B, h, w, 3) of tiles, of about TILE x TILE pixels, with their row and their columns."""
+        rows, columns = map(self.side, size)
+        count = max(1, TILE**2 // (rows[0].taken.stop * columns[0].taken.stop))
         for row, start in itertools.product(rows, range(0, len(columns), count)):
             group = columns[start : start + count]
             tiles = [padded[None, row.taken, column.taken] for column in group]
@@ -1178,11 +1156,7 @@ class FrameSharpener:
         started = ((self.network(batch, gates), row, group) for batch, row, group in tiles)
         for (restore, row, group), _ in itertools.pairwise(itertools.chain(started, (None,))):  # the next is started
             for column, restored in zip(group, restore(), strict=True):
-                given, restored = (row.given, column.given), restored[row.inner, column.inner]
-                if self.strength != 1:
-                    change = self.strength * (restored.astype(np.float32) - frame[given])
-                    restored = np.rint(frame[given] + change).clip(0, 255)
-                result[given] = restored
+                result[row.given, column.given] = restored[row.inner, column.inner]
         return result
 
 
@@ -1205,10 +1179,9 @@ def teacher_frames(restormer: StemmedRestormer, device: torch.device) -> FrameFu
 
 def score(predicted: np.ndarray, sharp: np.ndarray) -> tuple[float, float]:
     """(PSNR in dB, SSIM) of two 8-bit RGB frames, by scikit-image; infinite PSNR if they are equal."""
-    predicted, sharp = predicted / 255, sharp / 255
     with np.errstate(divide="ignore"):
-        psnr = peak_signal_noise_ratio(sharp, predicted, data_range=1)
-    return float(psnr), float(structural_similarity(sharp, predicted, channel_axis=2, data_range=1))
+        psnr = peak_signal_noise_ratio(sharp, predicted)
+    return float(psnr), float(structural_similarity(sharp, predicted, channel_axis=2))
 
 
 def mean_score(frames: Sequence[tuple[np.ndarray, np.ndarray]], sharpen: FrameFunction) -> list[float]:
@@ -1287,15 +1260,19 @@ def write_csv(path: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def plot(path: Path, draw: Callable[..., None]) -> None:
-    """What `draw(left axes, right axes)` draws as a picture file, where matplotlib is installed."""
+def plot(path: Path, *panels: tuple[dict, dict[str, tuple]]) -> None:
+    """Panels of ({"title": ..., more settings}, curves {label: (x, y, style)}) as a picture file, by matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print(f"no {path.name}: `pip install matplotlib` would draw it")
         return
     figure = Figure(figsize=(11, 4), layout="constrained")
-    draw(*figure.subplots(1, 2))
+    for axes, (settings, curves) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        for label, (x, y, style) in curves.items():
+            axes.plot(x, y, style, label=label, lw=0.8)
+        axes.set(**settings)
+        axes.legend()
     figure.savefig(path, dpi=110)
 
 
@@ -1304,13 +1281,9 @@ def deferred_interrupts() -> Iterator[list[int]]:
     """A list that a first Ctrl-C or termination signal is put into; a second one acts at once."""
     received: list[int] = []
     with contextlib.ExitStack() as former:
-
-        def note(number: int, frame: object) -> None:
-            received.append(number)
-            former.close()
-
         for number in (signal.SIGINT, signal.SIGTERM):
-            former.callback(signal.signal, number, signal.signal(number, note))
+            handler = signal.signal(number, lambda number, frame: (received.append(number), former.close()))
+            former.callback(signal.signal, number, handler)
         yield received
 
 
@@ -1329,11 +1302,10 @@ def any_process(flag: bool, device: torch.device) -> bool:
 
 def start_run(config: FitConfig) -> tuple[list[Pair], dict | None]:
     """Seeds the initial weights; (the pairs, what a resumed run goes on from); UserError for what cannot be done."""
-    if config.image_size % 16:
-        raise UserError(f"--image-size {config.image_size}: must be a multiple of 16")
-    if max(config.ema_decay, config.validation_fraction) >= 1:
-        raise UserError("--ema-decay and --validation-fraction must be below 1")
-    if (config.run_dir / "last.pth").exists() and not config.resume and not config.overwrite:
+    require(config.image_size % 16 == 0, f"--image-size {config.image_size}: must be a multiple of 16")
+    require(max(config.ema_decay, config.validation_fraction) < 1, "--ema-decay, --validation-fraction must be below 1")
+    kept = any((config.run_dir / name).exists() for name in ("last.pth", "best.pth"))
+    if kept and not config.resume and not config.overwrite:
         raise UserError(f"{config.run_dir} holds a run already: add --resume or --overwrite, or name another --run-dir")
     torch.manual_seed(config.seed)
     last = read_checkpoint(config.run_dir / "last.pth", "start the run without --resume") if config.resume else None
@@ -1348,15 +1320,14 @@ class Fit:
     """One training run: `objective.network`, its averaged copy, the optimiser, and where they stand."""
 
     def __init__(self, config: FitConfig, objective: Distillation, network_config: dict, pairs: list[Pair],
-                 frame_function: Callable[[nn.Module, torch.device], FrameFunction], last: dict | None = None,
-                 ) -> None:  # fmt: skip
+                 frame_function: Callable[..., FrameFunction], last: dict | None = None) -> None:  # fmt: skip
         self.config, self.network_config, self.frame_function = config, network_config, frame_function
         self.device = pick_device(config)
         if PROCESSES > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         training, held_out = hold_out(pairs, config.validation_fraction)
         training = balanced(training) if config.balance else training
-        self.held_out = [pair.load() for pair in held_out]
+        self.held_out = [pair.load() for pair in held_out if not RANK]
         settings = ("image_size", "blur_probability", "seed", "cache", "degradation")
         self.dataset = GoProSharpeningDataset(training, **{name: getattr(config, name) for name in settings})
         self.order = CropOrder(len(training), config, RANK, PROCESSES)
@@ -1426,8 +1397,7 @@ class Fit:
             (sum(terms.values()) / group).backward()
             for name, term in terms.items():
                 means[name] = means.get(name, 0.0) + term.item() / group
-                if not math.isfinite(means[name]):
-                    raise UserError(f"step {self.step}: {name} is {means[name]}; lower --learning-rate")
+                require(math.isfinite(means[name]), f"step {self.step}: {name} is {means[name]}; lower --learning-rate")
         if self.config.clip_norm:
             nn.utils.clip_grad_norm_(self.trained.values(), self.config.clip_norm)
         self.optimiser.step()
@@ -1435,15 +1405,6 @@ class Fit:
         update_ema(self.ema, self.objective.network, self.step, self.config.ema_decay)
         self.step += 1
         return means
-
-    def draw_curves(self, left, right) -> None:
-        for name in self.objective.loss.weights:
-            left.plot([row["step"] for row in self.rows], [row.get(name) for row in self.rows], label=name, lw=0.8)
-        scored = [row for row in self.rows if "val_psnr" in row]
-        right.plot([row["step"] for row in scored], [row["val_psnr"] for row in scored], ".-", lw=0.8)
-        left.set(title="weighted loss terms", xlabel="step", yscale="log")
-        left.legend()
-        right.set(title="held-out PSNR of the averaged weights, dB", xlabel="step")
 
     def run(self) -> None:
         """Train to the end, or to the first interruption; writes last.pth, best.pth, log.csv, curves.png."""
@@ -1480,8 +1441,15 @@ class Fit:
                     self.save_last()
                     saved = time.monotonic()
         if RANK == 0:
+            if self.step >= total and not (config.run_dir / "best.pth").exists():
+                self.validate()  # resumed where it ends
             self.save_last()
-            plot(config.run_dir / "curves.png", self.draw_curves)
+            steps, scored = [row["step"] for row in self.rows], [row for row in self.rows if "val_psnr" in row]
+            losses = {name: (steps, [row.get(name) for row in self.rows], "-") for name in terms}
+            psnr = {"averaged weights": ([row["step"] for row in scored], [row["val_psnr"] for row in scored], ".-")}
+            plot(config.run_dir / "curves.png",
+                 ({"title": "weighted loss terms", "xlabel": "step", "yscale": "log"}, losses),
+                 ({"title": "held-out PSNR in dB", "xlabel": "step"}, psnr))  # fmt: skip
         if dist.is_initialized():
             dist.destroy_process_group()
         if self.step < total:  # a signal, perhaps to another process
@@ -1491,8 +1459,7 @@ class Fit:
 
 def train_teacher(config: TeacherConfig) -> None:
     """The `teacher` command."""
-    if len(config.num_blocks) != 4 or len(config.heads) != 4:
-        raise UserError("--num-blocks and --heads: four numbers each, one a level")
+    require(len(config.num_blocks) == len(config.heads) == 4, "--num-blocks, --heads: four numbers each, one a level")
     if config.dim % 2 or any(config.dim * 2**level % heads for level, heads in enumerate(config.heads)):
         raise UserError(f"--dim {config.dim}: must be even, and every level's (it doubles) a multiple of its --heads")
     pairs, last = start_run(config)
@@ -1511,11 +1478,10 @@ def train_teacher(config: TeacherConfig) -> None:
 # `train` without a dataset: small enough for two cores and ten minutes, on scikit-image's pictures.
 EMBEDDED_RUN = {
     "run_dir": HERE / "model_checkpoints/embedded", "teacher_weights": COMPACT_TEACHER, "lambda_perceptual": 0.0,
-    "stem_stride": 2, "widths": (16, 16, 32, 48, 64), "skips": "add", "convolutions": (4, 3, 3, 2, 2),
-    "image_size": 128, "batch_size": 4, "gradient_accumulation_steps": 1, "cache": True, "workers": 0,
-    "epochs": 240, "restart_epochs": 240, "validate_every": 40, "validation_fraction": 0.25,
-    "learning_rate": 1e-3, "blur_probability": 0.0,
-}  # fmt: skip
+    "stem_stride": 2, "widths": (16, 16, 32, 48, 64), "skips": "add", "convolutions": (4, 3, 2, 1, 1),
+    "image_size": 128, "batch_size": 4, "gradient_accumulation_steps": 1, "cache": True, "workers": 0, "epochs": 240,
+    "restart_epochs": 240, "validate_every": 40, "validation_fraction": 0.25, "learning_rate": 1e-3,
+    "blur_probability": 0.0}  # fmt: skip
 
 
 def train(config: TrainConfig) -> None:
@@ -1525,11 +1491,9 @@ def train(config: TrainConfig) -> None:
                           config.convolutions)  # fmt: skip
     if config.init and not last:
         source, _ = load_student(config.init)
-        if source.config != student.config:
-            raise UserError(f"--init {config.init}: a student of other dimensions, {source.config}")
+        require(source.config == student.config, f"--init {config.init}: its student is another, {source.config}")
         student.load_state_dict(source.state_dict())
-    terms = ("reconstruction", "perceptual", "feature", "kl", "ssim", "output")
-    weights = {name: getattr(config, f"lambda_{name}") for name in terms}
+    weights = {name.removeprefix("lambda_"): w for name, w in vars(config).items() if name.startswith("lambda_")}
     loss, teacher = DistillationLoss(weights, config.temperature), None
     if loss.needs_teacher or config.teacher_cache:  # crops come from the cache, even if no term reads the teacher
         widths = student.feature_widths if "feature" in loss.weights else None
@@ -1560,6 +1524,10 @@ def ablate(config: AblateConfig) -> None:
     kept or continued, so two processes can share out the seeds, and a third the table.
     """
     test = [] if uses_embedded_sample(config) else [p.load() for p in find_pairs(config.data_root / "test", "x2")]
+    folders = {name: name.replace(",", "").replace(" ", "_") for name in ABLATION}
+    for folder in folders.values() if config.overwrite else ():  # all now: what is interrupted then goes on without
+        for file in config.run_dir.glob(f"{folder}_*/*.pth"):
+            file.unlink()
     scores, seconds = {}, {}  # {variant: {"held out" or "test": [[PSNR, SSIM] of each seed]}}, {variant: of a step}
     for name, terms in ABLATION.items():
         changes = {f"lambda_{term}": 0.0 for term in ("perceptual", "feature", "kl", "output") if term not in terms}
@@ -1567,10 +1535,9 @@ def ablate(config: AblateConfig) -> None:
         changes |= dict.fromkeys(("epochs", "restart_epochs", "validate_every"), epochs)
         scores[name], steps = {"held out": [], "test": []}, []
         for seed in config.seeds:
-            folder = config.run_dir / f"{name.replace(',', '').replace(' ', '_')}_{seed}"
-            if config.overwrite or not (folder / "best.pth").exists():  # it is written at the end
-                resume = (folder / "last.pth").exists() and not config.overwrite
-                changes |= {"run_dir": folder, "seed": seed, "resume": resume}
+            folder = config.run_dir / f"{folders[name]}_{seed}"
+            if not (folder / "best.pth").exists():  # it is written at the end
+                changes |= {"run_dir": folder, "seed": seed, "resume": (folder / "last.pth").exists()}
                 train(dataclasses.replace(config, **changes))
             student, content = load_student(folder / "best.pth")
             steps += [float(row["seconds"]) for row in csv.DictReader((folder / "log.csv").read_text().splitlines())]
@@ -1586,17 +1553,13 @@ def ablate(config: AblateConfig) -> None:
                 line += f"   {where} {psnr:.2f} dB ({low:.2f} to {high:.2f}) / {similarity:.4f}"
         print(line, flush=True)
     (config.run_dir / "ablation.json").write_text(json.dumps(scores, indent=1) + "\n")
-
-    def draw(*panels) -> None:  # a point for each run's PSNR, a bar for their mean
-        for axes, where in zip(panels, ("held out", "test"), strict=True):
-            for row, values in enumerate(scores.values()):
-                psnr = [value[0] for value in values[where]]
-                axes.plot(psnr, [row] * len(psnr), "o", color=f"C{row}")
-                axes.plot(statistics.fmean(psnr or [math.nan]), row, "|", color=f"C{row}", ms=24)
-            axes.set(title=f"{where}, x2, PSNR in dB", yticks=range(len(scores)), yticklabels=list(scores))
-            axes.invert_yaxis()
-
-    plot(config.run_dir / "ablation.png", draw)
+    panels = []  # a point for each run, a bar for their mean
+    for where in ("held out", "test"):
+        psnr = {name: [value[0] for value in values[where]] for name, values in reversed(scores.items())}
+        curves = {name: (values, [name] * len(values), "o") for name, values in psnr.items()}
+        curves["mean"] = [statistics.fmean(values or [math.nan]) for values in psnr.values()], list(psnr), "k|"
+        panels.append(({"title": f"{where}, x2, PSNR in dB"}, curves))
+    plot(config.run_dir / "ablation.png", *panels)
 
 
 # --- Sharpening: picture files in, picture files out ------------------------------------------------------------------
@@ -1680,8 +1643,7 @@ def score_pair(config: EvalConfig, pair: Pair, methods: dict[str, FrameFunction]
     if config.resize:
         size = (config.resize, config.resize)
         blurred, sharp = (np.array(Image.fromarray(x).resize(size, Image.BICUBIC)) for x in (blurred, sharp))
-    if min(sharp.shape[:2]) < 7:
-        raise UserError(f"{pair.sharp}: SSIM needs at least 7x7 pixels")
+    require(min(sharp.shape[:2]) >= 7, f"{pair.sharp}: SSIM needs at least 7x7 pixels")
     outputs = {name: method(blurred) for name, method in methods.items()}
     row = {"picture": pair.key, "category": pair.category}
     for name, output in outputs.items():
@@ -1795,21 +1757,15 @@ def draw_quality(config: FpsConfig, students: dict[str, nn.Module], backends: Se
     for (name, student), backend in itertools.product(students.items(), backends):
         methods[f"{name}, {backend}"] = FrameSharpener(student, device, precision=config.precision, backend=backend)
     durations = milliseconds([functools.partial(method, frame) for method in methods.values()], device, config)[:, 0]
-    points = {
-        label: (duration, *mean_score(pairs, method))
-        for (label, method), duration in zip(tqdm(methods.items(), "quality"), durations, strict=True)
-    }
+    scores = (mean_score(pairs, method) for method in tqdm(methods.values(), "quality"))
+    points = {label: (ms, *score) for label, ms, score in zip(methods, durations, scores, strict=True)}
     for label, (duration, psnr, similarity) in points.items():
         print(f"{label:<24}{duration:>7.1f} ms   {psnr:.2f} dB / {similarity:.4f} at x2, {len(pairs)} pictures")
-
-    def draw(*panels) -> None:
-        for axes, which, title in zip(panels, (1, 2), ("PSNR, dB", "SSIM"), strict=True):
-            for (label, point), marker in zip(points.items(), itertools.cycle("os^vDPX"), strict=False):
-                axes.plot(point[0], point[which], marker, label=label)
-            axes.set(title=f"{title}, x2", xlabel="ms for a 1280x720 frame, 8-bit to 8-bit")
-        panels[1].legend()
-
-    plot(config.plot, draw)
+    panels, marked = [], list(zip(points.items(), itertools.cycle("os^vDPX"), strict=False))
+    for which, title in ((1, "PSNR at x2, dB"), (2, "SSIM at x2")):
+        curves = {label: (point[0], point[which], marker) for (label, point), marker in marked}
+        panels.append(({"title": title, "xlabel": "ms for a 1280x720 frame, 8-bit to 8-bit"}, curves))
+    plot(config.plot, *panels)
 
 
 def fps_rows(networks: dict[str, nn.Module], backend: str, device: torch.device, config: FpsConfig) -> Iterator[dict]:
@@ -1842,16 +1798,16 @@ def fps_rows(networks: dict[str, nn.Module], backend: str, device: torch.device,
 
 def measure_fps(config: FpsConfig) -> None:
     """The `fps` command."""
-    if config.plot and config.plot.suffix not in (".png", ".pdf", ".svg"):
-        raise UserError(f"--plot {config.plot}: name a .png, .pdf or .svg file")
+    suffix = config.plot.suffix.lower() if config.plot else ".png"
+    require(suffix in (".png", ".jpg", ".pdf", ".svg"), f"--plot {config.plot}: name a .png, .jpg, .pdf or .svg file")
     make_folders(config.json, config.plot)
     device, rows = pick_device(config), []
     students = {Path(name).stem: load_student(name)[0] for name in config.checkpoint if not config.base_channels}
-    if len(students) < len(config.checkpoint) and not config.base_channels:
-        raise UserError("--checkpoint: two files of one name, by which the table tells them apart; rename one")
     if config.base_channels:
-        name = f"c={config.base_channels} r={config.stem_stride}"
-        students[name] = StudentUNet(base_channels=config.base_channels, stem_stride=config.stem_stride)
+        untrained = StudentUNet(base_channels=config.base_channels, stem_stride=config.stem_stride)
+        students = {f"c={config.base_channels} r={config.stem_stride}": untrained}
+    elif len(students) < len(config.checkpoint):
+        raise UserError("--checkpoint: two files of one name, by which the table tells them apart; rename one")
     networks = {"plain layers": PlainLayers()} | students
     for name, network in networks.items():
         count = sum(p.numel() for p in network.parameters())
@@ -1892,7 +1848,7 @@ def export(config: ExportConfig) -> None:
         if config.format == "onnx":
             path.write_bytes(model)
         else:
-            optional_package("openvino").save_model(model, path, compress_to_fp16=False)
+            importlib.import_module("openvino").save_model(model, path, compress_to_fp16=False)
         print(path)
     print(f"frames (1, H, W, 3) and patches (N, h, w, 3) are 8-bit RGB, sides multiples of {student.alignment}")
 
@@ -1925,7 +1881,7 @@ def build_parser() -> argparse.ArgumentParser:
             else:
                 metavar = None if "choices" in options else kind.__name__.upper()
                 options |= {"type": kind, "nargs": "+" if many else None, "metavar": metavar}
-            if default not in (None, False, ()):
+            if default is not None and default is not False and default != ():  # 0 is a default worth showing
                 shown = default.relative_to(HERE) if kind is Path else default
                 options["help"] += f" (default: {' '.join(map(str, shown)) if many else shown})"
             command.add_argument(*names, default=argparse.SUPPRESS, **options)
@@ -1945,7 +1901,7 @@ def settle(config_class: type, given: dict) -> object:
             for name, hint in typing.get_type_hints(config_class).items():
                 if hint in (Path, Path | None) and saved[name] is not None:
                     saved[name] = Path(saved[name])
-            config = config_class(**(saved | given))
+            config = config_class(**(saved | {"run_dir": config.run_dir} | given))  # it may have been moved
         except (KeyError, TypeError) as error:
             raise UserError(f"{config.run_dir / 'last.pth'}: another command's run ({error})") from error
     for item in dataclasses.fields(config):
@@ -1964,10 +1920,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     try:
         command(settle(config_class, given))
-    except (UserError, OSError, torch.OutOfMemoryError) as error:
+    except (UserError, OSError, ModuleNotFoundError, torch.OutOfMemoryError) as error:
         if debug:
             raise
         message = str(error).rsplit("UserError: ", 1)[-1]  # a loader process wraps it in its own traceback
+        if isinstance(error, ModuleNotFoundError):
+            message = f"{error.name} is not installed: pip install {error.name}"
         print("sharpen_kd: error:", " ".join(message.split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:

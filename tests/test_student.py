@@ -121,15 +121,18 @@ def test_gates_are_the_mean_over_patches(student_file):
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch is built without oneDNN")
-def test_a_layer_in_one_pass_is_the_layer():
+def test_a_stage_in_one_pass_is_the_stage():
     torch.manual_seed(0)
-    layer, picture, gate = kd.LeakyConvolution(6, 8, 3, padding=1), torch.randn(2, 6, 20, 30), torch.rand(1, 8, 1, 1)
+    stage, picture, gate = kd.Stage(6, 8, 2), torch.randn(2, 6, 20, 30), torch.rand(1, 8, 1, 1)
     with torch.inference_mode():
-        for arguments in ((picture,), (picture, gate)):
-            expected = torch.nn.functional.conv2d(picture, layer.weight, layer.bias, padding=1)
-            expected = torch.where(expected > 0, expected, 0.1 * expected) * (gate if len(arguments) == 2 else 1)
-            for forward in (layer.forward, layer.forward_in_one_pass):
-                assert torch.allclose(forward(*arguments), expected, atol=1e-6)
+        expected = picture
+        for layer in stage.layers:
+            expected = torch.nn.functional.conv2d(expected, layer.weight, layer.bias, padding=1)
+            expected = torch.where(expected > 0, expected, 0.1 * expected)
+        for forward in (stage.forward, stage.forward_in_one_pass):
+            assert torch.allclose(forward(picture)[0], expected * stage.se(expected), atol=1e-6)
+            assert torch.allclose(forward(picture)[1], stage.se(expected), atol=1e-6)
+            assert torch.allclose(forward(picture, gate)[0], expected * gate, atol=1e-6)
 
 
 def test_added_skips_need_narrower_stages():
