@@ -1166,12 +1166,14 @@ def student_frames(config: InferenceConfig, strength: float = 1.0) -> FrameSharp
     return FrameSharpener(student, device, config.tile, config.overlap, strength, config.precision, config.backend)
 
 
-def teacher_frames(restormer: StemmedRestormer, device: torch.device) -> FrameFunction:
+def teacher_frames(restormer: StemmedRestormer, device: torch.device, precision: str = "auto") -> FrameFunction:
     """A function that applies a teacher to whole 8-bit RGB frames (H, W, 3)."""
     teacher = RestormerTeacherWrapper(restormer).to(device, memory_format=torch.channels_last)
+    bf16 = pick_precision(precision, device) == torch.bfloat16
 
     def restore(frame: np.ndarray) -> np.ndarray:
-        restored = teacher(torch.from_numpy(frame).to(device).permute(2, 0, 1)[None].float() / 255)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            restored = teacher(torch.from_numpy(frame).to(device).permute(2, 0, 1)[None].float() / 255).float()
         return (restored[0].permute(1, 2, 0) * 255).round_().clamp_(0, 255).to(torch.uint8).cpu().numpy()
 
     return restore
@@ -1472,7 +1474,8 @@ def train_teacher(config: TeacherConfig) -> None:
         channels = [3 * config.stem_stride**2] * 2
         restormer = StemmedRestormer(*channels, **{name: getattr(config, name) for name in sizes})
     objective = Distillation(restormer, None, DistillationLoss({"reconstruction": 1.0}))
-    Fit(config, objective, restormer_dimensions(restormer.state_dict()), pairs, teacher_frames, last).run()
+    frames = functools.partial(teacher_frames, precision=config.precision)
+    Fit(config, objective, restormer_dimensions(restormer.state_dict()), pairs, frames, last).run()
 
 
 # `train` without a dataset: small enough for two cores and ten minutes, on scikit-image's pictures.
@@ -1662,7 +1665,8 @@ def evaluate(config: EvalConfig) -> None:
     data = {name: find_pairs(config.data_root / config.split, name) for name in config.protocol or ("",)}
     methods: dict[str, FrameFunction] = {"input": lambda frame: frame}
     if config.teacher:
-        methods["teacher"] = teacher_frames(load_restormer(config.teacher_weights), pick_device(config))
+        restormer = load_restormer(config.teacher_weights)
+        methods["teacher"] = teacher_frames(restormer, pick_device(config), config.precision)
     methods["student"] = student_frames(config)
     tables, rows = {}, []
     for protocol, pairs in data.items():
