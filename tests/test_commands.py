@@ -153,7 +153,7 @@ def test_help_shows_every_default_and_no_command_is_an_error(capsys):
         text = " ".join(capsys.readouterr().out.split())
         for field in kd.dataclasses.fields(config_class):
             assert field.name.replace("_", "-") in text or field.name in text
-        for default in {"train": ("0.0002", "GoPro_dataset"), "sharpen": ("2048", "1.0")}.get(name, ()):
+        for default in {"train": ("0.0002", "GoPro_dataset", "0", "0.0"), "sharpen": ("2048", "1.0")}.get(name, ()):
             assert f"(default: {default})" in text
     with pytest.raises(SystemExit) as stop:
         kd.main([])

@@ -107,6 +107,11 @@ def test_any_size(student_file, random_frame, size):
     assert output.dtype == np.uint8
 
 
+def test_a_mirrored_frame_needs_no_copy_by_hand(student_file, random_frame):
+    sharpener, frame = kd.FrameSharpener(kd.load_student(student_file)[0], CPU), random_frame(64, 96)
+    assert np.array_equal(sharpener(frame[..., ::-1]), sharpener(frame[..., ::-1].copy()))  # as OpenCV's BGR
+
+
 @pytest.mark.parametrize("backend", ["onnx", "openvino"])
 def test_backends_agree_with_pytorch(random_frame, backend):
     torch.manual_seed(0)

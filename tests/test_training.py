@@ -328,6 +328,30 @@ def test_overwrite_leaves_nothing_of_the_run_before(arguments, tmp_path, monkeyp
     assert found == [["best.pth", "last.pth"], []]
 
 
+def test_a_run_is_kept_without_its_last_state_and_continues_where_it_was_moved(arguments, tmp_path, capsys):
+    run = tmp_path / "run"
+    command = [*arguments, "--run-dir", str(run), "--max-steps", "1"]
+    assert kd.main(command) == 0
+    run.rename(tmp_path / "moved")
+    assert kd.main(["train", "--resume", "--run-dir", str(tmp_path / "moved"), "--max-steps", "2"]) == 0
+    assert not run.exists()
+    assert [row["step"] for row in read_log(tmp_path / "moved")] == ["1", "2"]
+    (tmp_path / "moved/last.pth").unlink()
+    assert kd.main([*arguments, "--run-dir", str(tmp_path / "moved")]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert (tmp_path / "moved/best.pth").exists()
+
+
+def test_a_run_that_is_resumed_where_it_ends_is_validated(arguments, tmp_path):
+    command = [*arguments, "--run-dir", str(tmp_path), "--max-steps", "2"]
+    assert kd.main(command) == 0
+    last = torch.load(tmp_path / "last.pth", weights_only=True)  # as if stopped before the first validation
+    torch.save(last | {"best": -math.inf}, tmp_path / "last.pth")
+    (tmp_path / "best.pth").unlink()
+    assert kd.main(["train", "--resume", "--run-dir", str(tmp_path), "--max-steps", "1"]) == 0
+    assert torch.load(tmp_path / "best.pth", weights_only=True)["step"] == 2
+
+
 def test_validation_computes_in_the_precision_of_the_run(arguments, tmp_path, monkeypatch):
     precisions, sharpener = [], kd.FrameSharpener
     monkeypatch.setattr(kd, "FrameSharpener", lambda *a, **k: precisions.append(k["precision"]) or sharpener(*a, **k))
