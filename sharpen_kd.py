@@ -46,6 +46,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
+from einops import rearrange
 from PIL import Image, ImageCms, ImageDraw, ImageFilter, ImageOps
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
@@ -64,9 +65,9 @@ COMPACT_TEACHER = HERE / "model_checkpoints/teacher.pth"
 SHIPPED = {"quality": HERE / "model_checkpoints/student.pth", "fast": HERE / "model_checkpoints/student_fast.pth"}
 TILE = 2048  # pixels; one takes a 1080p frame whole, a 4K frame's hold a fifteenth more than it
 SKIPS = ("concatenate", "add")
-BACKENDS = {"torch": "torch", "compile": "torch", "onnx": "onnx onnxruntime", "openvino": "openvino",
-            "openvino-int8": "nncf openvino"}  # with their packages  # fmt: skip
-FIXED_PRECISION = {"onnx": "float32", "openvino-int8": "int8"}  # whatever --precision says
+BACKENDS = {"torch": "torch", "compile": "torch", "onnx": "onnx onnxruntime", "onnx-int8": "nncf onnx onnxruntime",
+            "openvino": "openvino", "openvino-int8": "nncf openvino"}  # with their packages  # fmt: skip
+FIXED_PRECISION = {"onnx": "float32", "onnx-int8": "int8", "openvino-int8": "int8"}  # whatever --precision says
 FPS_SIZES = ((512, 512), (720, 1280), (1080, 1920))
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun numbers them
 FrameFunction = Callable[[np.ndarray], np.ndarray]  # 8-bit RGB (H, W, 3) in and out
@@ -707,18 +708,20 @@ class SEBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         hidden = max(1, channels // 8)
-        self.squeeze = nn.Conv2d(channels, hidden, 1)
-        self.excite = nn.Conv2d(hidden, channels, 1)
+        self.squeeze, self.excite = nn.Linear(channels, hidden), nn.Linear(hidden, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.sigmoid(self.excite(F.relu(self.squeeze(x.mean((2, 3), keepdim=True)))))
+        return torch.sigmoid(self.excite(F.relu(self.squeeze(x.mean((2, 3))))))[..., None, None]
 
 
 LEAK = 0.1  # slope below zero. With plain ReLUs the deep stages die: 64 of 64 channels after 2,000 steps, and 0.08 dB
 
 
 class Stage(nn.Module):
-    """3x3 convolutions with leaky ReLUs, then a gate a channel: the SE block's, or (1, C, 1, 1) handed in."""
+    """3x3 convolutions with leaky ReLUs, and a gate a channel: the SE block's, or (1, C, 1, 1) handed in.
+
+    Gates are multiplied in by whoever reads the features (`gated`): after pooling that costs a quarter.
+    """
 
     def __init__(self, in_channels: int, channels: int, convolutions: int = 2) -> None:
         super().__init__()
@@ -726,14 +729,13 @@ class Stage(nn.Module):
         self.layers = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in widths)
         self.se = SEBlock(channels)
 
-    def forward(self, x: Tensor, gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(features, the gate that they have passed)."""
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """(features, the gate still to be multiplied in)."""
         for layer in self.layers:
             x = F.leaky_relu_(layer(x), LEAK)
-        gate = self.se(x) if gate is None else gate.to(x.dtype)  # a float32 gate would make what follows float32
-        return x * gate, gate
+        return x, self.se(x) if gate is None else gate.to(x.dtype)  # a float32 gate would make what follows float32
 
-    def forward_in_one_pass(self, x: Tensor, gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_in_one_pass(self, x: Tensor, gate: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The same for inference on a CPU, where a ReLU and a gate would each read and write the whole map again."""
         for layer in self.layers:
             weight, bias = layer.weight, layer.bias
@@ -741,10 +743,12 @@ class Stage(nn.Module):
                 weight, bias = weight * gate.view(-1, 1, 1, 1), bias * gate.flatten()
             settings = (layer.padding, layer.stride, layer.dilation, layer.groups, "leaky_relu", [LEAK], "")
             x = torch.ops.mkldnn._convolution_pointwise(x, weight.to(x.dtype), bias.to(x.dtype), *settings)
-        if gate is not None:
-            return x, gate
-        gate = self.se(x)
-        return x * gate, gate
+        return x, self.se(x) if gate is None else None
+
+
+def gated(x: Tensor, gate: Tensor | None) -> Tensor:
+    """The features times their gate, if that is not in them."""
+    return x if gate is None else x * gate
 
 
 class StudentUNet(nn.Module):
@@ -770,8 +774,7 @@ class StudentUNet(nn.Module):
         self.stem_stride, folded = stem_stride, in_channels * stem_stride**2
         self.alignment = 16 * stem_stride  # sides that are its multiples pass through every stage without padding
         depths = (*(2 * n for n in convolutions[:4]), convolutions[4])  # down and up again
-        reach = stem_stride * sum(n * 2**scale for scale, n in enumerate(depths))  # of its convolutions, in pixels
-        self.overlap = 2 * reach * 9 // 10  # of tiles; what lies beyond changes 2/255 at most, in int8 5
+        self.reach = stem_stride * sum(n * 2**scale for scale, n in enumerate(depths))  # of its convolutions, in pixels
         self.gate_widths = (*widths, *widths[3::-1])
         self.feature_widths = {"e2": widths[1], "e4": widths[3], "b": widths[4]}
         self.encoder = nn.ModuleList(map(Stage, (folded, *widths[:3]), widths[:4], convolutions))
@@ -802,15 +805,18 @@ class StudentUNet(nn.Module):
         """The correction of a folded picture, the features to be compared with the teacher's, every stage's gate."""
         gates, used, levels, x = iter(gates), [], [], folded
         for stage in (*self.encoder, self.bottleneck):
-            x = F.max_pool2d(x, 2, ceil_mode=True) if levels else x
+            if levels:  # gates are positive, so that the largest stays the largest
+                x = gated(F.max_pool2d(x, 2, ceil_mode=True), used[-1])
             x, gate = stage(x, next(gates))
-            levels.append(x)
+            levels.append(gated(x, gate))
             used.append(gate)
+        x = levels[-1]
         for up, stage, skip in zip(self.up, self.decoder, levels[-2::-1], strict=True):
             x = up(x)
             if x.shape[-2:] != skip.shape[-2:]:
                 x = F.interpolate(x, skip.shape[-2:], mode="bilinear", align_corners=False)
             x, gate = stage(self.merge(x, skip), next(gates))
+            x = gated(x, gate)
             used.append(gate)
         return self.output(x), {"e2": levels[1], "e4": levels[3], "b": levels[4]}, used
 
@@ -935,24 +941,26 @@ class FrameNetwork(nn.Module):
     patches (N, h, w, 3) of the frame, about as large as training crops: plain SE blocks average over their whole input,
     so every tile would have other gates than its neighbours, and seams.
 
-    A convolution of the folded picture is one of the picture with a stride, and the last layer writes a fold's pixels
-    row by row, colours innermost, so that every row of the frame is added up in one run.
+    Folds are never made: r neighbours of a row are already 3r values in a run, which the first layer takes for channels
+    and goes down by r rows a step; the last layer writes such runs, so that a row of the frame is added up in one go.
     """
 
     def __init__(self, student: nn.Module, strength: float = 1.0) -> None:
         super().__init__()
         self.student, self.stride, scale = copy.deepcopy(student), student.stem_stride, 255 * strength
         first, last = self.student.ends
-        first.weight.data = F.pixel_shuffle(first.weight.data, self.stride) / 255
-        first.stride = first.padding = (self.stride, self.stride)
-        order = torch.arange(3 * self.stride**2).view(3, -1).T.flatten()  # of colours, rows, columns: colours last
-        last.weight.data, last.bias.data = scale * last.weight.data[order], scale * last.bias.data[order]
+        fold = {"c": 3, "row": self.stride}
+        weight = rearrange(first.weight.data, "o (c row column) y x -> o (column c) (y row) x", **fold)
+        first.weight.data, first.stride, first.padding = weight / 255, (self.stride, 1), (self.stride, 1)
+        for parameter in (last.weight, last.bias):
+            rows = rearrange(parameter.data, "(c row column) ... -> (row column c) ...", **fold)
+            parameter.data = scale * rows
 
     def forward(self, frames: Tensor, gates: Tensor | None = None) -> Tensor:
         widths = self.student.gate_widths
         split = [None] * len(widths) if gates is None else gates.view(1, -1, 1, 1).split(widths, dim=1)
-        pictures = frames.to(self.student.ends[0].weight.dtype).permute(0, 3, 1, 2)
-        correction, _, used = self.student.correct(pictures, split)
+        runs = frames.to(self.student.ends[0].weight.dtype).flatten(2).unflatten(2, (-1, 3 * self.stride))
+        correction, _, used = self.student.correct(runs.permute(0, 3, 1, 2), split)
         if gates is None:
             return torch.cat([gate.mean(0).flatten() for gate in used]).float()
         parts = correction.permute(0, 2, 3, 1).chunk(self.stride, dim=3)  # the rows of a fold
@@ -978,7 +986,11 @@ def traced(network: FrameNetwork, library: str, gated: bool):
         warnings.simplefilter("ignore")  # of branches that frames of aligned sides never take
         if library == "openvino":
             shapes = [[-1, -1, -1, 3], [len(gates)]][: len(inputs)]
-            return package.convert_model(network, example_input=inputs, input=shapes)
+            model = package.convert_model(network, example_input=inputs, input=shapes)
+            for pool in (node for node in model.get_ops() if node.get_type_name() == "MaxPool"):
+                plain = package.opset1.max_pool(pool.input_value(0), [2, 2], [0, 0], [0, 0], [2, 2])
+                pool.output(0).replace(plain.output(0))  # the one it makes writes the places of the maxima too
+            return model
         sizes = {name: {0: "batch", 1: "height", 2: "width"} for name in ("frames", "restored")}
         names = {"input_names": ["frames", "gates"][: len(inputs)], "output_names": ["restored" if gated else "gates"]}
         torch.onnx.export(network, inputs, file, **names, dynamic_axes=sizes, dynamo=False)
@@ -1019,14 +1031,31 @@ def torch_backend(network: nn.Module, device: torch.device, precision: torch.dty
     return start
 
 
-def onnx_backend(network: nn.Module, device: torch.device, precision: torch.dtype) -> Runner:
-    """ONNX Runtime, in float32."""
+def quantized(model, network: FrameNetwork):
+    """The OpenVINO or ONNX model with int8 convolutions, calibrated on pieces of scikit-image's pictures at x2."""
+    import nncf
+
+    nncf.set_log_level(40)  # errors only
+    pictures = [ImageOps.fit(even_sized(open_picture(pair.sharp)), (256, 256)) for pair in embedded_pairs()]
+    frames = [np.array(PROTOCOLS["x2"](picture))[None] for picture in pictures]
+    with torch.inference_mode():
+        inputs = [{"frames": frame, "gates": network(torch.from_numpy(frame)).numpy()} for frame in frames]
+    # Kept: what is added to the frame, whose bytes must stay (1.2 dB), and the layers that read and write pixels.
+    scope = nncf.IgnoredScope(types=["Add"], patterns=[".*encoder.0.layers.0.*", ".*output.*"], validate=False)
+    return nncf.quantize(model, nncf.Dataset(inputs), subset_size=len(inputs), ignored_scope=scope)
+
+
+def onnx_backend(network: nn.Module, device: torch.device, precision: torch.dtype, int8: bool = False) -> Runner:
+    """ONNX Runtime, in float32 or int8."""
     import onnxruntime as runtime
 
+    models = [traced(network, "onnx", gated) for gated in (False, True)]
+    if int8:
+        onnx = importlib.import_module("onnx")
+        models[1] = quantized(onnx.load_from_string(models[1]), network).SerializeToString()
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    sessions = [runtime.InferenceSession(traced(network, "onnx", gated), options, providers=["CPUExecutionProvider"])
-                for gated in (False, True)]  # fmt: skip
+    sessions = [runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"]) for model in models]
     names = [[item.name for item in session.get_inputs()] for session in sessions]  # without unused ones
 
     def start(*arrays: np.ndarray) -> Callable[[], np.ndarray]:
@@ -1041,20 +1070,6 @@ def onnx_backend(network: nn.Module, device: torch.device, precision: torch.dtyp
 def openvino_core():
     """The process's one Core: with a second, whichever goes last restores a signal stack that is gone (a crash)."""
     return importlib.import_module("openvino").Core()
-
-
-def quantized(model, network: FrameNetwork):
-    """The OpenVINO model with int8 convolutions, calibrated on 256-pixel pieces of scikit-image's pictures at x2."""
-    import nncf
-
-    nncf.set_log_level(40)  # errors only
-    pictures = [ImageOps.fit(even_sized(open_picture(pair.sharp)), (256, 256)) for pair in embedded_pairs()]
-    frames = [np.array(PROTOCOLS["x2"](picture))[None] for picture in pictures]
-    with torch.inference_mode():
-        inputs = [(frame, network(torch.from_numpy(frame)).numpy()) for frame in frames]
-    # Kept: what is added to the frame, whose bytes must stay (1.2 dB), and the layers that read and write pixels.
-    scope = nncf.IgnoredScope(types=["Add"], patterns=[".*encoder.0.layers.0.*", ".*output.*"], validate=False)
-    return nncf.quantize(model, nncf.Dataset(inputs), subset_size=len(inputs), ignored_scope=scope)
 
 
 def openvino_backend(network: nn.Module, device: torch.device, precision: torch.dtype, int8: bool = False) -> Runner:
@@ -1079,7 +1094,8 @@ def openvino_backend(network: nn.Module, device: torch.device, precision: torch.
 
 
 RUNNERS = {"torch": torch_backend, "compile": functools.partial(torch_backend, compiled=True), "onnx": onnx_backend,
-           "openvino": openvino_backend, "openvino-int8": functools.partial(openvino_backend, int8=True)}  # fmt: skip
+           "onnx-int8": functools.partial(onnx_backend, int8=True), "openvino": openvino_backend,
+           "openvino-int8": functools.partial(openvino_backend, int8=True)}  # fmt: skip
 
 
 # One tile along a side: what it takes of the padded frame, what it gives to the result, where it has that.
@@ -1128,7 +1144,8 @@ class FrameSharpener:
 
     def __init__(self, student: StudentUNet, device: torch.device, tile: int = TILE, overlap: int | None = None,
                  strength: float = 1.0, precision: str = "auto", backend: str = "torch") -> None:  # fmt: skip
-        overlap = min(student.overlap, tile // 2) if overlap is None else overlap
+        if overlap is None:  # the outer tenth of the reach changes 2/255 at most, but int8 rounds that up to 5
+            overlap = min(2 * student.reach * (10 if FIXED_PRECISION.get(backend) == "int8" else 9) // 10, tile // 2)
         require(not tile or overlap < tile, f"--tile {tile} --overlap {overlap}: tiles must exceed their overlap")
         if BACKENDS[backend] != "torch" and device.type != "cpu":
             raise UserError(f"--backend {backend}: computes on the CPU; add --device cpu")
@@ -1695,7 +1712,7 @@ def evaluate(config: EvalConfig) -> None:
 class PlainLayers(nn.Module):
     """The yardstick, in a student's place: six plain 3x3 layers of 24 channels at half the resolution."""
 
-    stem_stride, alignment, overlap, gate_widths = 2, 2, 22, (1,)
+    stem_stride, alignment, reach, gate_widths = 2, 2, 12, (1,)
 
     def __init__(self) -> None:
         super().__init__()
