@@ -19,6 +19,7 @@ import collections
 import contextlib
 import copy
 import csv
+import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -241,6 +242,15 @@ class ExportConfig:
     output: Path = flag(HERE / "model_checkpoints/exported/student", "files to write, without ending", short=("-o",))
 
 
+def keep_freed_memory() -> None:
+    """glibc returns every freed map to the system, which clears it again for the next: a tenth of a frame or a step."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # another C library
+            mallopt, m_mmap_max, m_trim_threshold = ctypes.CDLL(None).mallopt, -4, -1
+            mallopt(m_mmap_max, 0)
+            mallopt(m_trim_threshold, 2**31 - 1)
+
+
 def pick_device(config: DeviceConfig) -> torch.device:
     """The device a command computes on; `auto` takes an accelerator where PyTorch finds one."""
     if config.threads:
@@ -249,7 +259,9 @@ def pick_device(config: DeviceConfig) -> torch.device:
     name = found if config.device == "auto" else config.device
     require(name in (found, "cpu"), f"--device {name}: PyTorch finds none here; use --device auto")
     if name == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # torchrun's number of this process's GPU
+        rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        require(rank < count, f"torchrun --nproc_per_node: more processes than this machine's {count} GPUs")
+        torch.cuda.set_device(rank)
     return torch.device(name)
 
 
@@ -1615,6 +1627,11 @@ def sharpen(config: SharpenConfig) -> None:
         raise UserError(f"-o {output}: Pillow cannot write the file type {output.suffix}")
     if one_file and (len(config.inputs) > 1 or config.inputs[0].is_dir()):
         raise UserError(f"-o {output}: a file can take one picture only; name a folder")
+    folders = [path.resolve() if path.is_dir() else path.resolve().parent for path in config.inputs]
+    if config.output and not one_file and output.resolve() in folders:
+        raise UserError(
+            f"-o {output}: holds the pictures themselves, and perhaps others of their names; choose another"
+        )
     plan = plan_outputs(config.inputs, lambda name: output if one_file else output / name.with_name(name.stem + ending))
     sharpener, failed = student_frames(config, config.strength), []
     for target, source in tqdm(plan.items(), "sharpen", disable=len(plan) == 1):
@@ -1941,6 +1958,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = vars(build_parser().parse_args(arguments))
     (config_class, command), debug = COMMANDS[given.pop("command")], given.pop("debug")
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    keep_freed_memory()
     try:
         command(settle(config_class, given))
     except (UserError, OSError, ModuleNotFoundError, torch.OutOfMemoryError) as error:

@@ -1,6 +1,7 @@
 """Tiles, frames, backends and picture files."""
 
 import itertools
+import platform
 import subprocess
 import sys
 
@@ -166,6 +167,23 @@ def test_the_compiler_agrees_with_pytorch(random_frame):
     assert np.abs(ours(frame).astype(int) - frame).mean() > 1
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator gives memory back at once")
+def test_freed_memory_is_used_again():
+    script = """
+import resource, torch, sharpen_kd as kd
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def pages(size):  # that the system maps for maps of `size` bytes, made once before
+    torch.ones(size, dtype=torch.uint8)
+    before = faults()
+    torch.ones(size, dtype=torch.uint8)
+    return faults() - before
+print(pages(2**26)); kd.keep_freed_memory(); print(pages(2**26))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=kd.HERE, capture_output=True, text=True, check=True)
+    mapped, kept = map(int, done.stdout.split())
+    assert 10 * kept < mapped  # 16,384, or 32 huge ones
+
+
 def test_a_missing_package_is_named(student_file, monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "nncf", None)
     assert kd.main(["sharpen", str(kd.SAMPLES / "blurred_cat.png"), "--backend", "openvino-int8"]) == 2
@@ -306,6 +324,7 @@ def test_mistakes_are_named_and_nothing_is_written(tmp_path, run_sharpen, photog
         ((tmp_path / "none.png",), "none.png: no such file"),
         ((tmp_path / "a.jpg", "-o", tmp_path / "b.png"), "a.jpg: not a picture"),
         ((picture, "-o", picture), "a.png: would be overwritten"),
+        ((tmp_path / "a.jpg", "-o", tmp_path), f"-o {tmp_path}: holds the pictures themselves"),
         ((picture, tmp_path / "a.jpg", "-o", tmp_path / "out"), "would both become"),
         ((picture, "-o", tmp_path / "a.xyz"), "cannot write the file type .xyz"),
         ((picture, "-o", tmp_path / "a.psd"), "cannot write the file type .psd"),
