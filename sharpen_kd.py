@@ -1099,8 +1099,8 @@ def openvino_backend(network: nn.Module, device: torch.device, precision: torch.
         return openvino_core().compile_model(fixed, "CPU", hints)
 
     def start(*arrays: np.ndarray) -> Callable[[], np.ndarray]:
-        restored = compiled(*(array.shape for array in arrays))([np.ascontiguousarray(array) for array in arrays])[0]
-        return lambda: restored
+        arrays = [np.ascontiguousarray(array) for array in arrays]  # the result stays until the next: no copy is made
+        return lambda: compiled(*(array.shape for array in arrays))(arrays, share_outputs=True)[0]
 
     return start
 

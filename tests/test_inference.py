@@ -87,7 +87,7 @@ def test_the_default_overlap_follows_what_an_output_can_see(options):
     assert 0.7 * reach < student.reach <= reach
 
 
-@pytest.mark.parametrize("backend", ["torch", "openvino"])
+@pytest.mark.parametrize("backend", ["torch", "openvino", "openvino-int8"])
 @pytest.mark.parametrize(("name", "checkpoint"), [("coffee", "quality"), ("astronaut", "quality"), ("coffee", "fast")])
 def test_tiled_and_whole_agree_at_1080p(photographs, name, checkpoint, backend):
     student, _ = kd.load_student(checkpoint)
