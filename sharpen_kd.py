@@ -1043,18 +1043,23 @@ def torch_backend(network: nn.Module, device: torch.device, precision: torch.dty
     return start
 
 
-def quantized(model, network: FrameNetwork):
-    """The OpenVINO or ONNX model with int8 convolutions, calibrated on pieces of scikit-image's pictures at x2."""
+def quantized(model, network: FrameNetwork, names: Sequence[str]):
+    """The OpenVINO or ONNX model with int8 convolutions, calibrated on pieces of scikit-image's pictures at x2.
+
+    `names` are the model's inputs; ONNX leaves the gates out where a network has none.
+    """
     import nncf
 
     nncf.set_log_level(40)  # errors only
     pictures = [ImageOps.fit(even_sized(open_picture(pair.sharp)), (256, 256)) for pair in embedded_pairs()]
     frames = [np.array(PROTOCOLS["x2"](picture))[None] for picture in pictures]
     with torch.inference_mode():
-        inputs = [{"frames": frame, "gates": network(torch.from_numpy(frame)).numpy()} for frame in frames]
+        values = [(frame, network(torch.from_numpy(frame)).numpy()) for frame in frames]
+    data = nncf.Dataset([dict(zip(names, value, strict=False)) for value in values])
     # Kept: what is added to the frame, whose bytes must stay (1.2 dB), and the layers that read and write pixels.
     scope = nncf.IgnoredScope(types=["Add"], patterns=[".*encoder.0.layers.0.*", ".*output.*"], validate=False)
-    return nncf.quantize(model, nncf.Dataset(inputs), subset_size=len(inputs), ignored_scope=scope)
+    with contextlib.redirect_stdout(sys.stderr):  # its progress bars
+        return nncf.quantize(model, data, subset_size=len(values), ignored_scope=scope)
 
 
 def onnx_backend(network: nn.Module, device: torch.device, precision: torch.dtype, int8: bool = False) -> Runner:
@@ -1063,8 +1068,8 @@ def onnx_backend(network: nn.Module, device: torch.device, precision: torch.dtyp
 
     models = [traced(network, "onnx", gated) for gated in (False, True)]
     if int8:
-        onnx = importlib.import_module("onnx")
-        models[1] = quantized(onnx.load_from_string(models[1]), network).SerializeToString()
+        model = importlib.import_module("onnx").load_from_string(models[1])
+        models[1] = quantized(model, network, [item.name for item in model.graph.input]).SerializeToString()
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     sessions = [runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"]) for model in models]
@@ -1090,7 +1095,7 @@ def openvino_backend(network: nn.Module, device: torch.device, precision: torch.
              "INFERENCE_NUM_THREADS": torch.get_num_threads()}  # fmt: skip
     models = [traced(network, "openvino", gated) for gated in (False, True)]
     if int8:
-        models[1] = quantized(models[1], network)
+        models[1] = quantized(models[1], network, ("frames", "gates"))
 
     @functools.lru_cache(8)
     def compiled(*shapes: tuple[int, ...]):

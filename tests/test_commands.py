@@ -91,13 +91,14 @@ def test_fps_rows(tmp_path, student_file, sharp_folder, capsys, monkeypatch):
     (tmp_path / "test").symlink_to(sharp_folder)
     monkeypatch.setattr(kd, "FPS_SIZES", ((96, 64), (720, 1280)))
     command = ["fps", "--checkpoint", str(student_file), "--frames", "2", "--warmup", "1", "--tile", "768"]
-    command += ["--backend", "torch", "openvino", "--data-root", str(tmp_path), "--plot", str(tmp_path / "fps.png")]
+    backends = ("torch", "openvino", "onnx-int8")
+    command += ["--backend", *backends, "--data-root", str(tmp_path), "--plot", str(tmp_path / "fps.png")]
     assert kd.main([*command, "--json", str(tmp_path / "fps.json")]) == 0
     rows = json.loads((tmp_path / "fps.json").read_text())["rows"]
     sizes = ((64, 96), (1280, 720))
     cases = [*itertools.product(sizes, ("plain", "student"), (False,)), (sizes[1], "student", True)]
     found = [(r["backend"], (r["width"], r["height"]), r["checkpoint"].split()[0], r["tiled"]) for r in rows]
-    assert found == [(backend, *case) for backend in ("torch", "openvino") for case in cases]
+    assert found == [(backend, *case) for backend in backends for case in cases]
     for row in rows:
         assert row["fps"] == pytest.approx(1000 / row["frame_ms"])
         multiply_adds = row["macs_per_pixel"] * row["height"] * row["width"]
@@ -115,7 +116,7 @@ def test_fps_rows(tmp_path, student_file, sharp_folder, capsys, monkeypatch):
     assert float(re.search(r"convolution reaches (\d+) GFLOP/s", printed)[1]) > 0
     by_hand = np.mean([kd.score(*pair.load()) for pair in kd.find_pairs(tmp_path / "test", "x2")], 0)
     assert re.search(rf"input +[\d.]+ ms   {by_hand[0]:.2f} dB / {by_hand[1]:.4f} at x2", printed)
-    assert re.findall(r"\n(\S+, \S+) +[\d.]+ ms", printed) == ["student, torch", "student, openvino"]
+    assert re.findall(r"\n(\S+, \S+) +[\d.]+ ms", printed) == [f"student, {backend}" for backend in backends]
     assert Image.open(tmp_path / "fps.png").size[0] > 500
 
 
