@@ -1072,6 +1072,7 @@ def onnx_backend(network: nn.Module, device: torch.device, precision: torch.dtyp
         models[1] = quantized(model, network, [item.name for item in model.graph.input]).SerializeToString()
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # two sessions would slow each other
     sessions = [runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"]) for model in models]
     names = [[item.name for item in session.get_inputs()] for session in sessions]  # without unused ones
 
