@@ -72,7 +72,7 @@ FIXED_PRECISION = {"onnx": "float32", "onnx-int8": "int8", "openvino-int8": "int
 FPS_SIZES = ((512, 512), (720, 1280), (1080, 1920))
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun numbers them
 FrameFunction = Callable[[np.ndarray], np.ndarray]  # 8-bit RGB (H, W, 3) in and out
-Runner = Callable[..., Callable[[], np.ndarray]]  # starts a network on arrays; what it returns waits for the result
+Runner = Callable[..., Callable[[], np.ndarray]]  # starts a network; what it returns waits for the result
 
 # --- Configuration: one dataclass a command; its fields are the command's flags (see `build_parser`) ------------------
 
@@ -1105,7 +1105,7 @@ def openvino_backend(network: nn.Module, device: torch.device, precision: torch.
         return openvino_core().compile_model(fixed, "CPU", hints)
 
     def start(*arrays: np.ndarray) -> Callable[[], np.ndarray]:
-        arrays = [np.ascontiguousarray(array) for array in arrays]  # the result stays until the next: no copy is made
+        arrays = [np.ascontiguousarray(array) for array in arrays]  # computed when fetched, and kept until the next
         return lambda: compiled(*(array.shape for array in arrays))(arrays, share_outputs=True)[0]
 
     return start
