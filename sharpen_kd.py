@@ -493,6 +493,13 @@ class GoProSharpeningDataset(Dataset):
             self.images = [self.images(index) for index in range(len(pairs))].__getitem__
 
     def __getitem__(self, item: int | tuple[int, int]) -> dict[str, Tensor]:
+        return {name: self.to_tensor(image) for name, image in self.crop(item).items()}
+
+    def __getitems__(self, items: Sequence[tuple[int, int]]) -> list[dict[str, np.ndarray]]:
+        """What a loader takes: (image_size, image_size, 3) in 8 bits, a quarter of the bytes to move."""
+        return [self.crop(item) for item in items]
+
+    def crop(self, item: int | tuple[int, int]) -> dict[str, np.ndarray]:
         epoch, index = item if isinstance(item, tuple) else (0, item)
         images, rng = self.images(index), np.random.default_rng((self.seed, epoch, index))
         top, left = (2 * rng.integers((side - self.image_size) // 2 + 1) for side in images[0].shape[:2])
@@ -506,17 +513,19 @@ class GoProSharpeningDataset(Dataset):
             return images
         return [np.array(ImageOps.cover(Image.fromarray(image), (self.image_size,) * 2)) for image in images]
 
-    def example(self, images: Sequence[np.ndarray], rng: np.random.Generator) -> dict[str, Tensor]:
-        """Flipped and blurred at random: {"blurred", "sharp"} of (3, H, W) each."""
+    def example(self, images: Sequence[np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Flipped and blurred at random: {"blurred", "sharp"} of 8-bit RGB (H, W, 3) each."""
         if rng.random() < 0.5:
             images = [image[:, ::-1] for image in images]
+        images = [np.ascontiguousarray(image) for image in images]
         if self.degradation != "pairs":
             degradation = PROTOCOLS["x2"] if self.degradation == "x2" else Degradation.draw(rng)
-            images = [degradation(Image.fromarray(images[0])), *images]
-        blurred, sharp = map(self.to_tensor, images)
+            images = [np.array(degradation(Image.fromarray(images[0]))), *images]
+        blurred, sharp = images
         sigma = rng.uniform(0.1, 2.0)
         if self.degradation == "pairs" and rng.random() < self.blur_probability:
-            blurred = TF.gaussian_blur(blurred, 3, sigma)
+            planes = torch.from_numpy(blurred).permute(2, 0, 1)
+            blurred = TF.gaussian_blur(planes, 3, sigma).permute(1, 2, 0).numpy()
         return {"blurred": blurred, "sharp": sharp}
 
 
@@ -691,7 +700,8 @@ class TeacherCache(Dataset):
         for index, variant in tqdm(places, "teacher cache", disable=RANK > 0):
             rng = np.random.default_rng((variant, index))  # not the run's seed: runs of several seeds share a cache
             example = self.dataset.example(self.dataset.images(index), rng)
-            example = {name: pad_to_multiple(image[None].to(device), self.alignment) for name, image in example.items()}
+            example = {name: self.dataset.to_tensor(image)[None].to(device) for name, image in example.items()}
+            example = {name: pad_to_multiple(image, self.alignment) for name, image in example.items()}
             with autocast:
                 example |= {"output": teacher(example["blurred"])} | teacher.tapped
             example = {name: t[0].permute(1, 2, 0).half().contiguous().cpu() for name, t in example.items()}
@@ -700,15 +710,14 @@ class TeacherCache(Dataset):
             dist.barrier()
 
     def __getitem__(self, item: tuple[int, int]) -> dict[str, Tensor]:
-        """{"blurred", "sharp", "output"} (3, size, size) and the taps, all of one crop, as float tensors."""
+        """{"blurred", "sharp", "output"} (size, size, 3) and the taps, all of one crop, in half precision."""
         (epoch, index), size = item, self.dataset.image_size
         rng = np.random.default_rng((self.dataset.seed, epoch, index))
         maps = torch.load(self.file(index, rng.integers(self.variants)), mmap=True, weights_only=True)
         height, width = maps["sharp"].shape[:2]
         top, left = (self.alignment * rng.integers((side - size) // self.alignment + 1) for side in (height, width))
         steps = {name: height // grid.shape[0] for name, grid in maps.items()}
-        crops = {name: maps[name][top // n :, left // n :][: size // n, : size // n] for name, n in steps.items()}
-        return {name: crop.permute(2, 0, 1).float() for name, crop in crops.items()}
+        return {name: maps[name][top // n :, left // n :][: size // n, : size // n] for name, n in steps.items()}
 
 
 # --- Student: a U-Net with squeeze-and-excitation, behind a space-to-depth stem ---------------------------------------
@@ -1274,6 +1283,12 @@ class CropOrder(Sampler[list[tuple[int, int]]]):
             done = 0
 
 
+def on_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """(B, C, H, W) floats, in channels_last, of a loader's (B, H, W, C), in which 8 bits stand for [0, 1]."""
+    moved = {name: t.to(device, non_blocking=True).permute(0, 3, 1, 2) for name, t in batch.items()}
+    return {name: t.float().div_(255) if t.dtype == torch.uint8 else t.float() for name, t in moved.items()}
+
+
 @torch.no_grad()
 def update_ema(ema: nn.Module, network: nn.Module, step: int, decay: float) -> None:
     """Move the averaged weights towards the network's."""
@@ -1425,8 +1440,7 @@ class Fit:
         group, means = self.order.batches_in_step(self.step), {}
         share_every = getattr(self.config, "log_gradients", 0)
         for remaining in reversed(range(group)):
-            batch = next(batches).items()
-            batch = {name: t.to(self.device, non_blocking=True, memory_format=torch.channels_last) for name, t in batch}
+            batch = on_device(next(batches), self.device)
             # What DistributedDataParallel.no_sync sets: gradients are averaged over the processes after the last batch.
             self.parallel.require_backward_grad_sync = not remaining
             terms = self.parallel(batch, self.autocast)

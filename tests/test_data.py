@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 import sharpen_kd as kd
 
@@ -132,6 +133,19 @@ def test_crops_share_their_geometry_and_are_drawn_by_seed_epoch_and_index(data_r
     )
     assert not torch.equal(same[(2, 1)]["sharp"], same[(1, 1)]["sharp"])
     assert not torch.equal(same[(2, 1)]["sharp"], kd.GoProSharpeningDataset(pairs, 32, 0.0, seed=6)[(2, 1)]["sharp"])
+
+
+@pytest.mark.parametrize("degradation", ["pairs", "mixed"])
+def test_what_a_loader_takes_is_the_crops_in_8_bits(data_root, degradation):
+    pairs = kd.find_pairs(data_root / "train")
+    dataset = kd.GoProSharpeningDataset(pairs, 32, seed=5, degradation=degradation)
+    items = [(0, 2), (3, 1), (3, 0)]
+    (batch,) = DataLoader(dataset, batch_sampler=[items])
+    assert list(batch) == ["blurred", "sharp"]
+    assert all(crops.dtype == torch.uint8 and crops.shape == (3, 32, 32, 3) for crops in batch.values())
+    for name, crops in kd.on_device(batch, torch.device("cpu")).items():
+        assert crops.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(crops, torch.stack([dataset[item][name] for item in items]))
 
 
 def test_blur_touches_the_blurred_side_only(data_root):
