@@ -1179,6 +1179,7 @@ class FrameSharpener:
         network = FrameNetwork(student, strength).to(device, memory_format=torch.channels_last).eval()
         self.network = RUNNERS[backend](network, device, pick_precision(precision, device))
         self.side = functools.lru_cache(lambda length: tile_side(length, tile, overlap, student.alignment))
+        self.batch = 0 if device.type == "cpu" else TILE**2  # pixels: two tiles at once leave a CPU's caches sooner
 
     def prepare(self, frame: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The frame, continued by its reflection to whole tiles, and its gates."""
@@ -1187,9 +1188,9 @@ class FrameSharpener:
         return padded, self.network(sample_patches(padded))()
 
     def tiles(self, padded: np.ndarray, size: Sequence[int]) -> Iterator[tuple[np.ndarray, Part, list[Part]]]:
-        """Batches (B, h, w, 3) of tiles, of about TILE x TILE pixels, with their row and their columns."""
+        """Batches (B, h, w, 3) of tiles, with their row and their columns."""
         rows, columns = map(self.side, size)
-        count = max(1, TILE**2 // (rows[0].taken.stop * columns[0].taken.stop))
+        count = max(1, self.batch // (rows[0].taken.stop * columns[0].taken.stop))
         for row, start in itertools.product(rows, range(0, len(columns), count)):
             group = columns[start : start + count]
             tiles = [padded[None, row.taken, column.taken] for column in group]

@@ -48,11 +48,12 @@ def test_a_4k_frame_in_tiles_is_little_more_than_the_frame():
 
 @pytest.mark.parametrize("budget", [64, 112])
 @pytest.mark.parametrize("overlap", [32, 0])
-def test_tiles_of_a_local_operation_join_without_a_trace(student_file, random_frame, monkeypatch, overlap, budget):
-    monkeypatch.setattr(kd, "TILE", budget)  # as large as one tile, or as two
+def test_tiles_of_a_local_operation_join_without_a_trace(student_file, random_frame, overlap, budget):
     student, _ = kd.load_student(student_file)
     frame = random_frame(150, 210)
     sharpener = kd.FrameSharpener(student, CPU, tile=64, overlap=overlap)
+    assert sharpener.batch == 0
+    sharpener.batch = budget**2  # as on a GPU: as large as one tile, or as two
     started, waited, sizes = [], [], set()
 
     def start(tiles, *gates):
@@ -114,15 +115,14 @@ def test_a_mirrored_frame_needs_no_copy_by_hand(student_file, random_frame):
 
 
 @pytest.mark.parametrize("backend", ["onnx", "openvino"])
-def test_backends_agree_with_pytorch(random_frame, monkeypatch, backend):
-    monkeypatch.setattr(kd, "TILE", 96)  # batches of one tile: a result must outlive the next one's start
+def test_backends_agree_with_pytorch(random_frame, backend):
     torch.manual_seed(0)
     student = kd.StudentUNet(stem_stride=2, widths=(4, 4, 4, 4, 4), skips="add")
     torch.nn.init.normal_(student.output.weight, std=0.05)
     options = {"tile": 96, "overlap": 32, "precision": "float32"}
     ours, theirs = (kd.FrameSharpener(student, CPU, **options, backend=name) for name in ("torch", backend))
     frame = random_frame(80, 290)
-    assert len(ours.side(290)) > 2
+    assert len(ours.side(290)) > 2  # a tile's result must outlive the next one's start
     patches = kd.sample_patches(ours.prepare(frame)[0])
     assert np.allclose(ours.network(patches)(), theirs.network(patches)(), atol=1e-4)
     difference = np.abs(ours(frame).astype(int) - theirs(frame))
