@@ -963,7 +963,8 @@ class FrameNetwork(nn.Module):
     so every tile would have other gates than its neighbours, and seams.
 
     Folds are never made: r neighbours of a row are already 3r values in a run, which the first layer takes for channels
-    and goes down by r rows a step; the last layer writes such runs, so that a row of the frame is added up in one go.
+    and goes down by r rows a step; the last layer, cut into one a row, writes such runs, so that a row of the frame is
+    added up in one go.
     """
 
     def __init__(self, student: nn.Module, strength: float = 1.0) -> None:
@@ -973,18 +974,22 @@ class FrameNetwork(nn.Module):
         fold = {"c": 3, "row": self.stride}
         weight = rearrange(first.weight.data, "o (c row column) y x -> o (column c) (y row) x", **fold)
         first.weight.data, first.stride, first.padding = weight / 255, (self.stride, 1), (self.stride, 1)
-        for parameter in (last.weight, last.bias):
-            rows = rearrange(parameter.data, "(c row column) ... -> (row column c) ...", **fold)
-            parameter.data = scale * rows
+        rows = [rearrange(p.data, "(c row column) ... -> (row column c) ...", **fold) for p in last.parameters()]
+        count = self.stride if last.kernel_size == (1, 1) else 1  # layers for the rows, where each costs little
+        self.outputs = nn.ModuleList(copy.deepcopy(last) for _ in range(count))
+        for layer, weight, bias in zip(self.outputs, *(parameter.chunk(count) for parameter in rows), strict=True):
+            layer.weight.data, layer.bias.data = scale * weight, scale * bias
+        self.student.output = nn.Identity()
 
     def forward(self, frames: Tensor, gates: Tensor | None = None) -> Tensor:
         widths = self.student.gate_widths
         split = [None] * len(widths) if gates is None else gates.view(1, -1, 1, 1).split(widths, dim=1)
         runs = frames.to(self.student.ends[0].weight.dtype).flatten(2).unflatten(2, (-1, 3 * self.stride))
-        correction, _, used = self.student.correct(runs.permute(0, 3, 1, 2), split)
+        x, _, used = self.student.correct(runs.permute(0, 3, 1, 2), split)
         if gates is None:
             return torch.cat([gate.mean(0).flatten() for gate in used]).float()
-        parts = correction.permute(0, 2, 3, 1).chunk(self.stride, dim=3)  # the rows of a fold
+        outputs = [layer(x).permute(0, 2, 3, 1) for layer in self.outputs]
+        parts = outputs if len(outputs) > 1 else outputs[0].chunk(self.stride, dim=3)  # the rows of a fold
         rows = frames.flatten(2).unflatten(1, (-1, self.stride))  # (B, rows of folds, r, 3 W)
         sums = [rows[:, :, i] + part.flatten(2) for i, part in enumerate(parts)]
         restored = torch.stack([row.round_().clamp_(0, 255).to(torch.uint8) for row in sums], dim=2)
@@ -1756,11 +1761,12 @@ class PlainLayers(nn.Module):
         super().__init__()
         widths = (12, 24, 24, 24, 24, 24, 12)
         layers = [[nn.Conv2d(a, b, 3, padding=1), nn.ReLU(True)] for a, b in itertools.pairwise(widths)]
-        self.layers = nn.Sequential(*itertools.chain(*layers))[:-1]
-        self.ends = self.layers[0], self.layers[-1]
+        *layers, self.output, _ = itertools.chain(*layers)
+        self.layers = nn.Sequential(*layers)
+        self.ends = self.layers[0], self.output
 
     def correct(self, folded: Tensor, gates: Iterable[Tensor] = ()) -> tuple[Tensor, dict, list[Tensor]]:
-        return self.layers(folded), {}, [folded[:, :1].mean((2, 3))]
+        return self.output(self.layers(folded)), {}, [folded[:, :1].mean((2, 3))]
 
 
 def multiply_adds_per_pixel(student: nn.Module) -> float:
