@@ -51,7 +51,7 @@ from einops import rearrange
 from PIL import Image, ImageCms, ImageDraw, ImageFilter, ImageOps
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
@@ -101,8 +101,6 @@ class DeviceConfig:
 
 @dataclass
 class PrepareConfig:
-    """Write blurred/sharp pairs of the xS protocol: shrink and enlarge each picture, both bicubic."""
-
     sharp_dir: Path = flag(Path(), "folder of sharp pictures; its sub-folders are categories", nargs=None)
     split: str = flag("train", "which half of the dataset to write", choices=("train", "test"))
     data_root: Path = flag(DATASET, "dataset folder to write into")
@@ -112,10 +110,8 @@ class PrepareConfig:
 
 
 @dataclass
-class FitConfig(DeviceConfig):
-    """What every training run needs, of the student or of the teacher."""
-
-    data_root: Path = flag(DATASET, "dataset folder, with train/ in it")
+class FitConfig(DeviceConfig):  # what every training run needs, of the student or of the teacher
+    data_root: Path | None = flag(DATASET, "dataset folder, with train/ in it")  # None: scikit-image's own pictures
     run_dir: Path = flag(HERE / "model_checkpoints/run", "folder for last.pth, best.pth and log.csv")
     resume: bool = flag(False, "continue the run in --run-dir, with its own settings; ablate always does")
     overwrite: bool = flag(False, "start anew in a --run-dir that holds a run already")
@@ -143,8 +139,6 @@ class FitConfig(DeviceConfig):
 
 @dataclass
 class TrainConfig(FitConfig):
-    """Distil the teacher into a student; without a dataset, on scikit-image's own pictures."""
-
     base_channels: int = flag(256, "c of the stage widths c/4, c/2, c, 2c, 3c", at_least=8)
     stem_stride: int = flag(4, "space-to-depth factor before the first stage", choices=(1, 2, 4))
     widths: tuple[int, ...] = flag((), "the five stage widths, instead of --base-channels")
@@ -165,15 +159,11 @@ class TrainConfig(FitConfig):
 
 @dataclass
 class AblateConfig(TrainConfig):
-    """Train one student with each teacher term alone, with all and with none, and compare them."""
-
     seeds: tuple[int, ...] = flag((0, 1, 2), "seeds of initial weights, order and crops; one run each")
 
 
 @dataclass
 class TeacherConfig(FitConfig):
-    """Train a Restormer of any size on the dataset (L1); best.pth is a --teacher-weights file."""
-
     stem_stride: int = flag(2, "space-to-depth factor before the first level", choices=(1, 2, 4))
     dim: int = flag(24, "channels of the first level, an even number", at_least=2)
     num_blocks: tuple[int, ...] = flag((1, 2, 2, 3), "transformer blocks of the four levels", at_least=1)
@@ -195,8 +185,6 @@ class InferenceConfig(DeviceConfig):
 
 @dataclass
 class SharpenConfig(InferenceConfig):
-    """Sharpen pictures: files, or folders with everything in them."""
-
     inputs: tuple[Path, ...] = flag((), "pictures or folders", nargs="+")
     output: Path | None = flag(None, "file or folder (default: inference_samples/*_sharpened.png)", short=("-o",))
     strength: float = flag(1.0, "scale of the student's correction; 0 returns the input")
@@ -204,8 +192,6 @@ class SharpenConfig(InferenceConfig):
 
 @dataclass
 class EvalConfig(InferenceConfig):
-    """Average PSNR and SSIM of input, student and teacher over a split and for each category."""
-
     data_root: Path = flag(DATASET, "dataset folder")
     split: str = flag("test", "which half of the dataset to read", choices=("train", "test"))
     protocol: tuple[str, ...] = flag((), "degrade sharp pictures by these, read no blurred ones",
@@ -220,8 +206,6 @@ class EvalConfig(InferenceConfig):
 
 @dataclass
 class FpsConfig(InferenceConfig):
-    """Milliseconds a frame of 512x512, 1280x720 and 1920x1080, whole and in tiles, by every backend."""
-
     checkpoint: tuple[str, ...] = flag(("quality", "fast"), "students: quality, fast, or checkpoint files")
     backend: tuple[str, ...] = flag((), "what runs them (default: on a CPU all but compile)", choices=BACKENDS)
     base_channels: int = flag(0, "time an untrained student of this size instead (the report: 256)", at_least=0)
@@ -235,8 +219,6 @@ class FpsConfig(InferenceConfig):
 
 @dataclass
 class ExportConfig:
-    """Write a student for other programs: 8-bit frames of any size in and out."""
-
     format: str = flag("onnx", "file format", choices=("onnx", "openvino"))
     checkpoint: str = flag("quality", "quality, fast, or a student checkpoint's file")
     output: Path = flag(HERE / "model_checkpoints/exported/student", "files to write, without ending", short=("-o",))
@@ -402,20 +384,20 @@ PAIR_FILE = re.compile(r"(|.*?/)(blurred|blur|sharp)/(.*?)(_blurred|_blur|_sharp
 
 
 def find_pairs(split_dir: Path, protocol: str = "") -> list[Pair]:
-    """A folder's pairs by key, or with a `protocol` its sharp pictures, to be degraded.
-
-    UserError for nothing, files without a partner, unequal sizes, unreadable files, two files for one side.
-    """
+    """A folder's pairs by key, or with a `protocol` its sharp pictures, to be degraded. UserError for nothing, files
+    without a partner, unequal sizes, unreadable files, two files for one side."""
     sides, problems = {"blurred": {}, "sharp": {}}, []
     names = {path: path.relative_to(split_dir).with_suffix("").as_posix() for path in list_pictures(split_dir)}
-    for path, name in names.items():
-        if match := PAIR_FILE.fullmatch(name):
-            side = "sharp" if match[2] == "sharp" else "blurred"
-            if (other := sides[side].setdefault(match[1] + match[3], path)) != path:
+    matches = {path: PAIR_FILE.fullmatch(name) for path, name in names.items()}
+    sideless = protocol and not any(matches.values())  # all pictures are sharp ones
+    for path, match in matches.items():
+        if match or sideless:
+            side = "sharp" if sideless or match[2] == "sharp" else "blurred"
+            key = match[1] + match[3] if match else names[path]
+            if (other := sides[side].setdefault(key, path)) != path:
                 problems.append(f"{path} and {other} are the {side} side of one pair")
     blurred, sharp = sides.values()
-    if protocol:  # of the pairs, or of a folder that knows no sides
-        sharp = sharp if blurred or sharp else {name: path for path, name in names.items()}
+    if protocol:
         pairs = [Pair(key, path, degradation=PROTOCOLS[protocol]) for key, path in sorted(sharp.items())]
     else:
         problems += [f"{blurred[key]} has no sharp partner" for key in sorted(blurred.keys() - sharp.keys())]
@@ -436,21 +418,13 @@ def find_pairs(split_dir: Path, protocol: str = "") -> list[Pair]:
     return pairs
 
 
-# Photographs and pages that scikit-image carries in its wheel (its data/README.txt names their sources).
-EMBEDDED = {"animals": ("chelsea.png", "horse.png"), "people": ("astronaut.png", "camera.png"),
-            "text": ("page.png", "text.png"), "nature": ("coffee.png", "rocket.jpg", "moon.png", "grass.png",
-            "gravel.png", "brick.png", "hubble_deep_field.jpg", "motorcycle_left.png")}  # fmt: skip
-
-
-def uses_embedded_sample(config: object) -> bool:
-    """Whether this is `train` without a dataset: no other --data-root, and no pictures under this one."""
-    return isinstance(config, TrainConfig) and config.data_root == DATASET and not list_pictures(DATASET / "train")
-
-
 def embedded_pairs() -> list[Pair]:
-    """scikit-image's own pictures as pairs, blurred on the fly; one that is not there is an error when it is read."""
-    folder = Path(skimage.data.__file__).parent
-    return [Pair(f"{kind}/{Path(name).stem}", folder / name) for kind, names in EMBEDDED.items() for name in names]
+    """Pictures in scikit-image's wheel (sources: its data/README.txt), blurred when read; an error then if missing."""
+    nature = ("coffee.png", "rocket.jpg", "moon.png", "grass.png", "gravel.png", "brick.png", "hubble_deep_field.jpg")
+    names = {"animals": ("chelsea.png", "horse.png"), "people": ("astronaut.png", "camera.png"),
+             "text": ("page.png", "text.png"), "nature": (*nature, "motorcycle_left.png")}  # fmt: skip
+    paths = [(kind, Path(skimage.data.__file__).with_name(name)) for kind in names for name in names[kind]]
+    return [Pair(f"{kind}/{path.stem}", path) for kind, path in paths]
 
 
 def grouped(items: Iterable, key: Callable[[typing.Any], str]) -> dict[str, list]:
@@ -529,6 +503,12 @@ class GoProSharpeningDataset(Dataset):
         return {"blurred": blurred, "sharp": sharp}
 
 
+def on_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """(B, C, H, W) floats, in channels_last, of a loader's (B, H, W, C), in which 8 bits stand for [0, 1]."""
+    moved = {name: t.to(device, non_blocking=True).permute(0, 3, 1, 2) for name, t in batch.items()}
+    return {name: t.float().div_(255) if t.dtype == torch.uint8 else t.float() for name, t in moved.items()}
+
+
 def save_picture(image: Image.Image, path: Path) -> None:
     """Write with the metadata in `image.info`, to a temporary file that is then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -561,7 +541,7 @@ def plan_outputs(inputs: Sequence[Path], target: Callable[[Path], Path]) -> dict
 
 
 def prepare(config: PrepareConfig) -> None:
-    """The `prepare` command: pairs of the xS protocol under `data_root/split`, categories kept."""
+    """Write blurred/sharp pairs of the xS protocol: shrink and enlarge each picture, both bicubic."""
     target = config.data_root / config.split
     require(not list_pictures(target), f"{target} holds pictures already; remove them or choose another --data-root")
     unfinished = target.with_name(f".{target.name}.unfinished")  # renamed once all pairs are in it
@@ -699,8 +679,7 @@ class TeacherCache(Dataset):
         places = list(itertools.product(range(len(self.dataset.pairs)), range(self.variants)))[RANK::PROCESSES]
         for index, variant in tqdm(places, "teacher cache", disable=RANK > 0):
             rng = np.random.default_rng((variant, index))  # not the run's seed: runs of several seeds share a cache
-            example = self.dataset.example(self.dataset.images(index), rng)
-            example = {name: self.dataset.to_tensor(image)[None].to(device) for name, image in example.items()}
+            example = on_device(default_collate([self.dataset.example(self.dataset.images(index), rng)]), device)
             example = {name: pad_to_multiple(image, self.alignment) for name, image in example.items()}
             with autocast:
                 example |= {"output": teacher(example["blurred"])} | teacher.tapped
@@ -739,10 +718,8 @@ LEAK = 0.1  # slope below zero. With plain ReLUs the deep stages die: 64 of 64 c
 
 
 class Stage(nn.Module):
-    """3x3 convolutions with leaky ReLUs, and a gate a channel: the SE block's, or (1, C, 1, 1) handed in.
-
-    Gates are multiplied in by whoever reads the features (`gated`): after pooling that costs a quarter.
-    """
+    """3x3 convolutions with leaky ReLUs, and a gate a channel: the SE block's, or (1, C, 1, 1) handed in. Whoever reads
+    the features multiplies them by it (`gated`): after pooling that costs a quarter."""
 
     def __init__(self, in_channels: int, channels: int, convolutions: int = 2) -> None:
         super().__init__()
@@ -1058,10 +1035,8 @@ def torch_backend(network: nn.Module, device: torch.device, precision: torch.dty
 
 
 def quantized(model, network: FrameNetwork, names: Sequence[str]):
-    """The OpenVINO or ONNX model with int8 convolutions, calibrated on pieces of scikit-image's pictures at x2.
-
-    `names` are the model's inputs; ONNX leaves the gates out where a network has none.
-    """
+    """The OpenVINO or ONNX model with int8 convolutions, calibrated on pieces of scikit-image's pictures at x2. `names`
+    are the model's inputs; ONNX leaves the gates out where a network has none."""
     import nncf
 
     nncf.set_log_level(40)  # errors only
@@ -1242,6 +1217,66 @@ def mean_score(frames: Sequence[tuple[np.ndarray, np.ndarray]], sharpen: FrameFu
     return np.mean([score(sharpen(blurred), sharp) for blurred, sharp in frames], axis=0).tolist()
 
 
+def sharpen_picture(sharpener: FrameSharpener, image: Image.Image) -> Image.Image:
+    """A sharpened 8-bit copy, greyscale or RGB: oriented by EXIF; EXIF, ICC profile, resolution and alpha kept."""
+    image = ImageOps.exif_transpose(image)
+    grey, exif, icc = image.mode[0] in "1LIF" and image.mode != "LAB", image.getexif(), image.info.get("icc_profile")
+    kept = {"exif": exif.tobytes() if exif else None, "icc_profile": icc, "dpi": image.info.get("dpi")}
+    if image.mode in ("CMYK", "LAB"):
+        source = ImageCms.ImageCmsProfile(io.BytesIO(icc) if icc else ImageCms.createProfile("LAB"))
+        kept["icc_profile"] = None  # it does not describe RGB
+        if source.profile.xcolor_space.strip() == {"CMYK": "CMYK", "LAB": "Lab"}[image.mode]:
+            srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+            image = ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
+            kept["icc_profile"] = srgb.tobytes()
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+    result = Image.fromarray(sharpener(frame_array(image))).convert("L" if grey else "RGB")
+    if image.mode == "RGBA":
+        result.putalpha(image.getchannel("A"))
+    result.info = {name: value for name, value in kept.items() if value}
+    return result
+
+
+def sharpen(config: SharpenConfig) -> None:
+    """Sharpen pictures: files, or folders with everything in them."""
+    output, ending = (config.output, ".png") if config.output else (SAMPLES, "_sharpened.png")
+    one_file = output.suffix and not output.is_dir()
+    if one_file and Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
+        raise UserError(f"-o {output}: Pillow cannot write the file type {output.suffix}")
+    if one_file and (len(config.inputs) > 1 or config.inputs[0].is_dir()):
+        raise UserError(f"-o {output}: a file can take one picture only; name a folder")
+    folders = [path.resolve() if path.is_dir() else path.resolve().parent for path in config.inputs]
+    own = config.output and not one_file and output.resolve() in folders
+    require(not own, f"-o {output}: holds the pictures themselves, and perhaps others of their names; choose another")
+    plan = plan_outputs(config.inputs, lambda name: output if one_file else output / name.with_name(name.stem + ending))
+    sharpener, failed = student_frames(config, config.strength), []
+    for target, source in tqdm(plan.items(), "sharpen", disable=len(plan) == 1):
+        try:
+            save_picture(sharpen_picture(sharpener, open_picture(source)), target)
+            tqdm.write(f"{source} -> {target}")
+        except (ValueError, OSError, ImageCms.PyCMSError) as error:  # named at the end; a UserError is a ValueError
+            failed.append(str(error) if str(source) in str(error) else f"{source}: {error}")
+    if failed:
+        raise UserError("; ".join(failed))
+
+
+def export(config: ExportConfig) -> None:
+    """Write a student for other programs: 8-bit frames of any size in and out."""
+    student, _ = load_student(config.checkpoint)
+    make_folders(config.output)
+    name, suffix = config.output.name, {"onnx": ".onnx", "openvino": ".xml"}[config.format]
+    for ending, gated in (("", True), ("_gates", False)):  # the frame's network, and the one its gates come from
+        path = config.output.with_name(name + ending + suffix)
+        model = traced(FrameNetwork(student), config.format, gated)
+        if config.format == "onnx":
+            path.write_bytes(model)
+        else:
+            importlib.import_module("openvino").save_model(model, path, compress_to_fp16=False)
+        print(path)
+    print(f"frames (1, H, W, 3) and patches (N, h, w, 3) are 8-bit RGB, sides multiples of {student.alignment}")
+
+
 # --- Training: one loop for the student and for the teacher -----------------------------------------------------------
 
 
@@ -1289,12 +1324,6 @@ class CropOrder(Sampler[list[tuple[int, int]]]):
             done = 0
 
 
-def on_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """(B, C, H, W) floats, in channels_last, of a loader's (B, H, W, C), in which 8 bits stand for [0, 1]."""
-    moved = {name: t.to(device, non_blocking=True).permute(0, 3, 1, 2) for name, t in batch.items()}
-    return {name: t.float().div_(255) if t.dtype == torch.uint8 else t.float() for name, t in moved.items()}
-
-
 @torch.no_grad()
 def update_ema(ema: nn.Module, network: nn.Module, step: int, decay: float) -> None:
     """Move the averaged weights towards the network's."""
@@ -1304,10 +1333,8 @@ def update_ema(ema: nn.Module, network: nn.Module, step: int, decay: float) -> N
 
 def gradient_shares(terms: dict[str, Tensor], parameters: list[Tensor]) -> dict[str, float]:
     """Each weighted term's gradient norm over the student's weights, as a share of their sum."""
-    norms = {}
-    for name, term in terms.items():
-        gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-        norms[name] = math.sqrt(sum(float(g.square().sum()) for g in gradients if g is not None))
+    gradient = functools.partial(torch.autograd.grad, inputs=parameters, retain_graph=True, materialize_grads=True)
+    norms = {name: nn.utils.get_total_norm(gradient(term)).item() for name, term in terms.items()}
     return {f"gradient_{name}": norm / sum(norms.values()) for name, norm in norms.items()}
 
 
@@ -1368,9 +1395,9 @@ def start_run(config: FitConfig) -> tuple[list[Pair], dict | None]:
         raise UserError(f"{config.run_dir} holds a run already: add --resume or --overwrite, or name another --run-dir")
     torch.manual_seed(config.seed)
     last = read_checkpoint(config.run_dir / "last.pth", "start the run without --resume") if config.resume else None
-    if not uses_embedded_sample(config):
+    if config.data_root:
         return find_pairs(config.data_root / "train", "" if config.degradation == "pairs" else "x2"), last
-    print(f"No pictures under {config.data_root / 'train'}: training on those that scikit-image carries.")
+    print(f"No pictures under {DATASET / 'train'}: training on those that scikit-image carries.")
     print(f"--lambda-perceptual is {config.lambda_perceptual:g}, the teacher {config.teacher_weights}.")
     return embedded_pairs(), last
 
@@ -1431,7 +1458,8 @@ class Fit:
         """Score the averaged weights on the held-out pictures; keep them if they are the best so far."""
         psnr, similarity = math.nan, math.nan
         if self.held_out:
-            restore = self.frame_function(copy.deepcopy(self.ema), self.device)  # it may hook or rewrite its network
+            network = copy.deepcopy(self.ema)  # which may be hooked or rewritten
+            restore = self.frame_function(network, self.device, precision=self.config.precision)
             psnr, similarity = mean_score(self.held_out, restore)
             tqdm.write(f"step {self.step}: held-out {psnr:.2f} dB, SSIM {similarity:.4f}")
         if psnr > self.best or not self.held_out:
@@ -1491,8 +1519,7 @@ class Fit:
                     continue
                 row = {"step": self.step, "epoch": epoch, "learning_rate": rate}
                 row |= {"loss": sum(means[name] for name in terms), **means, "seconds": time.perf_counter() - started}
-                ended, within = divmod(self.step, order.steps_per_epoch)
-                if self.step == total or (not within and ended % config.validate_every == 0):
+                if self.step == total or self.step % (order.steps_per_epoch * config.validate_every) == 0:
                     row |= self.validate()
                 self.rows.append(row)
                 if time.monotonic() - saved > 60:
@@ -1516,7 +1543,7 @@ class Fit:
 
 
 def train_teacher(config: TeacherConfig) -> None:
-    """The `teacher` command."""
+    """Train a Restormer of any size on the dataset (L1); best.pth is a --teacher-weights file."""
     require(len(config.num_blocks) == len(config.heads) == 4, "--num-blocks, --heads: four numbers each, one a level")
     if config.dim % 2 or any(config.dim * 2**level % heads for level, heads in enumerate(config.heads)):
         raise UserError(f"--dim {config.dim}: must be even, and every level's (it doubles) a multiple of its --heads")
@@ -1530,8 +1557,7 @@ def train_teacher(config: TeacherConfig) -> None:
         channels = [3 * config.stem_stride**2] * 2
         restormer = StemmedRestormer(*channels, **{name: getattr(config, name) for name in sizes})
     objective = Distillation(restormer, None, DistillationLoss({"reconstruction": 1.0}))
-    frames = functools.partial(teacher_frames, precision=config.precision)
-    Fit(config, objective, restormer_dimensions(restormer.state_dict()), pairs, frames, last).run()
+    Fit(config, objective, restormer_dimensions(restormer.state_dict()), pairs, teacher_frames, last).run()
 
 
 # `train` without a dataset: small enough for two cores and ten minutes, on scikit-image's pictures.
@@ -1544,7 +1570,7 @@ EMBEDDED_RUN = {
 
 
 def train(config: TrainConfig) -> None:
-    """The `train` command; its last lines are the held-out scores before and after."""
+    """Distil the teacher into a student; without a dataset, on scikit-image's own pictures."""
     pairs, last = start_run(config)
     student = StudentUNet(3, 3, config.base_channels, config.stem_stride, config.widths, config.skips,
                           config.convolutions)  # fmt: skip
@@ -1557,8 +1583,7 @@ def train(config: TrainConfig) -> None:
     if loss.needs_teacher or config.teacher_cache:  # crops come from the cache, even if no term reads the teacher
         widths = student.feature_widths if "feature" in loss.weights else None
         teacher = RestormerTeacherWrapper(load_restormer(config.teacher_weights), widths)
-    frames = functools.partial(FrameSharpener, precision=config.precision)
-    run = Fit(config, Distillation(student, teacher, loss), student.config, pairs, frames, last)
+    run = Fit(config, Distillation(student, teacher, loss), student.config, pairs, FrameSharpener, last)
     run.run()
     if RANK == 0 and run.held_out:
         before = mean_score(run.held_out, lambda frame: frame)
@@ -1569,20 +1594,19 @@ def train(config: TrainConfig) -> None:
         print(f"after:  {after['psnr']:.2f} dB, SSIM {after['ssim']:.4f}")
 
 
-# --- Ablation: what does the teacher add? -----------------------------------------------------------------------------
-
 ABLATION = {"no teacher": (), "features": ("feature",), "KL": ("kl",), "output": ("output",),
             "all": ("feature", "kl", "output"), "no teacher, longer": ()}  # fmt: skip
 
 
 def ablate(config: AblateConfig) -> None:
-    """The `ablate` command: runs in --run-dir/VARIANT_SEED, then a table, ablation.json and ablation.png.
+    """Train one student with each teacher term alone, with all and with none, and compare them.
 
-    A teacher term that a variant lacks has weight 0; the others have their --lambda. "No teacher, longer" has as many
-    more epochs as a step of "all" takes longer. With a --teacher-cache all see the same crops. Runs that are there are
-    kept or continued, so two processes can share out the seeds, and a third the table.
+    Runs are in --run-dir/VARIANT_SEED, beside ablation.json and ablation.png. A teacher term that a variant lacks has
+    weight 0; the others have their --lambda. "No teacher, longer" has as many more epochs as a step of "all" takes
+    longer. With a --teacher-cache all see the same crops. Runs that are there are kept or continued, so two processes
+    can share out the seeds, and a third the table.
     """
-    test = [] if uses_embedded_sample(config) else [p.load() for p in find_pairs(config.data_root / "test", "x2")]
+    test = [p.load() for p in find_pairs(config.data_root / "test", "x2")] if config.data_root else []
     folders = {name: name.replace(",", "").replace(" ", "_") for name in ABLATION}
     for folder in folders.values() if config.overwrite else ():  # all now: what is interrupted then goes on without
         for file in config.run_dir.glob(f"{folder}_*/*.pth"):
@@ -1619,55 +1643,6 @@ def ablate(config: AblateConfig) -> None:
         curves["mean"] = [statistics.fmean(values or [math.nan]) for values in psnr.values()], list(psnr), "k|"
         panels.append(({"title": f"{where}, x2, PSNR in dB"}, curves))
     plot(config.run_dir / "ablation.png", *panels)
-
-
-# --- Sharpening: picture files in, picture files out ------------------------------------------------------------------
-
-
-def sharpen_picture(sharpener: FrameSharpener, image: Image.Image) -> Image.Image:
-    """A sharpened 8-bit copy, greyscale or RGB: oriented by EXIF; EXIF, ICC profile, resolution and alpha kept."""
-    image = ImageOps.exif_transpose(image)
-    grey, exif, icc = image.mode[0] in "1LIF" and image.mode != "LAB", image.getexif(), image.info.get("icc_profile")
-    kept = {"exif": exif.tobytes() if exif else None, "icc_profile": icc, "dpi": image.info.get("dpi")}
-    if image.mode in ("CMYK", "LAB"):
-        source = ImageCms.ImageCmsProfile(io.BytesIO(icc) if icc else ImageCms.createProfile("LAB"))
-        kept["icc_profile"] = None  # it does not describe RGB
-        if source.profile.xcolor_space.strip() == {"CMYK": "CMYK", "LAB": "Lab"}[image.mode]:
-            srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
-            image = ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
-            kept["icc_profile"] = srgb.tobytes()
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-    result = Image.fromarray(sharpener(frame_array(image))).convert("L" if grey else "RGB")
-    if image.mode == "RGBA":
-        result.putalpha(image.getchannel("A"))
-    result.info = {name: value for name, value in kept.items() if value}
-    return result
-
-
-def sharpen(config: SharpenConfig) -> None:
-    """The `sharpen` command. One unreadable picture does not stop the others; it is named at the end."""
-    output, ending = (config.output, ".png") if config.output else (SAMPLES, "_sharpened.png")
-    one_file = output.suffix and not output.is_dir()
-    if one_file and Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
-        raise UserError(f"-o {output}: Pillow cannot write the file type {output.suffix}")
-    if one_file and (len(config.inputs) > 1 or config.inputs[0].is_dir()):
-        raise UserError(f"-o {output}: a file can take one picture only; name a folder")
-    folders = [path.resolve() if path.is_dir() else path.resolve().parent for path in config.inputs]
-    if config.output and not one_file and output.resolve() in folders:
-        raise UserError(
-            f"-o {output}: holds the pictures themselves, and perhaps others of their names; choose another"
-        )
-    plan = plan_outputs(config.inputs, lambda name: output if one_file else output / name.with_name(name.stem + ending))
-    sharpener, failed = student_frames(config, config.strength), []
-    for target, source in tqdm(plan.items(), "sharpen", disable=len(plan) == 1):
-        try:
-            save_picture(sharpen_picture(sharpener, open_picture(source)), target)
-            tqdm.write(f"{source} -> {target}")
-        except (ValueError, OSError, ImageCms.PyCMSError) as error:  # a UserError is a ValueError
-            failed.append(str(error) if str(source) in str(error) else f"{source}: {error}")
-    if failed:
-        raise UserError("; ".join(failed))
 
 
 # --- Evaluation -------------------------------------------------------------------------------------------------------
@@ -1721,7 +1696,7 @@ def score_pair(config: EvalConfig, pair: Pair, methods: dict[str, FrameFunction]
 
 
 def evaluate(config: EvalConfig) -> None:
-    """The `eval` command: a table on the terminal, scores.csv, and on request JSON and pictures."""
+    """Average PSNR and SSIM of input, student and teacher over a split and for each category."""
     make_folders(config.json, config.output_dir / "scores.csv")
     data = {name: find_pairs(config.data_root / config.split, name) for name in config.protocol or ("",)}
     methods: dict[str, FrameFunction] = {"input": lambda frame: frame}
@@ -1787,10 +1762,8 @@ def sample_frames(height: int, width: int) -> list[np.ndarray]:
 
 @torch.inference_mode()
 def milliseconds(functions: Sequence[Callable[[], object]], device: torch.device, config: FpsConfig) -> np.ndarray:
-    """(functions, 2): median and 95th percentile of each one's time, waiting for the device on both ends.
-
-    They take turns, so that whatever else the machine does slows all of them alike.
-    """
+    """(functions, 2): median and 95th percentile of each one's time, waiting for the device on both ends. They take
+    turns, so that whatever else the machine does slows all of them alike."""
     wait = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
     times = np.empty((config.warmup + config.frames, len(functions)))
     for turn, index in np.ndindex(times.shape):
@@ -1802,7 +1775,6 @@ def milliseconds(functions: Sequence[Callable[[], object]], device: torch.device
     return np.percentile(times[config.warmup :], (50, 95), axis=0).T
 
 
-@torch.inference_mode()
 def convolution_speeds(precision: torch.dtype, device: torch.device, config: FpsConfig) -> dict[int, float]:
     """{channels: GFLOP/s} of 3x3 convolutions at 270x480 in PyTorch: what arithmetic could reach here."""
     layers, widths = [], (16, 24, 32, 64, 128)
@@ -1864,7 +1836,7 @@ def fps_rows(networks: dict[str, nn.Module], backend: str, device: torch.device,
 
 
 def measure_fps(config: FpsConfig) -> None:
-    """The `fps` command."""
+    """Milliseconds a frame of 512x512, 1280x720 and 1920x1080, whole and in tiles, by every backend."""
     suffix = config.plot.suffix.lower() if config.plot else ".png"
     require(suffix in (".png", ".jpg", ".pdf", ".svg"), f"--plot {config.plot}: name a .png, .jpg, .pdf or .svg file")
     make_folders(config.json, config.plot)
@@ -1885,12 +1857,11 @@ def measure_fps(config: FpsConfig) -> None:
     installed = [name for name, packages in BACKENDS.items() if all(map(importlib.util.find_spec, packages.split()))]
     installed.remove("compile")  # minutes for a checkpoint and a size
     backends = config.backend or (installed if device.type == "cpu" else ["torch"])
+    line = ("{checkpoint:<14}{backend:<14}{precision:<11}{size:<16}{network_ms:>10.1f}{frame_ms:>22.1f}"
+            "{frame_ms_p95:>7.1f}{fps:>7.1f}{gflops:>9.0f}{ratio:>9.2f}")  # fmt: skip
     for row in itertools.chain.from_iterable(fps_rows(networks, backend, device, config) for backend in backends):
         size = f"{row['width']}x{row['height']}{' tiled' if row['tiled'] else ''}"
-        line = (f"{row['checkpoint']:<14}{row['backend']:<14}{row['precision']:<11}{size:<16}{row['network_ms']:>10.1f}"
-                f"{row['frame_ms']:>22.1f}{row['frame_ms_p95']:>7.1f}{row['fps']:>7.1f}{row['gflops']:>9.0f}"
-                f"{row['frame_ms'] / row['plain_ms']:>9.2f}")  # fmt: skip
-        print(line, flush=True)
+        print(line.format(**row, size=size, ratio=row["frame_ms"] / row["plain_ms"]), flush=True)
         rows.append(row)
     reached = convolution_speeds(precision := pick_precision(config.precision, device), device, config)
     widths = ", ".join(f"{speed:.0f} ({width} wide)" for width, speed in reached.items())
@@ -1899,25 +1870,6 @@ def measure_fps(config: FpsConfig) -> None:
         config.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     if config.plot:
         draw_quality(config, students, backends, device)
-
-
-# --- Export -----------------------------------------------------------------------------------------------------------
-
-
-def export(config: ExportConfig) -> None:
-    """The `export` command: two files, the frame's network and the one that its gates come from."""
-    student, _ = load_student(config.checkpoint)
-    make_folders(config.output)
-    name, suffix = config.output.name, {"onnx": ".onnx", "openvino": ".xml"}[config.format]
-    for ending, gated in (("", True), ("_gates", False)):
-        path = config.output.with_name(name + ending + suffix)
-        model = traced(FrameNetwork(student), config.format, gated)
-        if config.format == "onnx":
-            path.write_bytes(model)
-        else:
-            importlib.import_module("openvino").save_model(model, path, compress_to_fp16=False)
-        print(path)
-    print(f"frames (1, H, W, 3) and patches (N, h, w, 3) are 8-bit RGB, sides multiples of {student.alignment}")
 
 
 # --- Command line -----------------------------------------------------------------------------------------------------
@@ -1932,8 +1884,9 @@ def build_parser() -> argparse.ArgumentParser:
     """One argument a field: its type from the annotation, its meaning and options from the metadata."""
     parser = argparse.ArgumentParser(prog="sharpen_kd.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (config_class, _) in COMMANDS.items():
-        command = commands.add_parser(name, help=config_class.__doc__, description=config_class.__doc__)
+    for name, (config_class, function) in COMMANDS.items():
+        about = function.__doc__.split("\n")[0]
+        command = commands.add_parser(name, help=about, description=about)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         hints = typing.get_type_hints(config_class)
         for item in dataclasses.fields(config_class):
@@ -1958,25 +1911,23 @@ def build_parser() -> argparse.ArgumentParser:
 def settle(config_class: type, given: dict) -> object:
     """The command's configuration: given flags over a resumed run's over the embedded run's; UserError off bounds."""
     config = config_class(**given)
-    if uses_embedded_sample(config):
+    if isinstance(config, TrainConfig) and config.data_root == DATASET and not list_pictures(DATASET / "train"):
         sizes = {"widths": ()} if "base_channels" in given else {}  # which widths would overrule
-        config = config_class(**(EMBEDDED_RUN | sizes | given))
+        config = config_class(**(EMBEDDED_RUN | sizes | given | {"data_root": None}))
     if isinstance(config, FitConfig) and config.resume:
         last = read_checkpoint(config.run_dir / "last.pth", "start the run without --resume")
         try:
-            saved = last["config"]
-            for name, hint in typing.get_type_hints(config_class).items():
-                if hint in (Path, Path | None) and saved[name] is not None:
-                    saved[name] = Path(saved[name])
-            config = config_class(**(saved | {"run_dir": config.run_dir} | given))  # it may have been moved
+            saved, hints = last["config"], typing.get_type_hints(config_class).items()
+            paths = {name: saved[name] and Path(saved[name]) for name, hint in hints if hint in (Path, Path | None)}
+            config = config_class(**(saved | paths | {"run_dir": config.run_dir} | given))  # it may have been moved
         except (KeyError, TypeError) as error:
             raise UserError(f"{config.run_dir / 'last.pth'}: another command's run ({error})") from error
     for item in dataclasses.fields(config):
         (at_least, above), value = item.metadata["bounds"], getattr(config, item.name)
         for number in value if isinstance(value, tuple) else (value,) if value is not None else ():
-            if (at_least is not None and not number >= at_least) or (above is not None and not number > above):
-                bound = f"at least {at_least}" if above is None else f"above {above}"
-                raise UserError(f"--{item.name.replace('_', '-')} {number}: must be {bound}")
+            fits = (at_least is None or number >= at_least) and (above is None or number > above)
+            bound = f"at least {at_least}" if above is None else f"above {above}"
+            require(fits, f"--{item.name.replace('_', '-')} {number}: must be {bound}")
     return config
 
 

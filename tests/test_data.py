@@ -36,6 +36,15 @@ def test_published_gopro_layout(tmp_path):
     assert all(p.blurred.parent.name == "blur" for p in pairs)
 
 
+def test_a_folder_without_sides_is_all_sharp(tmp_path):
+    save(tmp_path / "text/a_blur.png")
+    save(tmp_path / "b.png")
+    assert [(p.key, p.blurred) for p in kd.find_pairs(tmp_path, "x2")] == [("b", None), ("text/a_blur", None)]
+    save(tmp_path / "b.jpg")
+    with pytest.raises(kd.UserError, match=r"b\.png and .*b\.jpg are the sharp side|b\.jpg and .*b\.png are the sharp"):
+        kd.find_pairs(tmp_path, "x2")
+
+
 @pytest.mark.parametrize(
     ("spoil", "named"),
     [

@@ -1,6 +1,7 @@
 """The loop: order, accumulation, averaging, resuming, interruption, several processes."""
 
 import csv
+import dataclasses
 import json
 import math
 import re
@@ -94,7 +95,7 @@ def test_accumulated_gradient_is_the_mean_over_the_group(data_root, tmp_path):
     run = kd.Fit(config, kd.Distillation(student, None, loss), student.config, pairs, kd.FrameSharpener)
     items = [item for batch in run.order for item in batch]
     examples = [{name: image[None] for name, image in run.dataset[item].items()} for item in items]
-    batches = iter(examples)
+    batches = iter([torch.utils.data.default_collate(run.dataset.__getitems__([item])) for item in items])
     seen = []
     run.optimiser.step = lambda: seen.append(student.output.weight.grad.clone())
     for _ in range(2):
@@ -114,6 +115,18 @@ def test_a_run_of_another_command_is_not_resumed(tmp_path, capsys):
     for command in ("train", "teacher"):
         assert kd.main([command, "--resume", "--run-dir", str(tmp_path)]) == 2
         assert "last.pth: another command's run" in capsys.readouterr().err
+
+
+def test_a_run_on_the_embedded_sample_stays_on_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(kd, "list_pictures", lambda folder: [])
+    config = kd.settle(kd.TrainConfig, {"run_dir": tmp_path, "epochs": 3})
+    assert config.data_root is None
+    assert (config.epochs, config.stem_stride) == (3, 2)  # its own settings below the given ones
+    saved = {name: str(v) if isinstance(v, kd.Path) else v for name, v in vars(config).items()}
+    torch.save({"config": saved}, tmp_path / "last.pth")
+    monkeypatch.setattr(kd, "list_pictures", lambda folder: [folder / "a.png"])  # a dataset that came later
+    assert kd.settle(kd.TrainConfig, {}).data_root == kd.DATASET
+    assert kd.settle(kd.TrainConfig, {"run_dir": tmp_path, "resume": True}) == dataclasses.replace(config, resume=True)
 
 
 def test_resumed_run_reaches_the_same_weights(arguments, tmp_path):
