@@ -474,6 +474,7 @@ class GoProSharpeningDataset(Dataset):
         return [self.crop(item) for item in items]
 
     def crop(self, item: int | tuple[int, int]) -> dict[str, np.ndarray]:
+        """The item in 8 bits: {"blurred", "sharp"} of RGB (image_size, image_size, 3) each."""
         epoch, index = item if isinstance(item, tuple) else (0, item)
         images, rng = self.images(index), np.random.default_rng((self.seed, epoch, index))
         top, left = (2 * rng.integers((side - self.image_size) // 2 + 1) for side in images[0].shape[:2])
