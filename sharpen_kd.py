@@ -1046,8 +1046,9 @@ def quantized(model, network: FrameNetwork, names: Sequence[str]):
     with torch.inference_mode():
         values = [(frame, network(torch.from_numpy(frame)).numpy()) for frame in frames]
     data = nncf.Dataset([dict(zip(names, value, strict=False)) for value in values])
-    # Kept: what is added to the frame, whose bytes must stay (1.2 dB), and the layers that read and write pixels.
-    scope = nncf.IgnoredScope(types=["Add"], patterns=[".*encoder.0.layers.0.*", ".*output.*"], validate=False)
+    # Kept: what is added to the frame, whose bytes must stay (1.2 dB), and a student's layers for pixels in and out.
+    ends = [".*encoder.0.layers.0.*", ".*outputs.*"] if isinstance(network.student, StudentUNet) else []
+    scope = nncf.IgnoredScope(types=["Add"], patterns=ends, validate=False)
     with contextlib.redirect_stdout(sys.stderr):  # its progress bars
         return nncf.quantize(model, data, subset_size=len(values), ignored_scope=scope)
 
@@ -1399,7 +1400,8 @@ def start_run(config: FitConfig) -> tuple[list[Pair], dict | None]:
     last = read_checkpoint(config.run_dir / "last.pth", "start the run without --resume") if config.resume else None
     if config.data_root:
         return find_pairs(config.data_root / "train", "" if config.degradation == "pairs" else "x2"), last
-    print(f"No pictures under {DATASET / 'train'}: training on those that scikit-image carries.")
+    print("" if config.resume else f"No pictures under {DATASET / 'train'}. ", end="")
+    print("Training on those that scikit-image carries.")
     print(f"--lambda-perceptual is {config.lambda_perceptual:g}, the teacher {config.teacher_weights}.")
     return embedded_pairs(), last
 

@@ -122,6 +122,8 @@ def test_backends_agree_with_pytorch(random_frame, backend):
     ours, theirs = (kd.FrameSharpener(student, CPU, **options, backend=name) for name in ("torch", backend))
     frame = random_frame(80, 290)
     assert len(ours.side(290)) > 2  # a tile's result must outlive the next one's start
+    batches = [[len(tiles) for tiles, *_ in x.tiles(x.prepare(frame)[0], (80, 290))] for x in (ours, theirs)]
+    assert batches == [[len(ours.side(290))], [1] * len(ours.side(290))]  # PyTorch takes a row together
     patches = kd.sample_patches(ours.prepare(frame)[0])
     assert np.allclose(ours.network(patches)(), theirs.network(patches)(), atol=1e-4)
     difference = np.abs(ours(frame).astype(int) - theirs(frame))
