@@ -1401,7 +1401,7 @@ def start_run(config: FitConfig) -> tuple[list[Pair], dict | None]:
     if config.data_root:
         return find_pairs(config.data_root / "train", "" if config.degradation == "pairs" else "x2"), last
     print("" if config.resume else f"No pictures under {DATASET / 'train'}. ", end="")
-    print("Training on those that scikit-image carries.")
+    print("Training on the pictures that scikit-image carries.")
     print(f"--lambda-perceptual is {config.lambda_perceptual:g}, the teacher {config.teacher_weights}.")
     return embedded_pairs(), last
 
