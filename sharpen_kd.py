@@ -8,7 +8,7 @@
 `prepare` makes blurred/sharp pairs from sharp pictures, and `teacher` trains a compact Restormer where the
 published weights do not suit the blur. Every flag is in `python sharpen_kd.py COMMAND --help`.
 
-Pictures blurred at x2 (27.75 dB / 0.8605) become 29.78 dB / 0.9040 by model_checkpoints/student.pth, in 96 ms a
+Pictures blurred at x2 (27.75 dB / 0.8605) become 29.78 dB / 0.9040 by model_checkpoints/student.pth, in 93 ms a
 1080p frame on two cores of an AMD EPYC, and 29.18 dB / 0.8963 by student_fast.pth, in 40 ms.
 """
 
