@@ -1001,10 +1001,10 @@ def traced(network: FrameNetwork, library: str, gated: bool):
     return file.getvalue()
 
 
-def torch_backend(network: nn.Module, device: torch.device, precision: torch.dtype, compiled: bool = False) -> Runner:
+def torch_backend(network: nn.Module, device: torch.device, precision: torch.dtype, variant: str) -> Runner:
     """PyTorch as it is, or its compiler, with CUDA graphs on CUDA."""
     network, one_pass = network.to(precision), device.type == "cpu" and torch.backends.mkldnn.is_available()
-    if compiled:
+    if variant == "compile":
         torch._dynamo.config.recompile_limit = 64  # networks and sizes share it; past 8 plain PyTorch would run
         mode = "reduce-overhead" if device.type == "cuda" else "default"
         network = torch.compile(network, mode=mode, dynamic=False)
@@ -1053,12 +1053,12 @@ def quantized(model, network: FrameNetwork, names: Sequence[str]):
         return nncf.quantize(model, data, subset_size=len(values), ignored_scope=scope)
 
 
-def onnx_backend(network: nn.Module, device: torch.device, precision: torch.dtype, int8: bool = False) -> Runner:
+def onnx_backend(network: nn.Module, device: torch.device, precision: torch.dtype, variant: str) -> Runner:
     """ONNX Runtime, in float32 or int8."""
     import onnxruntime as runtime
 
     models = [traced(network, "onnx", gated) for gated in (False, True)]
-    if int8:
+    if variant == "onnx-int8":
         model = importlib.import_module("onnx").load_from_string(models[1])
         models[1] = quantized(model, network, [item.name for item in model.graph.input]).SerializeToString()
     options = runtime.SessionOptions()
@@ -1081,12 +1081,12 @@ def openvino_core():
     return importlib.import_module("openvino").Core()
 
 
-def openvino_backend(network: nn.Module, device: torch.device, precision: torch.dtype, int8: bool = False) -> Runner:
+def openvino_backend(network: nn.Module, device: torch.device, precision: torch.dtype, variant: str) -> Runner:
     """OpenVINO on the CPU; the gates are never in int8."""
     hints = {"INFERENCE_PRECISION_HINT": "bf16" if precision == torch.bfloat16 else "f32",
              "INFERENCE_NUM_THREADS": torch.get_num_threads()}  # fmt: skip
     models = [traced(network, "openvino", gated) for gated in (False, True)]
-    if int8:
+    if variant == "openvino-int8":
         models[1] = quantized(models[1], network, ("frames", "gates"))
 
     @functools.lru_cache(8)
@@ -1100,11 +1100,6 @@ def openvino_backend(network: nn.Module, device: torch.device, precision: torch.
         return lambda: compiled(*(array.shape for array in arrays))(arrays, share_outputs=True)[0]
 
     return start
-
-
-RUNNERS = {"torch": torch_backend, "compile": functools.partial(torch_backend, compiled=True), "onnx": onnx_backend,
-           "onnx-int8": functools.partial(onnx_backend, int8=True), "openvino": openvino_backend,
-           "openvino-int8": functools.partial(openvino_backend, int8=True)}  # fmt: skip
 
 
 # One tile along a side: what it takes of the padded frame, what it gives to the result, where it has that.
@@ -1159,7 +1154,8 @@ class FrameSharpener:
         if BACKENDS[backend] != "torch" and device.type != "cpu":
             raise UserError(f"--backend {backend}: computes on the CPU; add --device cpu")
         network = FrameNetwork(student, strength).to(device, memory_format=torch.channels_last).eval()
-        self.network = RUNNERS[backend](network, device, pick_precision(precision, device))
+        runner = {"onnx": onnx_backend, "openvino": openvino_backend}.get(backend.partition("-")[0], torch_backend)
+        self.network = runner(network, device, pick_precision(precision, device), backend)
         self.side = functools.lru_cache(lambda length: tile_side(length, tile, overlap, student.alignment))
         # pixels at a time: two tiles leave a CPU's caches sooner than one, but PyTorch gains more by the call it saves
         self.batch = TILE**2 if BACKENDS[backend] == "torch" else 0
@@ -1400,8 +1396,8 @@ def start_run(config: FitConfig) -> tuple[list[Pair], dict | None]:
     last = read_checkpoint(config.run_dir / "last.pth", "start the run without --resume") if config.resume else None
     if config.data_root:
         return find_pairs(config.data_root / "train", "" if config.degradation == "pairs" else "x2"), last
-    print("" if config.resume else f"No pictures under {DATASET / 'train'}. ", end="")
-    print("Training on the pictures that scikit-image carries.")
+    missing = "" if config.resume else f"No pictures under {DATASET / 'train'}. "
+    print(f"{missing}Training on the pictures that scikit-image carries.")
     print(f"--lambda-perceptual is {config.lambda_perceptual:g}, the teacher {config.teacher_weights}.")
     return embedded_pairs(), last
 

@@ -143,6 +143,16 @@ def test_int8_stays_within_a_tenth_of_a_decibel(photographs, backend):
     assert not np.array_equal(ours, theirs)
 
 
+@pytest.mark.parametrize(("name", "kept"), [("plain", 0), ("fast", 3)])
+def test_int8_spares_what_reads_and_writes_a_students_pixels_and_nothing_of_the_yardstick(name, kept):
+    network = kd.FrameNetwork(kd.PlainLayers() if name == "plain" else kd.load_student(name)[0]).eval()
+    model = kd.quantized(kd.traced(network, "openvino", True), network, ("frames", "gates"))
+    convolutions = [node for node in model.get_ops() if node.get_type_name() == "Convolution"]
+    weights = [node.input_value(1).get_node().get_type_name() for node in convolutions]  # int8 ones are scaled
+    assert weights.count("Constant") == kept  # the first layer, and the last one's two rows
+    assert weights.count("Multiply") == len(weights) - kept > 5
+
+
 def test_a_signal_after_openvino_networks_have_come_and_gone():
     """OpenVINO's second Core used to leave a signal stack that was not mapped any more."""
     script = """
