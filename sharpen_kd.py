@@ -66,9 +66,7 @@ COMPACT_TEACHER = HERE / "model_checkpoints/teacher.pth"
 SHIPPED = {"quality": HERE / "model_checkpoints/student.pth", "fast": HERE / "model_checkpoints/student_fast.pth"}
 TILE = 2048  # pixels; one takes a 1080p frame whole, a 4K frame's hold a fifteenth more than it
 SKIPS = ("concatenate", "add")
-BACKENDS = {"torch": "torch", "compile": "torch", "onnx": "onnx onnxruntime", "onnx-int8": "nncf onnx onnxruntime",
-            "openvino": "openvino", "openvino-int8": "nncf openvino"}  # with their packages  # fmt: skip
-FIXED_PRECISION = {"onnx": "float32", "onnx-int8": "int8", "openvino-int8": "int8"}  # whatever --precision says
+BACKENDS = {"torch": "torch", "compile": "torch", "openvino": "openvino", "openvino-int8": "nncf openvino"}  # packages
 FPS_SIZES = ((512, 512), (720, 1280), (1080, 1920))
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun numbers them
 FrameFunction = Callable[[np.ndarray], np.ndarray]  # 8-bit RGB (H, W, 3) in and out
@@ -1043,44 +1041,20 @@ def torch_backend(network: nn.Module, device: torch.device, precision: torch.dty
     return start
 
 
-def quantized(model, network: FrameNetwork, names: Sequence[str]):
-    """The OpenVINO or ONNX model with int8 convolutions, calibrated on pieces of scikit-image's pictures at x2. `names`
-    are the model's inputs; ONNX leaves the gates out where a network has none."""
+def quantized(model, network: FrameNetwork):
+    """The OpenVINO model with int8 convolutions, calibrated on pieces of scikit-image's pictures at x2."""
     import nncf
 
     nncf.set_log_level(40)  # errors only
     pictures = [ImageOps.fit(even_sized(open_picture(pair.sharp)), (256, 256)) for pair in embedded_pairs()]
     frames = [np.array(PROTOCOLS["x2"](picture))[None] for picture in pictures]
     with torch.inference_mode():
-        values = [(frame, network(torch.from_numpy(frame)).numpy()) for frame in frames]
-    data = nncf.Dataset([dict(zip(names, value, strict=False)) for value in values])
-    # Kept: what is added to the frame, whose bytes must stay (1.2 dB), and a student's layers for pixels in and out.
-    ends = [".*encoder.0.layers.0.*", ".*outputs.*"] if isinstance(network.student, StudentUNet) else []
-    scope = nncf.IgnoredScope(types=["Add"], patterns=ends, validate=False)
+        data = nncf.Dataset([(frame, network(torch.from_numpy(frame)).numpy()) for frame in frames])
+    # Kept: what is added to the frame, whose bytes must stay (1.2 dB), and the layer that reads pixels (0.1 dB).
+    first = [".*encoder.0.layers.0.*"] if isinstance(network.student, StudentUNet) else []
+    scope, preset = nncf.IgnoredScope(types=["Add"], patterns=first, validate=False), nncf.QuantizationPreset.MIXED
     with contextlib.redirect_stdout(sys.stderr):  # its progress bars
-        return nncf.quantize(model, data, subset_size=len(values), ignored_scope=scope)
-
-
-def onnx_backend(network: nn.Module, device: torch.device, precision: torch.dtype, variant: str) -> Runner:
-    """ONNX Runtime, in float32 or int8."""
-    import onnxruntime as runtime
-
-    models = [traced(network, "onnx", gated) for gated in (False, True)]
-    if variant == "onnx-int8":
-        model = importlib.import_module("onnx").load_from_string(models[1])
-        models[1] = quantized(model, network, [item.name for item in model.graph.input]).SerializeToString()
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # two sessions would slow each other
-    sessions = [runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"]) for model in models]
-    names = [[item.name for item in session.get_inputs()] for session in sessions]  # without unused ones
-
-    def start(*arrays: np.ndarray) -> Callable[[], np.ndarray]:
-        index = len(arrays) - 1
-        (restored,) = sessions[index].run(None, dict(zip(names[index], arrays, strict=False)))
-        return lambda: restored
-
-    return start
+        return nncf.quantize(model, data, subset_size=len(frames), ignored_scope=scope, preset=preset)
 
 
 @functools.cache
@@ -1095,7 +1069,7 @@ def openvino_backend(network: nn.Module, device: torch.device, precision: torch.
              "INFERENCE_NUM_THREADS": torch.get_num_threads()}  # fmt: skip
     models = [traced(network, "openvino", gated) for gated in (False, True)]
     if variant == "openvino-int8":
-        models[1] = quantized(models[1], network, ("frames", "gates"))
+        models[1] = quantized(models[1], network)
 
     @functools.lru_cache(8)
     def compiled(*shapes: tuple[int, ...]):
@@ -1133,14 +1107,12 @@ def sample_patches(frame: np.ndarray, side: int = 128, count: int = 2) -> np.nda
     """(N, h, w, 3): a frame's most detailed patches, to take gates from; a small frame stands for itself.
 
     What gates make of flat patches is chance, since training crops without detail lose nothing by it: evenly spaced
-    patches cost single pictures up to 3 dB.
+    patches cost single pictures up to 3 dB. One patch would cost 0.01 dB, three gain nothing.
     """
-    height, width = frame.shape[:2]
-    h, w = min(side, height), min(side, width)
-    rows, columns = height // h, width // w
+    h, w = (min(side, length) for length in frame.shape[:2])
+    rows, columns = frame.shape[0] // h, frame.shape[1] // w
     if rows * columns <= count:
         return frame[None]
-    frame = frame[height % h // 2 :, width % w // 2 :]
     green = frame[: rows * h : 8, : columns * w, 1].astype(np.int16)
     detail = np.abs(np.diff(green, axis=1, prepend=green[:, :1])).reshape(rows, -1, columns, w).mean((1, 3))
     places = (divmod(place, columns) for place in np.argsort(detail, axis=None)[-count:])
@@ -1157,12 +1129,12 @@ class FrameSharpener:
     def __init__(self, student: StudentUNet, device: torch.device, tile: int = TILE, overlap: int | None = None,
                  strength: float = 1.0, precision: str = "auto", backend: str = "torch") -> None:  # fmt: skip
         if overlap is None:  # the outer tenth of the reach changes 2/255 at most, but int8 rounds that up to 5
-            overlap = min(2 * student.reach * (10 if FIXED_PRECISION.get(backend) == "int8" else 9) // 10, tile // 2)
+            overlap = min(2 * student.reach * (10 if "int8" in backend else 9) // 10, tile // 2)
         require(not tile or overlap < tile, f"--tile {tile} --overlap {overlap}: tiles must exceed their overlap")
         if BACKENDS[backend] != "torch" and device.type != "cpu":
             raise UserError(f"--backend {backend}: computes on the CPU; add --device cpu")
         network = FrameNetwork(student, strength).to(device, memory_format=torch.channels_last).eval()
-        runner = {"onnx": onnx_backend, "openvino": openvino_backend}.get(backend.partition("-")[0], torch_backend)
+        runner = torch_backend if BACKENDS[backend] == "torch" else openvino_backend
         self.network = runner(network, device, pick_precision(precision, device), backend)
         self.side = functools.lru_cache(lambda length: tile_side(length, tile, overlap, student.alignment))
         # pixels at a time: two tiles leave a CPU's caches sooner than one, but PyTorch gains more by the call it saves
@@ -1816,7 +1788,7 @@ def draw_quality(config: FpsConfig, students: dict[str, nn.Module], backends: Se
 
 def fps_rows(networks: dict[str, nn.Module], backend: str, device: torch.device, config: FpsConfig) -> Iterator[dict]:
     """At every size each network with the whole frame and, where it takes several, with tiles; the first is plain."""
-    precision = FIXED_PRECISION.get(backend, str(pick_precision(config.precision, device)).removeprefix("torch."))
+    precision = "int8" if "int8" in backend else str(pick_precision(config.precision, device)).removeprefix("torch.")
     common = {"backend": backend, "precision": precision, "device": str(device), "threads": torch.get_num_threads()}
     options = {"overlap": config.overlap, "precision": config.precision, "backend": backend}
     macs = {name: multiply_adds_per_pixel(network) for name, network in networks.items()}

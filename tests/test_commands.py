@@ -91,7 +91,7 @@ def test_fps_rows(tmp_path, student_file, sharp_folder, capsys, monkeypatch):
     (tmp_path / "test").symlink_to(sharp_folder)
     monkeypatch.setattr(kd, "FPS_SIZES", ((96, 64), (720, 1280)))
     command = ["fps", "--checkpoint", str(student_file), "--frames", "2", "--warmup", "1", "--tile", "768"]
-    backends = ("torch", "openvino", "onnx-int8")
+    backends = ("torch", "openvino", "openvino-int8")
     command += ["--backend", *backends, "--data-root", str(tmp_path), "--plot", str(tmp_path / "fps.png")]
     assert kd.main([*command, "--json", str(tmp_path / "fps.json")]) == 0
     rows = json.loads((tmp_path / "fps.json").read_text())["rows"]

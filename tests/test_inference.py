@@ -113,13 +113,12 @@ def test_a_mirrored_frame_needs_no_copy_by_hand(student_file, random_frame):
     assert np.array_equal(sharpener(frame[..., ::-1]), sharpener(frame[..., ::-1].copy()))  # as OpenCV's BGR
 
 
-@pytest.mark.parametrize("backend", ["onnx", "openvino"])
-def test_backends_agree_with_pytorch(random_frame, backend):
+def test_openvino_agrees_with_pytorch(random_frame):
     torch.manual_seed(0)
     student = kd.StudentUNet(stem_stride=2, widths=(4, 4, 4, 4, 4), skips="add")
     torch.nn.init.normal_(student.output.weight, std=0.05)
     options = {"tile": 96, "overlap": 32, "precision": "float32"}
-    ours, theirs = (kd.FrameSharpener(student, CPU, **options, backend=name) for name in ("torch", backend))
+    ours, theirs = (kd.FrameSharpener(student, CPU, **options, backend=name) for name in ("torch", "openvino"))
     frame = random_frame(80, 290)
     assert len(ours.side(290)) > 2  # a tile's result must outlive the next one's start
     batches = [[len(tiles) for tiles, *_ in x.tiles(x.prepare(frame)[0], (80, 290))] for x in (ours, theirs)]
@@ -132,24 +131,23 @@ def test_backends_agree_with_pytorch(random_frame, backend):
     assert np.abs(ours(frame).astype(int) - frame).mean() > 1
 
 
-@pytest.mark.parametrize("backend", ["onnx-int8", "openvino-int8"])
-def test_int8_stays_within_a_tenth_of_a_decibel(photographs, backend):
+def test_int8_stays_within_a_tenth_of_a_decibel(photographs):
     student, _ = kd.load_student("fast")
     sharp = np.array(photographs["astronaut"])
     blurred = np.array(kd.PROTOCOLS["x2"](photographs["astronaut"]))
-    ours, theirs = (kd.FrameSharpener(student, CPU, backend=name)(blurred) for name in ("torch", backend))
+    ours, theirs = (kd.FrameSharpener(student, CPU, backend=name)(blurred) for name in ("torch", "openvino-int8"))
     assert kd.score(theirs, sharp)[0] > kd.score(ours, sharp)[0] - 0.1
     assert kd.score(ours, sharp)[0] > kd.score(blurred, sharp)[0] + 1
     assert not np.array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize(("name", "kept"), [("plain", 0), ("fast", 3)])
-def test_int8_spares_what_reads_and_writes_a_students_pixels_and_nothing_of_the_yardstick(name, kept):
+@pytest.mark.parametrize(("name", "kept"), [("plain", 0), ("fast", 1)])
+def test_int8_spares_the_layer_that_reads_a_students_pixels_and_nothing_of_the_yardstick(name, kept):
     network = kd.FrameNetwork(kd.PlainLayers() if name == "plain" else kd.load_student(name)[0]).eval()
-    model = kd.quantized(kd.traced(network, "openvino", True), network, ("frames", "gates"))
+    model = kd.quantized(kd.traced(network, "openvino", True), network)
     convolutions = [node for node in model.get_ops() if node.get_type_name() == "Convolution"]
     weights = [node.input_value(1).get_node().get_type_name() for node in convolutions]  # int8 ones are scaled
-    assert weights.count("Constant") == kept  # the first layer, and the last one's two rows
+    assert weights.count("Constant") == kept
     assert weights.count("Multiply") == len(weights) - kept > 5
 
 
@@ -237,7 +235,7 @@ def test_small_frame_is_its_own_patch(random_frame):
     small = random_frame(100, 200)
     assert np.array_equal(kd.sample_patches(small)[0], small)
     assert kd.sample_patches(random_frame(90, 2000)).shape == (2, 90, 128, 3)
-    assert kd.sample_patches(random_frame(200, 250)).shape == (1, 200, 250, 3)  # not only its centre
+    assert kd.sample_patches(random_frame(200, 250)).shape == (1, 200, 250, 3)  # not only its corner
     assert kd.sample_patches(random_frame(200, 400)).shape == (2, 128, 128, 3)
 
 
