@@ -1141,25 +1141,20 @@ class FrameSharpener:
         # pixels at a time: two tiles leave a CPU's caches sooner than one, but PyTorch gains more by the call it saves
         self.batch = TILE**2 if BACKENDS[backend] == "torch" else 0
 
-    def prepare(self, frame: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The frame, continued by its reflection to whole tiles, and its gates."""
+    def tiles(self, frame: np.ndarray) -> Iterator[tuple[tuple[np.ndarray, np.ndarray], Part, list[Part]]]:
+        """What the network takes, tiles (B, h, w, 3) of the reflected frame and its gates, their row and columns."""
         padding = [(0, self.side(length)[-1].taken.stop - length) for length in frame.shape[:2]]
         padded = np.pad(frame, (*padding, (0, 0)), "reflect") if np.any(padding) else np.ascontiguousarray(frame)
-        return padded, self.network(sample_patches(padded))()
-
-    def tiles(self, padded: np.ndarray, size: Sequence[int]) -> Iterator[tuple[np.ndarray, Part, list[Part]]]:
-        """Batches (B, h, w, 3) of tiles, with their row and their columns."""
-        rows, columns = map(self.side, size)
+        gates, (rows, columns) = self.network(sample_patches(padded))(), map(self.side, frame.shape[:2])
         count = max(1, self.batch // (rows[0].taken.stop * columns[0].taken.stop))
         for row, start in itertools.product(rows, range(0, len(columns), count)):
             group = columns[start : start + count]
             tiles = [padded[None, row.taken, column.taken] for column in group]
-            yield tiles[0] if len(tiles) == 1 else np.concatenate(tiles), row, group
+            yield (tiles[0] if len(tiles) == 1 else np.concatenate(tiles), gates), row, group
 
     def __call__(self, frame: np.ndarray) -> np.ndarray:
-        (padded, gates), result = self.prepare(frame), np.empty_like(frame)
-        tiles = self.tiles(padded, frame.shape[:2])
-        started = ((self.network(batch, gates), row, group) for batch, row, group in tiles)
+        result = np.empty_like(frame)
+        started = ((self.network(*inputs), row, group) for inputs, row, group in self.tiles(frame))
         for (restore, row, group), _ in itertools.pairwise(itertools.chain(started, (None,))):  # the next is started
             for column, restored in zip(group, restore(), strict=True):
                 result[row.given, column.given] = restored[row.inner, column.inner]
@@ -1801,12 +1796,11 @@ def fps_rows(networks: dict[str, nn.Module], backend: str, device: torch.device,
         frames, timed, functions = sample_frames(height, width), [], []
         turns = itertools.cycle(frames)
         for key, sharpener in sharpeners.items():
-            padded, gates = sharpener.prepare(frames[0])
-            batches = [batch for batch, *_ in sharpener.tiles(padded, (height, width))]
-            if key[1] and sum(map(len, batches)) == 1:
+            batches = [inputs for inputs, *_ in sharpener.tiles(frames[0])]
+            if key[1] and sum(len(tiles) for tiles, _ in batches) == 1:
                 continue  # one tile takes it whole
             timed.append(key)
-            functions += [lambda s=sharpener, batches=batches, gates=gates: [s.network(b, gates)() for b in batches],
+            functions += [lambda s=sharpener, batches=batches: [s.network(*inputs)() for inputs in batches],
                           lambda s=sharpener, turns=turns: s(next(turns))]  # fmt: skip
         times = milliseconds(functions, device, config).tolist()
         for (name, tile), (network, _), (median, late) in zip(timed, times[::2], times[1::2], strict=True):
