@@ -406,13 +406,11 @@ def find_pairs(split_dir: Path, protocol: str = "") -> list[Pair]:
             problems += [f"{path} is unreadable" for path, size in sizes.items() if not size]
             if all(sizes.values()) and sizes[pair.blurred] != sizes[pair.sharp]:
                 problems.append(f"{pair.blurred} has another size than {pair.sharp}")
-    if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise UserError("; ".join(problems[:5]) + more + ". Mend or remove them.")
-    if not pairs:
-        place = f"--data-root {split_dir.parent} --split {split_dir.name}"
-        remedy = f"make them with `python sharpen_kd.py prepare FOLDER {place}`, or see README.md"
-        raise UserError(f"{split_dir}: no blurred/sharp pairs; {remedy}")
+    more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+    require(not problems, "; ".join(problems[:5]) + more + ". Mend or remove them.")
+    place = f"--data-root {split_dir.parent} --split {split_dir.name}"
+    remedy = f"make them with `python sharpen_kd.py prepare FOLDER {place}`, or see README.md"
+    require(pairs, f"{split_dir}: no blurred/sharp pairs; {remedy}")
     return pairs
 
 
@@ -1232,8 +1230,7 @@ def sharpen(config: SharpenConfig) -> None:
             tqdm.write(f"{source} -> {target}")
         except (ValueError, OSError, ImageCms.PyCMSError) as error:  # named at the end; a UserError is a ValueError
             failed.append(str(error) if str(source) in str(error) else f"{source}: {error}")
-    if failed:
-        raise UserError("; ".join(failed))
+    require(not failed, "; ".join(failed))
 
 
 def export(config: ExportConfig) -> None:
