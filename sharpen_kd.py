@@ -224,11 +224,10 @@ class ExportConfig:
 
 def keep_freed_memory() -> None:
     """glibc returns every freed map to the system, which clears it again for the next: a tenth of a frame or a step."""
-    if sys.platform == "linux":
-        with contextlib.suppress(AttributeError):  # another C library
-            mallopt, m_mmap_max, m_trim_threshold = ctypes.CDLL(None).mallopt, -4, -1
-            mallopt(m_mmap_max, 0)
-            mallopt(m_trim_threshold, 2**31 - 1)
+    with contextlib.suppress(AttributeError, TypeError):  # another C library, or another system
+        mallopt, m_mmap_max, m_trim_threshold = ctypes.CDLL(None).mallopt, -4, -1
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def pick_device(config: DeviceConfig) -> torch.device:
