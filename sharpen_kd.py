@@ -386,13 +386,12 @@ def find_pairs(split_dir: Path, protocol: str = "") -> list[Pair]:
     sides, problems = {"blurred": {}, "sharp": {}}, []
     names = {path: path.relative_to(split_dir).with_suffix("").as_posix() for path in list_pictures(split_dir)}
     matches = {path: PAIR_FILE.fullmatch(name) for path, name in names.items()}
-    sideless = protocol and not any(matches.values())  # all pictures are sharp ones
-    for path, match in matches.items():
-        if match or sideless:
-            side = "sharp" if sideless or match[2] == "sharp" else "blurred"
-            key = match[1] + match[3] if match else names[path]
-            if (other := sides[side].setdefault(key, path)) != path:
-                problems.append(f"{path} and {other} are the {side} side of one pair")
+    found = {path: ("sharp" if m[2] == "sharp" else "blurred", m[1] + m[3]) for path, m in matches.items() if m}
+    if protocol and not found:  # all pictures are sharp ones
+        found = {path: ("sharp", name) for path, name in names.items()}
+    for path, (side, key) in found.items():
+        if (other := sides[side].setdefault(key, path)) != path:
+            problems.append(f"{path} and {other} are the {side} side of one pair")
     blurred, sharp = sides.values()
     if protocol:
         pairs = [Pair(key, path, degradation=PROTOCOLS[protocol]) for key, path in sorted(sharp.items())]
