@@ -1788,20 +1788,18 @@ def fps_rows(networks: dict[str, nn.Module], backend: str, device: torch.device,
                   for name, network in networks.items() for tile in sorted(tiles)
                   if not tile or not isinstance(network, PlainLayers)}  # fmt: skip
     for height, width in FPS_SIZES:
-        frames, timed, functions = sample_frames(height, width), [], []
+        frames, functions = sample_frames(height, width), {}
         turns = itertools.cycle(frames)
         for key, sharpener in sharpeners.items():
             batches = [inputs for inputs, *_ in sharpener.tiles(frames[0])]
-            if key[1] and sum(len(tiles) for tiles, _ in batches) == 1:
-                continue  # one tile takes it whole
-            timed.append(key)
-            functions += [lambda s=sharpener, batches=batches: [s.network(*inputs)() for inputs in batches],
-                          lambda s=sharpener, turns=turns: s(next(turns))]  # fmt: skip
-        times = milliseconds(functions, device, config).tolist()
-        for (name, tile), (network, _), (median, late) in zip(timed, times[::2], times[1::2], strict=True):
+            if not key[1] or sum(len(tiles) for tiles, _ in batches) > 1:  # else one tile takes it whole
+                functions[key] = (lambda s=sharpener, batches=batches: [s.network(*inputs)() for inputs in batches],
+                                  lambda s=sharpener, turns=turns: s(next(turns)))  # fmt: skip
+        times = milliseconds([*itertools.chain(*functions.values())], device, config).reshape(-1, 4).tolist()
+        for (name, tile), (network, _, median, late) in zip(functions, times, strict=True):
             yield {"checkpoint": name, **common, "height": height, "width": width, "tiled": bool(tile),
                    "network_ms": network, "frame_ms": median, "frame_ms_p95": late, "fps": 1000 / median,
-                   "plain_ms": times[1][0], "macs_per_pixel": macs[name],
+                   "plain_ms": times[0][2], "macs_per_pixel": macs[name],
                    "gflops": 2 * macs[name] * height * width / network / 1e6}  # fmt: skip
 
 
