@@ -941,9 +941,8 @@ class FrameNetwork(nn.Module):
     patches (N, h, w, 3) of the frame, about as large as training crops: plain SE blocks average over their whole input,
     so every tile would have other gates than its neighbours, and seams.
 
-    Folds are never made: r neighbours of a row are already 3r values in a run, which the first layer takes for channels
-    and goes down by r rows a step; the last layer, cut into one a row, writes such runs, so that a row of the frame is
-    added up in one go.
+    Folds are never made: r neighbours of a row are a run of 3r values, which the first layer takes for channels, going
+    down by r rows a step; the last layer, cut into one a row, writes such runs, each added to its row in one go.
     """
 
     def __init__(self, student: nn.Module, strength: float = 1.0) -> None:
@@ -1088,8 +1087,7 @@ Part = collections.namedtuple("Part", "taken given inner")
 def tile_side(length: int, tile: int, overlap: int, alignment: int) -> list[Part]:
     """How equal tiles of about `tile` pixels cover one side of a frame; 0 takes it whole.
 
-    Tiles start on the whole frame's pooling grid and share `overlap` pixels or more, of which each gives the half that
-    is farther from its edge.
+    Tiles start on the whole frame's pooling grid and share `overlap` pixels or more; each gives the half off its edge.
     """
     padded, tile, overlap = (math.ceil(side / alignment) * alignment for side in (length, tile, overlap))
     count = max(1, round((padded - overlap) / max(tile - overlap, alignment))) if tile else 1
