@@ -264,6 +264,8 @@ def open_picture(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             image.load()
+            if image.mode[0] in "IF":
+                rgb_array(image)  # floats above 1 are an error as well
             return image
     except READABLE as error:
         raise UserError(f"{path}: not a picture that Pillow can read ({error})") from error
@@ -363,10 +365,12 @@ class Pair:
         return self.key.split("/")[0] if "/" in self.key else "all"
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
-        """(blurred, sharp), 8-bit RGB (H, W, 3); UserError for unreadable files."""
+        """(blurred, sharp), 8-bit RGB (H, W, 3); UserError for unreadable files and for what SSIM cannot compare."""
+        sharp = open_picture(self.sharp)
+        require(min(sharp.size) >= 8, f"{self.sharp}: a picture of at least 8x8 pixels is needed")
         if self.blurred:
-            return frame_array(open_picture(self.blurred)), frame_array(open_picture(self.sharp))
-        sharp = even_sized(open_picture(self.sharp))
+            return frame_array(open_picture(self.blurred)), frame_array(sharp)
+        sharp = even_sized(sharp)
         return np.array(self.degradation(sharp)), np.array(sharp)
 
 
@@ -1651,7 +1655,6 @@ def score_pair(config: EvalConfig, pair: Pair, methods: dict[str, FrameFunction]
     if config.resize:
         size = (config.resize, config.resize)
         blurred, sharp = (np.array(Image.fromarray(x).resize(size, Image.BICUBIC)) for x in (blurred, sharp))
-    require(min(sharp.shape[:2]) >= 7, f"{pair.sharp}: SSIM needs at least 7x7 pixels")
     outputs = {name: method(blurred) for name, method in methods.items()}
     row = {"picture": pair.key, "category": pair.category}
     for name, output in outputs.items():
@@ -1666,6 +1669,7 @@ def score_pair(config: EvalConfig, pair: Pair, methods: dict[str, FrameFunction]
 
 def evaluate(config: EvalConfig) -> None:
     """Average PSNR and SSIM of input, student and teacher over a split and for each category."""
+    require(not 0 < config.resize < 8, f"--resize {config.resize}: a square of at least 8 pixels, or 0")
     make_folders(config.json, config.output_dir / "scores.csv")
     data = {name: find_pairs(config.data_root / config.split, name) for name in config.protocol or ("",)}
     methods: dict[str, FrameFunction] = {"input": lambda frame: frame}
@@ -1880,7 +1884,7 @@ def settle(config_class: type, given: dict) -> object:
     if isinstance(config, TrainConfig) and config.data_root == DATASET and not list_pictures(DATASET / "train"):
         sizes = {"widths": ()} if "base_channels" in given else {}  # which widths would overrule
         config = config_class(**(EMBEDDED_RUN | sizes | given | {"data_root": None}))
-    if isinstance(config, FitConfig) and config.resume:
+    if isinstance(config, FitConfig) and config.resume and not isinstance(config, AblateConfig):
         last = read_checkpoint(config.run_dir / "last.pth", "start the run without --resume")
         try:
             saved, hints = last["config"], typing.get_type_hints(config_class).items()

@@ -64,6 +64,14 @@ def test_nothing_is_dropped_silently(tmp_path, spoil, named):
         kd.find_pairs(tmp_path)
 
 
+def test_what_cannot_be_compared_is_named_when_it_is_read(tmp_path):
+    save(tmp_path / "tiny.png", (7, 30))
+    Image.fromarray(np.full((20, 20), 1.5, np.float32)).save(tmp_path / "bright.tif")
+    for name, named in (("tiny.png", "tiny.png: a picture of at least 8"), ("bright.tif", "bright.tif: not a picture")):
+        with pytest.raises(kd.UserError, match=named):
+            kd.Pair("key", tmp_path / name).load()
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I;16", "I", "F"])
 def test_to_tensor_takes_every_mode(mode):
     grey = np.tile(np.linspace(0, 255, 12).astype(np.uint8), (5, 1))

@@ -138,7 +138,7 @@ def test_the_cache_gives_the_losses_of_the_online_teacher(cached):
         batch = kd.on_device({name: crop[None] for name, crop in cache[(epoch, 1)].items()}, torch.device("cpu"))
         assert batch["e2"].shape == (1, 16, 48, 48)
         online = losses(teacher, {name: batch[name] for name in ("blurred", "sharp")})
-        assert losses(teacher, batch) == pytest.approx(online, rel=1e-2)
+        assert losses(teacher, batch) == pytest.approx(online, rel=1e-2, abs=5e-5)  # KL is about 1e-3
         assert all(value > 0 for value in online.values())
 
 
