@@ -111,7 +111,7 @@ class PrepareConfig:
 class FitConfig(DeviceConfig):  # what every training run needs, of the student or of the teacher
     data_root: Path | None = flag(DATASET, "dataset folder, with train/ in it")  # None: scikit-image's own pictures
     run_dir: Path = flag(HERE / "model_checkpoints/run", "folder for last.pth, best.pth and log.csv")
-    resume: bool = flag(False, "continue the run in --run-dir, with its own settings; ablate always does")
+    resume: bool = flag(False, "continue the run in --run-dir with its settings (ablate: always, with those given)")
     overwrite: bool = flag(False, "start anew in a --run-dir that holds a run already")
     init: Path | None = flag(None, "checkpoint whose weights the run starts from")
     epochs: int = flag(50, "passes over the training pairs", at_least=1)
@@ -260,15 +260,15 @@ READABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # w
 
 
 def open_picture(path: Path) -> Image.Image:
-    """The decoded picture at `path`, in its own mode; UserError if Pillow cannot read it."""
+    """The decoded picture at `path`, in its own mode; UserError if it cannot be read or holds floats above 1."""
     try:
         with Image.open(path) as image:
             image.load()
             if image.mode[0] in "IF":
-                rgb_array(image)  # floats above 1 are an error as well
+                rgb_array(image)  # which checks the range
             return image
     except READABLE as error:
-        raise UserError(f"{path}: not a picture that Pillow can read ({error})") from error
+        raise UserError(f"{path}: not a readable picture ({error})") from error
 
 
 def picture_size(path: Path) -> tuple[int, int] | None:
@@ -365,13 +365,13 @@ class Pair:
         return self.key.split("/")[0] if "/" in self.key else "all"
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
-        """(blurred, sharp), 8-bit RGB (H, W, 3); UserError for unreadable files and for what SSIM cannot compare."""
+        """(blurred, sharp), 8-bit RGB (H, W, 3); UserError for unreadable files, and for less than SSIM compares."""
         sharp = open_picture(self.sharp)
-        require(min(sharp.size) >= 8, f"{self.sharp}: a picture of at least 8x8 pixels is needed")
-        if self.blurred:
-            return frame_array(open_picture(self.blurred)), frame_array(sharp)
-        sharp = even_sized(sharp)
-        return np.array(self.degradation(sharp)), np.array(sharp)
+        if not self.blurred:
+            sharp = even_sized(sharp)
+        blurred = open_picture(self.blurred) if self.blurred else self.degradation(sharp)
+        require(min(sharp.size) >= 7, f"{self.sharp}: SSIM needs at least 7x7 pixels")
+        return frame_array(blurred), frame_array(sharp)
 
 
 def list_pictures(folder: Path) -> list[Path]:
@@ -1053,8 +1053,9 @@ def quantized(model, network: FrameNetwork):
     # By default a range ends at the pictures' mean extremes: black and white are cut off (0.1 dB, text the most).
     ranges = nncf.AdvancedQuantizationParameters(activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX)
     settings = {"preset": nncf.QuantizationPreset.MIXED, "advanced_parameters": ranges, "subset_size": len(frames)}
-    with contextlib.redirect_stdout(sys.stderr):  # its progress bars; sums in int8 would cost more than they save
-        return nncf.quantize(model, data, ignored_scope=nncf.IgnoredScope(types=["Add"]), **settings)
+    sums = nncf.IgnoredScope(types=["Add"])  # would take longer in int8
+    with contextlib.redirect_stdout(sys.stderr):  # its progress bars
+        return nncf.quantize(model, data, ignored_scope=sums, **settings)
 
 
 @functools.cache
@@ -1127,7 +1128,7 @@ class FrameSharpener:
 
     def __init__(self, student: StudentUNet, device: torch.device, tile: int = TILE, overlap: int | None = None,
                  strength: float = 1.0, precision: str = "auto", backend: str = "torch") -> None:  # fmt: skip
-        if overlap is None:  # the outer tenth of the reach changes 2/255 at most, but int8 rounds that up to 5
+        if overlap is None:  # the outer tenth of the reach changes 2/255 at most, but int8 rounds that up to 4
             overlap = min(2 * student.reach * (10 if "int8" in backend else 9) // 10, tile // 2)
         require(not tile or overlap < tile, f"--tile {tile} --overlap {overlap}: tiles must exceed their overlap")
         if BACKENDS[backend] != "torch" and device.type != "cpu":
@@ -1669,7 +1670,7 @@ def score_pair(config: EvalConfig, pair: Pair, methods: dict[str, FrameFunction]
 
 def evaluate(config: EvalConfig) -> None:
     """Average PSNR and SSIM of input, student and teacher over a split and for each category."""
-    require(not 0 < config.resize < 8, f"--resize {config.resize}: a square of at least 8 pixels, or 0")
+    require(not 0 < config.resize < 7, f"--resize {config.resize}: SSIM needs at least 7x7 pixels")
     make_folders(config.json, config.output_dir / "scores.csv")
     data = {name: find_pairs(config.data_root / config.split, name) for name in config.protocol or ("",)}
     methods: dict[str, FrameFunction] = {"input": lambda frame: frame}
@@ -1794,7 +1795,7 @@ def fps_rows(networks: dict[str, nn.Module], backend: str, device: torch.device,
         turns = itertools.cycle(frames)
         for key, sharpener in sharpeners.items():
             batches = [inputs for inputs, *_ in sharpener.tiles(frames[0])]
-            if not key[1] or sum(len(tiles) for tiles, _ in batches) > 1:  # else one tile takes it whole
+            if not key[1] or sum(len(batch) for batch, _ in batches) > 1:  # else one tile takes it whole
                 functions[key] = (lambda s=sharpener, batches=batches: [s.network(*inputs)() for inputs in batches],
                                   lambda s=sharpener, turns=turns: s(next(turns)))  # fmt: skip
         times = milliseconds([*itertools.chain(*functions.values())], device, config).reshape(-1, 4).tolist()

@@ -38,7 +38,7 @@ def test_eval_scores_and_pictures(tmp_path, data_root, student_file, tiny_teache
     assert f"{scores['all']['student'][0]:.2f}" in capsys.readouterr().out
 
 
-def test_eval_resize_is_the_reports_protocol(tmp_path, data_root, student_file):
+def test_eval_resize_is_the_reports_protocol(tmp_path, data_root, student_file, capsys):
     command = ["eval", "--data-root", str(data_root), "--checkpoint", str(student_file), "--resize", "48"]
     command += ["--output-dir", str(tmp_path), "--json", str(tmp_path / "scores.json")]
     assert kd.main(command) == 0
@@ -48,6 +48,8 @@ def test_eval_resize_is_the_reports_protocol(tmp_path, data_root, student_file):
     ]
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["all"]["input"] == pytest.approx(np.mean(expected, 0).tolist())
+    assert kd.main([*command, "--resize", "5"]) == 2
+    assert "--resize 5: SSIM needs" in capsys.readouterr().err
 
 
 def test_eval_degrades_sharp_pictures_by_protocol(tmp_path, sharp_folder, student_file, capsys):

@@ -249,7 +249,7 @@ def test_a_picture_that_breaks_off_is_named(arguments, data_root, tmp_path, capf
     command = [*arguments, "--run-dir", str(tmp_path / "run"), "--validation-fraction", "0"]
     assert kd.main([*command, "--data-root", str(root), "--workers", workers]) == 2
     error = capfd.readouterr().err.strip().splitlines()[-1]
-    assert re.match(r"sharpen_kd: error: \S+/train/sharp/\w+/\w+_\d.png: not a picture that Pillow can read", error)
+    assert re.match(r"sharpen_kd: error: \S+/train/sharp/\w+/\w+_\d.png: not a readable picture", error)
 
 
 def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
