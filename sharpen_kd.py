@@ -1050,7 +1050,7 @@ def quantized(model, network: FrameNetwork):
     frames = [np.array(PROTOCOLS["x2"](picture))[None] for picture in pictures]
     with torch.inference_mode():
         data = nncf.Dataset([(frame, network(torch.from_numpy(frame)).numpy()) for frame in frames])
-    # By default a range ends at the pictures' mean extremes: black and white are cut off (0.1 dB, text the most).
+    # By default a range ends at the pictures' mean extremes: black and white are cut off (0.1 to 0.2 dB).
     ranges = nncf.AdvancedQuantizationParameters(activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX)
     settings = {"preset": nncf.QuantizationPreset.MIXED, "advanced_parameters": ranges, "subset_size": len(frames)}
     sums = nncf.IgnoredScope(types=["Add"])  # would take longer in int8
@@ -1131,14 +1131,14 @@ class FrameSharpener:
         if overlap is None:  # the outer tenth of the reach changes 2/255 at most, but int8 rounds that up to 4
             overlap = min(2 * student.reach * (10 if "int8" in backend else 9) // 10, tile // 2)
         require(not tile or overlap < tile, f"--tile {tile} --overlap {overlap}: tiles must exceed their overlap")
-        if BACKENDS[backend] != "torch" and device.type != "cpu":
-            raise UserError(f"--backend {backend}: computes on the CPU; add --device cpu")
+        in_torch = BACKENDS[backend] == "torch"
+        require(in_torch or device.type == "cpu", f"--backend {backend}: computes on the CPU; add --device cpu")
         network = FrameNetwork(student, strength).to(device, memory_format=torch.channels_last).eval()
-        runner = torch_backend if BACKENDS[backend] == "torch" else openvino_backend
+        runner = torch_backend if in_torch else openvino_backend
         self.network = runner(network, device, pick_precision(precision, device), backend)
         self.side = functools.lru_cache(lambda length: tile_side(length, tile, overlap, student.alignment))
         # pixels at a time: two tiles leave a CPU's caches sooner than one, but PyTorch gains more by the call it saves
-        self.batch = TILE**2 if BACKENDS[backend] == "torch" else 0
+        self.batch = TILE**2 if in_torch else 0
 
     def tiles(self, frame: np.ndarray) -> Iterator[tuple[tuple[np.ndarray, np.ndarray], Part, list[Part]]]:
         """What the network takes, tiles (B, h, w, 3) of the reflected frame and its gates, their row and columns."""
