@@ -139,9 +139,9 @@ class FitConfig(DeviceConfig):  # what every training run needs, of the student 
 class TrainConfig(FitConfig):
     base_channels: int = flag(256, "c of the stage widths c/4, c/2, c, 2c, 3c", at_least=8)
     stem_stride: int = flag(4, "space-to-depth factor before the first stage", choices=(1, 2, 4))
-    widths: tuple[int, ...] = flag((), "the five stage widths, instead of --base-channels")
+    widths: tuple[int, ...] = flag((), "two stage widths or more, instead of --base-channels", at_least=1)
     skips: str = flag("concatenate", "how a decoder stage takes its skip; adding is faster", choices=SKIPS)
-    convolutions: tuple[int, ...] = flag((2,), "3x3 convolutions a stage, or five numbers: of each scale", at_least=1)
+    convolutions: tuple[int, ...] = flag((2,), "3x3 convolutions a stage, or a number for each scale", at_least=1)
     teacher_weights: Path | None = flag(None, "Restormer weight file (default: the official one)")
     lambda_reconstruction: float = flag(1.0, "weight of L1 to the sharp picture", at_least=0)
     lambda_perceptual: float = flag(0.01, "weight of VGG19 features against the teacher's output", at_least=0)
@@ -757,8 +757,9 @@ def gated(x: Tensor, gate: Tensor | None) -> Tensor:
 class StudentUNet(nn.Module):
     """The report's student; (B, 3, H, W) in [0, 1] to the same shape, any size from 1x1.
 
-    Stage widths are c/4, c/2, c, 2c and a bottleneck of 3c for c = `base_channels`, or `widths`. With `stem_stride` r
-    the stages see the picture folded to 1/r of its size; r = 1 is the report's network. It predicts a correction.
+    Stage widths are c/4, c/2, c, 2c and a bottleneck of 3c for c = `base_channels`, or `widths`, one a scale. With
+    `stem_stride` r the stages see the picture folded to 1/r of its size; r = 1 is the report's network. It predicts a
+    correction.
     """
 
     def __init__(self, in_channels: int = 3, out_channels: int = 3, base_channels: int = 256,
@@ -766,26 +767,26 @@ class StudentUNet(nn.Module):
                  convolutions: Sequence[int] = (2,)) -> None:  # fmt: skip
         super().__init__()
         widths = tuple(widths or (base_channels * k // 4 for k in (1, 2, 4, 8, 12)))
-        require(len(widths) == 5 and min(widths) > 0, f"--widths {widths}: a student has five stages, each 1 or wider")
-        convolutions = tuple(convolutions) * (5 if len(convolutions) == 1 else 1)
-        if len(convolutions) != 5 or min(convolutions) < 1:
-            raise UserError(f"--convolutions {convolutions}: one number, or one for each of the five scales")
+        require((scales := len(widths)) > 1, f"--widths {widths}: a student has two scales or more")
+        convolutions = tuple(convolutions) * (scales if len(convolutions) == 1 else 1)
+        counted = f"--convolutions {convolutions}: one number, or one for each of the {scales} scales"
+        require(len(convolutions) == scales, counted)
         if stem_stride not in (1, 2, 4) or in_channels != out_channels or skips not in SKIPS:
             raise ValueError(f"a student has in = out channels, a stem stride of 1, 2 or 4, and skips of {SKIPS}")
         self.config = {"stem_stride": stem_stride, "widths": widths, "skips": skips, "convolutions": convolutions}
         self.merge = Tensor.add_ if skips == "add" else lambda below, skip: torch.cat([below, skip], dim=1)
         self.pool = functools.partial(F.max_pool2d, kernel_size=2, ceil_mode=True)
         self.stem_stride, folded = stem_stride, in_channels * stem_stride**2
-        self.alignment = 16 * stem_stride  # sides that are its multiples pass through every stage without padding
-        depths = (*(2 * n for n in convolutions[:4]), convolutions[4])  # down and up again
+        self.alignment = stem_stride * 2 ** (scales - 1)  # its multiples pass through every stage without padding
+        depths = (*(2 * n for n in convolutions[:-1]), convolutions[-1])  # down and up again
         self.reach = stem_stride * sum(n * 2**scale for scale, n in enumerate(depths))  # of its convolutions, in pixels
-        self.gate_widths = (*widths, *widths[3::-1])
-        self.feature_widths = {"e2": widths[1], "e4": widths[3], "b": widths[4]}
-        self.encoder = nn.ModuleList(map(Stage, (folded, *widths[:3]), widths[:4], convolutions))
-        self.bottleneck = Stage(widths[3], widths[4], convolutions[4])
+        self.gate_widths = (*widths, *widths[-2::-1])
+        self.feature_widths = {"e2": widths[1], "e4": widths[-2], "b": widths[-1]}
+        self.encoder = nn.ModuleList(map(Stage, (folded, *widths[:-2]), widths[:-1], convolutions))
+        self.bottleneck = Stage(*widths[-2:], convolutions[-1])
         self.up = nn.ModuleList(nn.ConvTranspose2d(a, b, 2, stride=2) for a, b in itertools.pairwise(widths[::-1]))
-        merged = (width if skips == "add" else 2 * width for width in widths[3::-1])
-        self.decoder = nn.ModuleList(map(Stage, merged, widths[3::-1], convolutions[3::-1]))
+        merged = (width if skips == "add" else 2 * width for width in widths[-2::-1])
+        self.decoder = nn.ModuleList(map(Stage, merged, widths[-2::-1], convolutions[-2::-1]))
         self.output = nn.Conv2d(widths[0], folded, 1)
         self.ends = self.encoder[0].layers[0], self.output  # which read and write folded pixels
         self.initialise()
@@ -793,8 +794,8 @@ class StudentUNet(nn.Module):
     def initialise(self) -> None:
         """He initialisation, gates nearly open, the last layer and what comes up from below near zero: a copy at first.
 
-        With PyTorch's default the signal fades through nine stages without a normalisation layer. Deep stages that are
-        heard from the start are noise, which training first silences for good; so they come in as they learn (0.1 dB).
+        With PyTorch's default the signal fades, for want of normalisation layers. Deep stages that are heard from the
+        start are noise, which training first silences for good; so they come in as they learn (0.1 dB).
         """
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -805,13 +806,13 @@ class StudentUNet(nn.Module):
                 nn.init.kaiming_normal_(parameter, nonlinearity="relu")
         nn.init.normal_(self.output.weight, std=1e-3)
 
-    def correct(self, folded: Tensor, gates: Iterable[Tensor] = (None,) * 9) -> tuple[Tensor, dict, list[Tensor]]:
+    def correct(self, folded: Tensor, gates: Iterable[Tensor] = ()) -> tuple[Tensor, dict, list[Tensor]]:
         """The correction of a folded picture, the features to be compared with the teacher's, every stage's gate."""
         gates, used, levels, x = iter(gates), [], [], folded
         for stage in (*self.encoder, self.bottleneck):
             if levels:  # gates are positive, so that the largest stays the largest
                 x = gated(self.pool(x), used[-1])
-            x, gate = stage(x, next(gates))
+            x, gate = stage(x, next(gates, None))
             levels.append(gated(x, gate))
             used.append(gate)
         x = levels[-1]
@@ -819,10 +820,10 @@ class StudentUNet(nn.Module):
             x = up(x)
             if x.shape[-2:] != skip.shape[-2:]:
                 x = F.interpolate(x, skip.shape[-2:], mode="bilinear", align_corners=False)
-            x, gate = stage(self.merge(x, skip), next(gates))
+            x, gate = stage(self.merge(x, skip), next(gates, None))
             x = gated(x, gate)
             used.append(gate)
-        return self.output(x), {"e2": levels[1], "e4": levels[3], "b": levels[4]}, used
+        return self.output(x), {"e2": levels[1], "e4": levels[-2], "b": levels[-1]}, used
 
     def forward(self, blurred: Tensor, features: bool = False) -> Tensor | tuple[Tensor, dict]:
         height, width = blurred.shape[-2:]
@@ -965,7 +966,7 @@ class FrameNetwork(nn.Module):
 
     def forward(self, frames: Tensor, gates: Tensor | None = None) -> Tensor:
         widths = self.student.gate_widths
-        split = [None] * len(widths) if gates is None else gates.view(1, -1, 1, 1).split(widths, dim=1)
+        split = () if gates is None else gates.view(1, -1, 1, 1).split(widths, dim=1)
         runs = frames.to(self.student.ends[0].weight.dtype).flatten(2).unflatten(2, (-1, 3 * self.stride))
         x, _, used = self.student.correct(runs.permute(0, 3, 1, 2), split)
         if gates is None:
@@ -1823,13 +1824,13 @@ def measure_fps(config: FpsConfig) -> None:
         count = sum(p.numel() for p in network.parameters())
         print(f"{name}: {count:,} parameters, {multiply_adds_per_pixel(network):,.0f} multiply-adds a pixel")
     print(f"{device}, {torch.get_num_threads()} CPU threads, PyTorch {torch.__version__}")
-    print("network       backend       precision  frame              network   8-bit to 8-bit, ms   95 %    FPS"
+    print("network       backend       precision  frame             network  8-bit to 8-bit, ms     95 %    FPS"
           "  GFLOP/s  x plain")  # fmt: skip
     installed = [name for name, packages in BACKENDS.items() if all(map(importlib.util.find_spec, packages.split()))]
     installed.remove("compile")  # minutes for a checkpoint and a size
     backends = config.backend or (installed if device.type == "cpu" else ["torch"])
-    line = ("{checkpoint:<14}{backend:<14}{precision:<11}{size:<16}{network_ms:>10.1f}{frame_ms:>22.1f}"
-            "{frame_ms_p95:>7.1f}{fps:>7.1f}{gflops:>9.0f}{ratio:>9.2f}")  # fmt: skip
+    line = ("{checkpoint:<14}{backend:<14}{precision:<11}{size:<16}{network_ms:>9.1f}{frame_ms:>21.1f}"
+            "{frame_ms_p95:>9.1f}{fps:>7.1f}{gflops:>9.0f}{ratio:>9.2f}")  # fmt: skip
     for row in itertools.chain.from_iterable(fps_rows(networks, backend, device, config) for backend in backends):
         size = f"{row['width']}x{row['height']}{' tiled' if row['tiled'] else ''}"
         print(line.format(**row, size=size, ratio=row["frame_ms"] / row["plain_ms"]), flush=True)

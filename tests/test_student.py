@@ -15,16 +15,17 @@ def test_the_reports_student_has_the_reports_parameters():
     assert kd.StudentUNet().stem_stride == 4
 
 
-def test_multiply_adds_worked_by_hand():
+@pytest.mark.parametrize("widths", [(2, 3, 5, 7, 11), (3, 2, 7)])
+def test_multiply_adds_worked_by_hand(widths):
     # one 3x3 convolution of 9*in*out a position, at 1, 1/4, 1/16 ... of the positions
-    widths, folded = (2, 3, 5, 7, 11), 12
-    inputs = (folded, *widths[:4])
+    folded = 12
+    inputs = (folded, *widths[:-1])
     encoder = sum(9 * (i * w + w * w) / 4**level for level, (i, w) in enumerate(zip(inputs, widths, strict=True)))
-    decoder = sum(9 * (2 * w * w + w * w) / 4**level for level, w in enumerate(widths[:4]))
-    up = sum(widths[level + 1] * w / 4**level for level, w in enumerate(widths[:4]))
+    decoder = sum(9 * (2 * w * w + w * w) / 4**level for level, w in enumerate(widths[:-1]))
+    up = sum(widths[level + 1] * w / 4**level for level, w in enumerate(widths[:-1]))
     by_hand = (encoder + decoder + up + folded * widths[0]) / 4
     student = kd.StudentUNet(stem_stride=2, widths=widths)
-    gates = sum(2 * w * max(1, w // 8) for w in (*widths, *widths[:4]))  # once a frame
+    gates = sum(2 * w * max(1, w // 8) for w in (*widths, *widths[:-1]))  # once a frame
     side = 16 * student.alignment
     assert kd.multiply_adds_per_pixel(student) == pytest.approx(by_hand + gates / side**2)
     assert kd.multiply_adds_per_pixel(kd.PlainLayers()) == 9 * (12 * 24 + 4 * 24 * 24 + 24 * 12) / 4
@@ -32,14 +33,20 @@ def test_multiply_adds_worked_by_hand():
 
 @pytest.mark.parametrize("stem_stride", [1, 2, 4])
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (17, 33), (64, 64), (50, 7)])
-def test_any_size(stem_stride, size):
-    student = kd.StudentUNet(stem_stride=stem_stride, widths=(4, 4, 6, 6, 8))
+@pytest.mark.parametrize("widths", [(5, 4, 6, 6, 8), (5, 4, 6, 8), (5, 4)])
+def test_any_size_and_number_of_scales(stem_stride, size, widths):
+    student = kd.StudentUNet(stem_stride=stem_stride, widths=widths)
     picture = torch.rand(2, 3, *size)
     assert student(picture).shape == picture.shape
     output, features = student(picture, features=True)
     assert output.shape == picture.shape
-    assert {name: f.shape[1] for name, f in features.items()} == {"e2": 4, "e4": 6, "b": 8}
+    assert {name: f.shape[1] for name, f in features.items()} == {"e2": 4, "e4": widths[-2], "b": widths[-1]}
     assert {name: f.shape[1] for name, f in features.items()} == student.feature_widths
+
+
+def test_four_scales_compare_with_the_teacher_on_its_own_grids():
+    _, features = kd.StudentUNet(stem_stride=2, widths=(4, 4, 4, 4))(torch.rand(1, 3, 64, 32), features=True)
+    assert {name: f.shape[2:] for name, f in features.items()} == {"e2": (16, 8), "e4": (8, 4), "b": (4, 2)}
 
 
 def test_untrained_student_returns_nearly_its_input_and_learns_at_once():
@@ -76,9 +83,9 @@ def test_deep_stages_come_in_as_they_learn():
 
 
 def test_wrong_dimensions_are_refused():
-    for options in ({"widths": (1, 2, 3)}, {"stem_stride": 3}, {"out_channels": 1}, {"skips": "none"},
-                    {"convolutions": (2, 2)}, {"convolutions": (1, 1, 0, 1, 1)}):  # fmt: skip
-        with pytest.raises(ValueError, match=r"five stages|stem stride|--convolutions"):
+    for options in ({"widths": (8,)}, {"stem_stride": 3}, {"out_channels": 1}, {"skips": "none"},
+                    {"convolutions": (2, 2)}, {"widths": (8, 8, 8), "convolutions": (1,) * 5}):  # fmt: skip
+        with pytest.raises(ValueError, match=r"two scales|stem stride|--convolutions"):
             kd.StudentUNet(**options)
 
 
