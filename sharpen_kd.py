@@ -8,8 +8,8 @@
 `prepare` makes blurred/sharp pairs from sharp pictures, and `teacher` trains a compact Restormer where the
 published weights do not suit the blur. Every flag is in `python sharpen_kd.py COMMAND --help`.
 
-Pictures blurred at x2 (27.75 dB / 0.8605) become 29.77 dB / 0.9039 by model_checkpoints/student.pth and 29.18 dB /
-0.8964 by student_fast.pth; in OpenVINO's int8 a 720p frame takes 67 and 28 ms on two cores of an AMD EPYC (AVX2).
+Pictures blurred at x2 (27.75 dB / 0.8605) become 29.81 dB / 0.9051 by model_checkpoints/student.pth and 29.20 dB /
+0.8967 by student_fast.pth; in OpenVINO's int8 a 720p frame takes 67 and 27 ms on two cores of an AMD EPYC (AVX2).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ SAMPLES = HERE / "inference_samples"
 OFFICIAL_TEACHER = HERE / "Restormer/Motion_Deblurring/pretrained_models/motion_deblurring.pth"
 COMPACT_TEACHER = HERE / "model_checkpoints/teacher.pth"
 SHIPPED = {"quality": HERE / "model_checkpoints/student.pth", "fast": HERE / "model_checkpoints/student_fast.pth"}
-TILE = 2048  # pixels; one takes a 1080p frame whole, a 4K frame's hold a fifteenth more than it
+TILE = 2048  # pixels; one takes a 1080p frame whole, a 4K frame's hold a 24th more than it
 SKIPS = ("concatenate", "add")
 BACKENDS = {"torch": "torch", "compile": "torch", "openvino": "openvino", "openvino-int8": "nncf openvino"}  # packages
 FPS_SIZES = ((512, 512), (720, 1280), (1080, 1920))
@@ -1104,11 +1104,11 @@ def tile_side(length: int, tile: int, overlap: int, alignment: int) -> list[Part
             for start, (a, b) in zip(starts, itertools.pairwise(cuts), strict=True)]  # fmt: skip
 
 
-def sample_patches(frame: np.ndarray, side: int = 128, count: int = 2) -> np.ndarray:
+def sample_patches(frame: np.ndarray, side: int, count: int = 2) -> np.ndarray:
     """(N, h, w, 3): a frame's most detailed patches, to take gates from; a small frame stands for itself.
 
     What gates make of flat patches is chance, since training crops without detail lose nothing by it: evenly spaced
-    patches cost single pictures up to 3 dB. One patch would cost 0.01 dB, three gain nothing.
+    patches cost single pictures up to 3 dB. One patch would cost 0.01 dB; three, or larger ones, gain nothing.
     """
     h, w = (min(side, length) for length in frame.shape[:2])
     rows, columns = frame.shape[0] // h, frame.shape[1] // w
@@ -1138,6 +1138,7 @@ class FrameSharpener:
         runner = torch_backend if in_torch else openvino_backend
         self.network = runner(network, device, pick_precision(precision, device), backend)
         self.side = functools.lru_cache(lambda length: tile_side(length, tile, overlap, student.alignment))
+        self.patch = math.ceil(96 / student.alignment) * student.alignment
         # pixels at a time: two tiles leave a CPU's caches sooner than one, but PyTorch gains more by the call it saves
         self.batch = TILE**2 if in_torch else 0
 
@@ -1145,7 +1146,7 @@ class FrameSharpener:
         """What the network takes, tiles (B, h, w, 3) of the reflected frame and its gates, their row and columns."""
         padding = [(0, self.side(length)[-1].taken.stop - length) for length in frame.shape[:2]]
         padded = np.pad(frame, (*padding, (0, 0)), "reflect") if np.any(padding) else np.ascontiguousarray(frame)
-        gates, (rows, columns) = self.network(sample_patches(padded))(), map(self.side, frame.shape[:2])
+        gates, (rows, columns) = self.network(sample_patches(padded, self.patch))(), map(self.side, frame.shape[:2])
         count = max(1, self.batch // (rows[0].taken.stop * columns[0].taken.stop))
         for row, start in itertools.product(rows, range(0, len(columns), count)):
             group = columns[start : start + count]
@@ -1538,7 +1539,7 @@ def train_teacher(config: TeacherConfig) -> None:
 # `train` without a dataset: small enough for two cores and ten minutes, on scikit-image's pictures.
 EMBEDDED_RUN = {
     "run_dir": HERE / "model_checkpoints/embedded", "teacher_weights": COMPACT_TEACHER, "lambda_perceptual": 0.0,
-    "stem_stride": 2, "widths": (16, 16, 32, 48, 64), "skips": "add", "convolutions": (4, 3, 2, 1, 1),
+    "stem_stride": 2, "widths": (16, 16, 32, 48), "skips": "add", "convolutions": (4, 3, 2, 1),
     "image_size": 128, "batch_size": 4, "gradient_accumulation_steps": 1, "cache": True, "workers": 0, "epochs": 240,
     "restart_epochs": 240, "validate_every": 40, "validation_fraction": 0.25, "learning_rate": 1e-3,
     "blur_probability": 0.0}  # fmt: skip

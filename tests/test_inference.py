@@ -114,16 +114,17 @@ def test_a_mirrored_frame_needs_no_copy_by_hand(student_file, random_frame):
     assert np.array_equal(sharpener(frame[..., ::-1]), sharpener(frame[..., ::-1].copy()))  # as OpenCV's BGR
 
 
-def test_openvino_agrees_with_pytorch(random_frame):
+@pytest.mark.parametrize("options", [{"skips": "add"}, {"stem_stride": 4}])
+def test_openvino_agrees_with_pytorch(random_frame, options):
     torch.manual_seed(0)
-    student = kd.StudentUNet(stem_stride=2, widths=(4, 4, 4, 4, 4), skips="add")
+    student = kd.StudentUNet(**({"stem_stride": 2, "widths": (4, 4, 4, 4, 4)} | options))
     torch.nn.init.normal_(student.output.weight, std=0.05)
-    options = {"tile": 96, "overlap": 32, "precision": "float32"}
-    ours, theirs = (kd.FrameSharpener(student, CPU, **options, backend=name) for name in ("torch", "openvino"))
-    frame = random_frame(80, 290)
-    assert len(ours.side(290)) > 2  # a tile's result must outlive the next one's start
+    tiles = {"tile": 96, "overlap": 32, "precision": "float32"}
+    ours, theirs = (kd.FrameSharpener(student, CPU, **tiles, backend=name) for name in ("torch", "openvino"))
+    frame = random_frame(80, 450)
+    assert len(ours.side(450)) > 2  # a tile's result must outlive the next one's start
     batches = [[len(tiles) for (tiles, _), *_ in sharpener.tiles(frame)] for sharpener in (ours, theirs)]
-    assert batches == [[len(ours.side(290))], [1] * len(ours.side(290))]  # PyTorch takes a row together
+    assert batches == [[len(ours.side(450))], [1] * len(ours.side(450))]  # PyTorch takes a row together
     ((_, gates), *_), ((_, other_gates), *_) = next(ours.tiles(frame)), next(theirs.tiles(frame))
     assert np.allclose(gates, other_gates, atol=1e-4)
     difference = np.abs(ours(frame).astype(int) - theirs(frame))
@@ -245,21 +246,21 @@ def test_strength_scales_the_correction(student_file, random_frame):
 
 def test_small_frame_is_its_own_patch(random_frame):
     small = random_frame(100, 200)
-    assert np.array_equal(kd.sample_patches(small)[0], small)
-    assert kd.sample_patches(random_frame(90, 2000)).shape == (2, 90, 128, 3)
-    assert kd.sample_patches(random_frame(200, 250)).shape == (1, 200, 250, 3)  # not only its corner
-    assert kd.sample_patches(random_frame(200, 400)).shape == (2, 128, 128, 3)
+    assert np.array_equal(kd.sample_patches(small, 96)[0], small)
+    assert kd.sample_patches(random_frame(90, 2000), 96).shape == (2, 90, 96, 3)
+    assert kd.sample_patches(random_frame(180, 190), 96).shape == (1, 180, 190, 3)  # not only its corner
+    assert kd.sample_patches(random_frame(180, 290), 96).shape == (2, 96, 96, 3)
 
 
 def test_patches_of_a_large_frame_are_where_its_detail_is(random_frame):
     frame = np.full((512, 640, 3), 128, np.uint8)
     frame[128:256, :256] = random_frame(128, 256)
     frame[384:, 256:384] = random_frame(128, 128, seed=1) // 2
-    patches = kd.sample_patches(frame, count=3)
+    patches = kd.sample_patches(frame, 128, count=3)
     places = ((128, 0), (128, 128), (384, 256))
     assert patches.shape == (3, 128, 128, 3)
     assert {p.tobytes() for p in patches} == {frame[y : y + 128, x : x + 128].tobytes() for y, x in places}
-    assert {p.tobytes() for p in kd.sample_patches(frame)} == {p.tobytes() for p in patches[1:]}
+    assert {p.tobytes() for p in kd.sample_patches(frame, 128)} == {p.tobytes() for p in patches[1:]}
 
 
 def test_score_is_the_stated_protocol(photographs):
