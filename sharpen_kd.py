@@ -1885,7 +1885,8 @@ def settle(config_class: type, given: dict) -> object:
     """The command's configuration: given flags over a resumed run's over the embedded run's; UserError off bounds."""
     config = config_class(**given)
     if isinstance(config, TrainConfig) and config.data_root == DATASET and not list_pictures(DATASET / "train"):
-        sizes = {"widths": ()} if "base_channels" in given else {}  # which widths would overrule
+        sized = "base_channels" in given or "widths" in given  # which the embedded run's would overrule, or not fit
+        sizes = {"widths": (), "convolutions": config.convolutions} if sized else {}
         config = config_class(**(EMBEDDED_RUN | sizes | given | {"data_root": None}))
     if isinstance(config, FitConfig) and config.resume and not isinstance(config, AblateConfig):
         last = read_checkpoint(config.run_dir / "last.pth", "start the run without --resume")

@@ -387,12 +387,21 @@ def test_a_teachers_dimensions_fit_each_other(data_root, tmp_path, capsys):
         assert not (tmp_path / "run").exists()
 
 
-def test_base_channels_rules_the_embedded_runs_widths(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("given", "widths", "convolutions"),
+    [
+        ({}, kd.EMBEDDED_RUN["widths"], kd.EMBEDDED_RUN["convolutions"]),
+        ({"base_channels": 32}, (8, 16, 32, 64, 96), (2,) * 5),
+        ({"widths": (4,) * 3}, (4,) * 3, (2,) * 3),
+        ({"base_channels": 32, "widths": (4,) * 5, "convolutions": (1,)}, (4,) * 5, (1,) * 5),
+    ],
+)
+def test_given_sizes_rule_the_embedded_runs(monkeypatch, tmp_path, given, widths, convolutions):
     monkeypatch.setattr(kd, "DATASET", tmp_path)
-    given = {"data_root": tmp_path, "base_channels": 32}
-    assert kd.settle(kd.TrainConfig, given).widths == ()
-    assert kd.settle(kd.TrainConfig, {"data_root": tmp_path}).widths == kd.EMBEDDED_RUN["widths"]
-    assert kd.settle(kd.TrainConfig, given | {"widths": (4,) * 5}).widths == (4,) * 5
+    config = kd.settle(kd.TrainConfig, {"data_root": tmp_path} | given)
+    student = kd.StudentUNet(base_channels=config.base_channels, widths=config.widths, convolutions=config.convolutions)
+    assert student.config["widths"] == widths
+    assert student.config["convolutions"] == convolutions
 
 
 def test_ablation_compares_the_terms_and_keeps_finished_runs(arguments, tmp_path, capsys):
