@@ -139,7 +139,7 @@ class FitConfig(DeviceConfig):  # what every training run needs, of the student 
 class TrainConfig(FitConfig):
     base_channels: int = flag(256, "c of the stage widths c/4, c/2, c, 2c, 3c", at_least=8)
     stem_stride: int = flag(4, "space-to-depth factor before the first stage", choices=(1, 2, 4))
-    widths: tuple[int, ...] = flag((), "two stage widths or more, instead of --base-channels", at_least=1)
+    widths: tuple[int, ...] = flag((), "two stage widths or more, instead of --base-channels")
     skips: str = flag("concatenate", "how a decoder stage takes its skip; adding is faster", choices=SKIPS)
     convolutions: tuple[int, ...] = flag((2,), "3x3 convolutions a stage, or a number for each scale", at_least=1)
     teacher_weights: Path | None = flag(None, "Restormer weight file (default: the official one)")
@@ -767,10 +767,11 @@ class StudentUNet(nn.Module):
                  convolutions: Sequence[int] = (2,)) -> None:  # fmt: skip
         super().__init__()
         widths = tuple(widths or (base_channels * k // 4 for k in (1, 2, 4, 8, 12)))
-        require((scales := len(widths)) > 1, f"--widths {widths}: a student has two scales or more")
+        scales = len(widths)
+        require(scales > 1 and min(widths) > 0, f"--widths {widths}: a student has two stages or more, each 1 or wider")
         convolutions = tuple(convolutions) * (scales if len(convolutions) == 1 else 1)
-        counted = f"--convolutions {convolutions}: one number, or one for each of the {scales} scales"
-        require(len(convolutions) == scales, counted)
+        if len(convolutions) != scales or min(convolutions) < 1:
+            raise UserError(f"--convolutions {convolutions}: one number, or one for each of the {scales} scales")
         if stem_stride not in (1, 2, 4) or in_channels != out_channels or skips not in SKIPS:
             raise ValueError(f"a student has in = out channels, a stem stride of 1, 2 or 4, and skips of {SKIPS}")
         self.config = {"stem_stride": stem_stride, "widths": widths, "skips": skips, "convolutions": convolutions}
@@ -808,11 +809,11 @@ class StudentUNet(nn.Module):
 
     def correct(self, folded: Tensor, gates: Iterable[Tensor] = ()) -> tuple[Tensor, dict, list[Tensor]]:
         """The correction of a folded picture, the features to be compared with the teacher's, every stage's gate."""
-        gates, used, levels, x = iter(gates), [], [], folded
+        gates, used, levels, x = iter(gates or [None] * len(self.gate_widths)), [], [], folded
         for stage in (*self.encoder, self.bottleneck):
             if levels:  # gates are positive, so that the largest stays the largest
                 x = gated(self.pool(x), used[-1])
-            x, gate = stage(x, next(gates, None))
+            x, gate = stage(x, next(gates))
             levels.append(gated(x, gate))
             used.append(gate)
         x = levels[-1]
@@ -820,7 +821,7 @@ class StudentUNet(nn.Module):
             x = up(x)
             if x.shape[-2:] != skip.shape[-2:]:
                 x = F.interpolate(x, skip.shape[-2:], mode="bilinear", align_corners=False)
-            x, gate = stage(self.merge(x, skip), next(gates, None))
+            x, gate = stage(self.merge(x, skip), next(gates))
             x = gated(x, gate)
             used.append(gate)
         return self.output(x), {"e2": levels[1], "e4": levels[-2], "b": levels[-1]}, used
@@ -1129,7 +1130,7 @@ class FrameSharpener:
 
     def __init__(self, student: StudentUNet, device: torch.device, tile: int = TILE, overlap: int | None = None,
                  strength: float = 1.0, precision: str = "auto", backend: str = "torch") -> None:  # fmt: skip
-        if overlap is None:  # the outer tenth of the reach changes 2/255 at most, but int8 rounds that up to 4
+        if overlap is None:  # the outer tenth of the reach changes 1/255 at most, but int8 rounds that up to 3
             overlap = min(2 * student.reach * (10 if "int8" in backend else 9) // 10, tile // 2)
         require(not tile or overlap < tile, f"--tile {tile} --overlap {overlap}: tiles must exceed their overlap")
         in_torch = BACKENDS[backend] == "torch"

@@ -119,8 +119,8 @@ def test_openvino_agrees_with_pytorch(random_frame, options):
     torch.manual_seed(0)
     student = kd.StudentUNet(**({"stem_stride": 2, "widths": (4, 4, 4, 4, 4)} | options))
     torch.nn.init.normal_(student.output.weight, std=0.05)
-    tiles = {"tile": 96, "overlap": 32, "precision": "float32"}
-    ours, theirs = (kd.FrameSharpener(student, CPU, **tiles, backend=name) for name in ("torch", "openvino"))
+    settings = {"tile": 96, "overlap": 32, "precision": "float32"}
+    ours, theirs = (kd.FrameSharpener(student, CPU, **settings, backend=name) for name in ("torch", "openvino"))
     frame = random_frame(80, 450)
     assert len(ours.side(450)) > 2  # a tile's result must outlive the next one's start
     batches = [[len(tiles) for (tiles, _), *_ in sharpener.tiles(frame)] for sharpener in (ours, theirs)]

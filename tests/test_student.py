@@ -84,9 +84,20 @@ def test_deep_stages_come_in_as_they_learn():
 
 def test_wrong_dimensions_are_refused():
     for options in ({"widths": (8,)}, {"stem_stride": 3}, {"out_channels": 1}, {"skips": "none"},
-                    {"convolutions": (2, 2)}, {"widths": (8, 8, 8), "convolutions": (1,) * 5}):  # fmt: skip
-        with pytest.raises(ValueError, match=r"two scales|stem stride|--convolutions"):
+                    {"convolutions": (2, 2)}, {"convolutions": (1, 1, 0, 1, 1)}, {"widths": (8, 0)},
+                    {"widths": (8, 8, 8), "convolutions": (1,) * 5}):  # fmt: skip
+        with pytest.raises(ValueError, match=r"two stages|stem stride|--convolutions"):
             kd.StudentUNet(**options)
+
+
+def test_every_stage_takes_a_gate_or_none_does():
+    student, folded = kd.StudentUNet(stem_stride=2, widths=(4, 4, 4)), torch.rand(1, 12, 8, 8)
+    _, _, own = student.correct(folded)
+    assert len(own) == len(student.gate_widths) == 5
+    _, _, used = student.correct(folded, own)
+    assert all(torch.equal(a, b) for a, b in zip(own, used, strict=True))
+    with pytest.raises(StopIteration):
+        student.correct(folded, own[:-1])
 
 
 def to_frames(pictures):

@@ -223,8 +223,8 @@ def test_mistakes_are_named_before_anything_is_written(arguments, tmp_path, caps
     for extra, named in (
         (["--image-size", "40"], "--image-size 40: must be a multiple of 16"),
         (["--learning-rate", "0"], "--learning-rate 0.0: must be above 0"),
-        (["--widths", "4"], "--widths (4,): a student has two scales or more"),
-        (["--widths", "4", "0"], "--widths 0: must be at least 1"),
+        (["--widths", "4"], "--widths (4,): a student has two stages or more"),
+        (["--widths", "4", "0"], "--widths (4, 0): a student has two stages or more, each 1"),
         (["--teacher-weights", str(tmp_path / "none.pth")], "none.pth: no such file; get motion_deblurring"),
         (["--data-root", str(tmp_path)], "no blurred/sharp pairs"),
         (["--resume"], "last.pth: no such file"),
