@@ -65,7 +65,7 @@ OFFICIAL_TEACHER = HERE / "Restormer/Motion_Deblurring/pretrained_models/motion_
 COMPACT_TEACHER = HERE / "model_checkpoints/teacher.pth"
 SHIPPED = {"quality": HERE / "model_checkpoints/student.pth", "fast": HERE / "model_checkpoints/student_fast.pth"}
 TILE = 2048  # pixels; one takes a 1080p frame whole, a 4K frame's hold a 24th more than it
-SKIPS = ("concatenate", "add")
+SKIPS = ("concatenate", "add", "lateral")
 BACKENDS = {"torch": "torch", "compile": "torch", "openvino": "openvino", "openvino-int8": "nncf openvino"}  # packages
 FPS_SIZES = ((512, 512), (720, 1280), (1080, 1920))
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun numbers them
@@ -140,7 +140,7 @@ class TrainConfig(FitConfig):
     base_channels: int = flag(256, "c of the stage widths c/4, c/2, c, 2c, 3c", at_least=8)
     stem_stride: int = flag(4, "space-to-depth factor before the first stage", choices=(1, 2, 4))
     widths: tuple[int, ...] = flag((), "two stage widths or more, instead of --base-channels")
-    skips: str = flag("concatenate", "how a decoder stage takes its skip; adding is faster", choices=SKIPS)
+    skips: str = flag("concatenate", "how a decoder stage takes its skip; the last is fastest", choices=SKIPS)
     convolutions: tuple[int, ...] = flag((2,), "3x3 convolutions a stage, or a number for each scale", at_least=1)
     teacher_weights: Path | None = flag(None, "Restormer weight file (default: the official one)")
     lambda_reconstruction: float = flag(1.0, "weight of L1 to the sharp picture", at_least=0)
@@ -718,29 +718,37 @@ LEAK = 0.1  # slope below zero. With plain ReLUs the deep stages die: 64 of 64 c
 
 class Stage(nn.Module):
     """3x3 convolutions with leaky ReLUs, and a gate a channel: the SE block's, or (1, C, 1, 1) handed in. Whoever reads
-    the features multiplies them by it (`gated`): after pooling that costs a quarter."""
+    the features multiplies them by it (`gated`): after pooling that costs a quarter. What comes from `below` is added
+    to what the first convolution makes."""
 
-    def __init__(self, in_channels: int, channels: int, convolutions: int = 2) -> None:
+    def __init__(self, in_channels: int, channels: int, convolutions: int = 2, stride: int = 1,
+                 excited: bool = True) -> None:  # fmt: skip
         super().__init__()
         widths = itertools.pairwise((in_channels, *(channels,) * convolutions))
         self.layers = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in widths)
-        self.se = SEBlock(channels)
+        self.layers[0].stride = (stride, stride)
+        self.se = SEBlock(channels) if excited else None
 
-    def forward(self, x: Tensor, gate: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """(features, the gate still to be multiplied in)."""
+    def forward(self, x: Tensor, gate: Tensor | None = None, below: Tensor | None = None):
+        """(features, the gate still to be multiplied in or None)."""
         for layer in self.layers:
-            x = F.leaky_relu_(layer(x), LEAK)
-        return x, self.se(x) if gate is None else gate.to(x.dtype)  # a float32 gate would make what follows float32
+            x = layer(x) if below is None else layer(x).add_(below)
+            x, below = F.leaky_relu_(x, LEAK), None
+        if gate is not None:
+            return x, gate.to(x.dtype)  # a float32 gate would make what follows float32
+        return x, self.se(x) if self.se else None
 
-    def forward_in_one_pass(self, x: Tensor, gate: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward_in_one_pass(self, x: Tensor, gate: Tensor | None = None, below: Tensor | None = None):
         """The same for inference on a CPU, where a ReLU and a gate would each read and write the whole map again."""
+        if below is not None:  # these kernels either add or take a leaky ReLU along
+            return Stage.forward(self, x, gate, below)
         for layer in self.layers:
             weight, bias = layer.weight, layer.bias
             if gate is not None and layer is self.layers[-1]:  # the ReLU lets a gate, which is positive, through
                 weight, bias = weight * gate.view(-1, 1, 1, 1), bias * gate.flatten()
             settings = (layer.padding, layer.stride, layer.dilation, layer.groups, "leaky_relu", [LEAK], "")
             x = torch.ops.mkldnn._convolution_pointwise(x, weight.to(x.dtype), bias.to(x.dtype), *settings)
-        return x, self.se(x) if gate is None else None
+        return x, self.se(x) if self.se and gate is None else None
 
 
 def pool_even_sides(x: Tensor) -> Tensor:
@@ -760,6 +768,10 @@ class StudentUNet(nn.Module):
     Stage widths are c/4, c/2, c, 2c and a bottleneck of 3c for c = `base_channels`, or `widths`, one a scale. With
     `stem_stride` r the stages see the picture folded to 1/r of its size; r = 1 is the report's network. It predicts a
     correction.
+
+    A decoder stage takes its skip concatenated to what comes from below, or added to it. A `lateral` skip (Lin et al.,
+    CVPR 2017) passes the stage's first convolution alone, which then takes the sum along. Such a student leaves next to
+    nothing but convolutions: they also stride, instead of pooling, and the finest scale has no gates.
     """
 
     def __init__(self, in_channels: int = 3, out_channels: int = 3, base_channels: int = 256,
@@ -779,15 +791,19 @@ class StudentUNet(nn.Module):
         self.pool = functools.partial(F.max_pool2d, kernel_size=2, ceil_mode=True)
         self.stem_stride, folded = stem_stride, in_channels * stem_stride**2
         self.alignment = stem_stride * 2 ** (scales - 1)  # its multiples pass through every stage without padding
-        depths = (*(2 * n for n in convolutions[:-1]), convolutions[-1])  # down and up again
-        self.reach = stem_stride * sum(n * 2**scale for scale, n in enumerate(depths))  # of its convolutions, in pixels
-        self.gate_widths = (*widths, *widths[-2::-1])
+        lateral = self.lateral = skips == "lateral"
+        depths = (*(2 * n - lateral for n in convolutions[:-1]), convolutions[-1])  # down and up again
+        strided = lateral * (2 ** (scales - 1) - 1)  # which reach half as far
+        self.reach = stem_stride * (sum(n * 2**scale for scale, n in enumerate(depths)) - strided)  # in pixels
+        self.gate_widths = (*widths, *widths[-2::-1])[lateral : 2 * scales - 1 - lateral]
         self.feature_widths = {"e2": widths[1], "e4": widths[-2], "b": widths[-1]}
-        self.encoder = nn.ModuleList(map(Stage, (folded, *widths[:-2]), widths[:-1], convolutions))
-        self.bottleneck = Stage(*widths[-2:], convolutions[-1])
+        strides, excited = [1] + [1 + lateral] * (scales - 1), [not lateral] + [True] * (scales - 1)
+        down = [*map(Stage, (folded, *widths), widths, convolutions, strides, excited)]
+        self.encoder, self.bottleneck = nn.ModuleList(down[:-1]), down[-1]
         self.up = nn.ModuleList(nn.ConvTranspose2d(a, b, 2, stride=2) for a, b in itertools.pairwise(widths[::-1]))
-        merged = (width if skips == "add" else 2 * width for width in widths[-2::-1])
-        self.decoder = nn.ModuleList(map(Stage, merged, widths[-2::-1], convolutions[-2::-1]))
+        merged = [2 * width if skips == "concatenate" else width for width in widths]
+        finest_last = zip(*(x[-2::-1] for x in (merged, widths, convolutions, [1] * scales, excited)), strict=True)
+        self.decoder = nn.ModuleList(itertools.starmap(Stage, finest_last))
         self.output = nn.Conv2d(widths[0], folded, 1)
         self.ends = self.encoder[0].layers[0], self.output  # which read and write folded pixels
         self.initialise()
@@ -812,18 +828,19 @@ class StudentUNet(nn.Module):
         gates, used, levels, x = iter(gates or [None] * len(self.gate_widths)), [], [], folded
         for stage in (*self.encoder, self.bottleneck):
             if levels:  # gates are positive, so that the largest stays the largest
-                x = gated(self.pool(x), used[-1])
-            x, gate = stage(x, next(gates))
+                x = levels[-1] if self.lateral else gated(self.pool(x), used[-1])
+            x, gate = stage(x, next(gates) if stage.se else None)
             levels.append(gated(x, gate))
             used.append(gate)
         x = levels[-1]
         for up, stage, skip in zip(self.up, self.decoder, levels[-2::-1], strict=True):
-            x = up(x)
-            if x.shape[-2:] != skip.shape[-2:]:
-                x = F.interpolate(x, skip.shape[-2:], mode="bilinear", align_corners=False)
-            x, gate = stage(self.merge(x, skip), next(gates))
+            below, gate = up(x), next(gates) if stage.se else None
+            if below.shape[-2:] != skip.shape[-2:]:
+                below = F.interpolate(below, skip.shape[-2:], mode="bilinear", align_corners=False)
+            x, gate = stage(skip, gate, below) if self.lateral else stage(self.merge(below, skip), gate)
             x = gated(x, gate)
             used.append(gate)
+        used = [gate for gate in used if gate is not None]
         return self.output(x), {"e2": levels[1], "e4": levels[-2], "b": levels[-1]}, used
 
     def forward(self, blurred: Tensor, features: bool = False) -> Tensor | tuple[Tensor, dict]:
@@ -1116,7 +1133,8 @@ def sample_patches(frame: np.ndarray, side: int, count: int = 2) -> np.ndarray:
     if rows * columns <= count:
         return frame[None]
     green = frame[: rows * h : 8, : columns * w, 1].astype(np.int16)
-    detail = np.abs(np.diff(green, axis=1, prepend=green[:, :1])).reshape(rows, -1, columns, w).mean((1, 3))
+    change = np.abs(np.diff(green, axis=1, prepend=green[:, :1])).reshape(rows, -1, columns * w)
+    detail = change.sum(1, dtype=np.int32).reshape(rows, columns, w).sum(2)
     places = (divmod(place, columns) for place in np.argsort(detail, axis=None)[-count:])
     return np.stack([frame[h * i : h * (i + 1), w * j : w * (j + 1)] for i, j in places])
 

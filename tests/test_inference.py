@@ -71,10 +71,11 @@ def test_tiles_of_a_local_operation_join_without_a_trace(student_file, random_fr
     assert fitting > 1 or budget == 64
 
 
-@pytest.mark.parametrize("options", [{"convolutions": (3, 2, 1, 1, 1)}, {"stem_stride": 1}, {"widths": (4,) * 3}])
-def test_the_default_overlap_follows_what_an_output_can_see(options):
+@pytest.mark.parametrize("skips", ["concatenate", "lateral"])
+@pytest.mark.parametrize("options", [{"convolutions": (3, 2, 1, 1, 2)}, {"stem_stride": 1}, {"widths": (4,) * 3}])
+def test_the_default_overlap_follows_what_an_output_can_see(options, skips):
     torch.manual_seed(0)
-    student = kd.StudentUNet(**({"stem_stride": 2, "widths": (4,) * 5} | options))
+    student = kd.StudentUNet(**({"stem_stride": 2, "widths": (4,) * 5, "skips": skips} | options))
     torch.nn.init.normal_(student.output.weight)
     for up in student.up:
         torch.nn.init.normal_(up.weight)
@@ -85,7 +86,7 @@ def test_the_default_overlap_follows_what_an_output_can_see(options):
     correction[..., 512 // side].sum().backward()
     (seen,) = picture.grad.abs().sum((0, 1, 2)).nonzero(as_tuple=True)
     reach = 512 - seen.min().item()  # 512 begins a cell of every scale; inside one a pixel sees some more on one side
-    assert 7 / 9 * reach < student.reach <= reach
+    assert 3 / 4 * reach < student.reach <= reach
 
 
 @pytest.mark.parametrize("backend", ["torch", "openvino", "openvino-int8"])
@@ -114,7 +115,7 @@ def test_a_mirrored_frame_needs_no_copy_by_hand(student_file, random_frame):
     assert np.array_equal(sharpener(frame[..., ::-1]), sharpener(frame[..., ::-1].copy()))  # as OpenCV's BGR
 
 
-@pytest.mark.parametrize("options", [{"skips": "add"}, {"stem_stride": 4}])
+@pytest.mark.parametrize("options", [{"skips": "add"}, {"skips": "lateral"}, {"stem_stride": 4}])
 def test_openvino_agrees_with_pytorch(random_frame, options):
     torch.manual_seed(0)
     student = kd.StudentUNet(**({"stem_stride": 2, "widths": (4, 4, 4, 4, 4)} | options))

@@ -31,11 +31,23 @@ def test_multiply_adds_worked_by_hand(widths):
     assert kd.multiply_adds_per_pixel(kd.PlainLayers()) == 9 * (12 * 24 + 4 * 24 * 24 + 24 * 12) / 4
 
 
+def test_multiply_adds_of_lateral_skips_worked_by_hand():
+    # the second stage's first convolution strides; a decoder stage's first sees the skip alone
+    a, b, c = 8, 12, 16
+    finest = 9 * (12 * a + a * a) + b * a + 12 * a  # in and lateral, from below, out
+    second = 9 * (a * b + b * b + b * b + b * b) + c * b  # strided, its other, lateral, its other, from below
+    by_hand = (finest + second / 4 + 9 * b * c / 16) / 4
+    student = kd.StudentUNet(stem_stride=2, widths=(a, b, c), skips="lateral", convolutions=(1, 2, 1))
+    gates = sum(2 * w * max(1, w // 8) for w in (b, c, b))  # none at the finest scale
+    assert kd.multiply_adds_per_pixel(student) == pytest.approx(by_hand + gates / (16 * student.alignment) ** 2)
+
+
 @pytest.mark.parametrize("stem_stride", [1, 2, 4])
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (17, 33), (64, 64), (50, 7)])
 @pytest.mark.parametrize("widths", [(5, 4, 6, 6, 8), (5, 4, 6, 8), (5, 4)])
-def test_any_size_and_number_of_scales(stem_stride, size, widths):
-    student = kd.StudentUNet(stem_stride=stem_stride, widths=widths)
+@pytest.mark.parametrize("skips", ["concatenate", "lateral"])
+def test_any_size_and_number_of_scales(stem_stride, size, widths, skips):
+    student = kd.StudentUNet(stem_stride=stem_stride, widths=widths, skips=skips)
     picture = torch.rand(2, 3, *size)
     assert student(picture).shape == picture.shape
     output, features = student(picture, features=True)
@@ -44,14 +56,17 @@ def test_any_size_and_number_of_scales(stem_stride, size, widths):
     assert {name: f.shape[1] for name, f in features.items()} == student.feature_widths
 
 
-def test_four_scales_compare_with_the_teacher_on_its_own_grids():
-    _, features = kd.StudentUNet(stem_stride=2, widths=(4, 4, 4, 4))(torch.rand(1, 3, 64, 32), features=True)
+@pytest.mark.parametrize("skips", kd.SKIPS)
+def test_four_scales_compare_with_the_teacher_on_its_own_grids(skips):
+    student = kd.StudentUNet(stem_stride=2, widths=(4, 4, 4, 4), skips=skips)
+    _, features = student(torch.rand(1, 3, 64, 32), features=True)
     assert {name: f.shape[2:] for name, f in features.items()} == {"e2": (16, 8), "e4": (8, 4), "b": (4, 2)}
 
 
-def test_untrained_student_returns_nearly_its_input_and_learns_at_once():
+@pytest.mark.parametrize("skips", kd.SKIPS)
+def test_untrained_student_returns_nearly_its_input_and_learns_at_once(skips):
     torch.manual_seed(0)
-    student = kd.StudentUNet(stem_stride=2, widths=(8, 8, 8, 8, 8))
+    student = kd.StudentUNet(stem_stride=2, widths=(8, 8, 8, 8, 8), skips=skips)
     picture = torch.rand(4, 3, 32, 32)
     assert (student(picture) - picture).abs().max() < 0.05
     target = (picture * 0.5).detach()
@@ -109,11 +124,14 @@ def test_gates_of_one_patch_are_the_plain_ones(student_file, skips):
     torch.manual_seed(0)
     student = kd.StudentUNet(stem_stride=2, widths=(8, 12, 16, 16, 24), skips=skips)
     torch.nn.init.normal_(student.output.weight, std=0.05)
+    for up in student.up:
+        torch.nn.init.normal_(up.weight, std=0.3)
     frames = to_frames(torch.rand(1, 3, 64, 96))
     picture = frames.permute(0, 3, 1, 2) / 255
     with torch.no_grad():
         gates = kd.FrameNetwork(student)(frames)
-        assert len(gates) == sum((8, 12, 16, 16, 24, 16, 16, 12, 8)) == sum(student.gate_widths)
+        finest = 0 if skips == "lateral" else 8 + 8
+        assert len(gates) == finest + sum((12, 16, 16, 24, 16, 16, 12)) == sum(student.gate_widths)
         plain, restored = to_frames(student(picture).clamp(0, 1)).int(), kd.FrameNetwork(student)(frames, gates).int()
         assert (plain - restored).abs().max() <= 1
         assert (plain - restored).abs().float().mean() < 0.01
@@ -158,10 +176,29 @@ def test_a_stage_in_one_pass_is_the_stage():
             assert torch.allclose(kd.gated(*forward(picture, gate)), expected * gate, atol=1e-6)
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch is built without oneDNN")
+@pytest.mark.parametrize("excited", [True, False])
+def test_a_stage_strides_first_and_adds_what_comes_from_below_there(excited):
+    torch.manual_seed(0)
+    stage, picture, below = kd.Stage(6, 8, 2, 2, excited), torch.randn(2, 6, 20, 30), torch.randn(2, 8, 10, 15)
+    first, second = stage.layers
+    with torch.inference_mode():
+        expected = torch.nn.functional.conv2d(picture, first.weight, first.bias, 2, padding=1) + below
+        expected = torch.where(expected > 0, expected, 0.1 * expected)
+        expected = torch.nn.functional.conv2d(expected, second.weight, second.bias, padding=1)
+        expected = torch.where(expected > 0, expected, 0.1 * expected)
+        for forward in (stage.forward, stage.forward_in_one_pass):
+            features, gate = forward(picture, below=below.clone())
+            assert torch.allclose(features, expected, atol=1e-5)
+            assert torch.allclose(gate, stage.se(expected), atol=1e-6) if excited else gate is None
+
+
 def test_added_skips_need_narrower_stages():
     widths = (4, 6, 8, 10, 12)
     fewer = count(widths=widths) - count(widths=widths, skips="add")
     assert fewer == sum(9 * width * width for width in widths[:4])
+    finest_gates = 2 * (4 * 1 + 1 + 1 * 4 + 4)  # the encoder's and the decoder's, of one hidden value
+    assert count(widths=widths, skips="add") - count(widths=widths, skips="lateral") == finest_gates
 
 
 def test_convolutions_are_one_number_or_one_a_scale():
