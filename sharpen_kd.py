@@ -795,16 +795,18 @@ class StudentUNet(nn.Module):
         depths = (*(2 * n - lateral for n in convolutions[:-1]), convolutions[-1])  # down and up again
         strided = lateral * (2 ** (scales - 1) - 1)  # which reach half as far
         self.reach = stem_stride * (sum(n * 2**scale for scale, n in enumerate(depths)) - strided)  # in pixels
-        self.gate_widths = (*widths, *widths[-2::-1])[lateral : 2 * scales - 1 - lateral]
         self.feature_widths = {"e2": widths[1], "e4": widths[-2], "b": widths[-1]}
-        strides, excited = [1] + [1 + lateral] * (scales - 1), [not lateral] + [True] * (scales - 1)
-        down = [*map(Stage, (folded, *widths), widths, convolutions, strides, excited)]
+
+        def stage_at(scale: int, in_channels: int, stride: int = 1) -> Stage:
+            return Stage(in_channels, widths[scale], convolutions[scale], stride, excited=scale > 0 or not lateral)
+
+        down = [stage_at(0, folded), *(stage_at(i, widths[i - 1], 2 if lateral else 1) for i in range(1, scales))]
         self.encoder, self.bottleneck = nn.ModuleList(down[:-1]), down[-1]
         self.up = nn.ModuleList(nn.ConvTranspose2d(a, b, 2, stride=2) for a, b in itertools.pairwise(widths[::-1]))
         merged = [2 * width if skips == "concatenate" else width for width in widths]
-        finest_last = zip(*(x[-2::-1] for x in (merged, widths, convolutions, [1] * scales, excited)), strict=True)
-        self.decoder = nn.ModuleList(itertools.starmap(Stage, finest_last))
+        self.decoder = nn.ModuleList(stage_at(i, merged[i]) for i in range(scales - 2, -1, -1))
         self.output = nn.Conv2d(widths[0], folded, 1)
+        self.gate_widths = [stage.layers[0].out_channels for stage in (*down, *self.decoder) if stage.se]
         self.ends = self.encoder[0].layers[0], self.output  # which read and write folded pixels
         self.initialise()
 
