@@ -8,8 +8,8 @@
 `prepare` makes blurred/sharp pairs from sharp pictures, and `teacher` trains a compact Restormer where the
 published weights do not suit the blur. Every flag is in `python sharpen_kd.py COMMAND --help`.
 
-Pictures blurred at x2 (27.75 dB / 0.8605) become 29.81 dB / 0.9051 by model_checkpoints/student.pth and 29.20 dB /
-0.8967 by student_fast.pth; in OpenVINO's int8 a 720p frame takes 67 and 27 ms on two cores of an AMD EPYC (AVX2).
+Pictures blurred at x2 (27.75 dB / 0.8605) become 29.82 dB / 0.9053 by model_checkpoints/student.pth and 29.13 dB /
+0.8959 by student_fast.pth; in OpenVINO's int8 a 720p frame takes 57 and 21 ms on two cores of an AMD EPYC (AVX2).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ SAMPLES = HERE / "inference_samples"
 OFFICIAL_TEACHER = HERE / "Restormer/Motion_Deblurring/pretrained_models/motion_deblurring.pth"
 COMPACT_TEACHER = HERE / "model_checkpoints/teacher.pth"
 SHIPPED = {"quality": HERE / "model_checkpoints/student.pth", "fast": HERE / "model_checkpoints/student_fast.pth"}
-TILE = 2048  # pixels; one takes a 1080p frame whole, a 4K frame's hold a 24th more than it
+TILE = 2048  # pixels; one takes a 1080p frame whole, a 4K frame's hold a thirtieth more than it
 SKIPS = ("concatenate", "add", "lateral")
 BACKENDS = {"torch": "torch", "compile": "torch", "openvino": "openvino", "openvino-int8": "nncf openvino"}  # packages
 FPS_SIZES = ((512, 512), (720, 1280), (1080, 1920))
@@ -740,14 +740,18 @@ class Stage(nn.Module):
 
     def forward_in_one_pass(self, x: Tensor, gate: Tensor | None = None, below: Tensor | None = None):
         """The same for inference on a CPU, where a ReLU and a gate would each read and write the whole map again."""
-        if below is not None:  # these kernels either add or take a leaky ReLU along
-            return Stage.forward(self, x, gate, below)
         for layer in self.layers:
             weight, bias = layer.weight, layer.bias
             if gate is not None and layer is self.layers[-1]:  # the ReLU lets a gate, which is positive, through
                 weight, bias = weight * gate.view(-1, 1, 1, 1), bias * gate.flatten()
-            settings = (layer.padding, layer.stride, layer.dilation, layer.groups, "leaky_relu", [LEAK], "")
-            x = torch.ops.mkldnn._convolution_pointwise(x, weight.to(x.dtype), bias.to(x.dtype), *settings)
+                below = None if below is None else below * gate
+            inputs = (x, weight.to(x.dtype), bias.to(x.dtype))
+            settings = (layer.padding, layer.stride, layer.dilation, layer.groups)
+            if below is None:
+                x = torch.ops.mkldnn._convolution_pointwise(*inputs, *settings, "leaky_relu", [LEAK], "")
+            else:  # into `below`; this kernel takes no leaky ReLU along
+                torch.ops.mkldnn._convolution_pointwise_.binary(below, *inputs, *settings, "add", 1, None, [], "")
+                x, below = F.leaky_relu_(below, LEAK), None
         return x, self.se(x) if self.se and gate is None else None
 
 
@@ -1134,7 +1138,7 @@ def sample_patches(frame: np.ndarray, side: int, count: int = 2) -> np.ndarray:
     rows, columns = frame.shape[0] // h, frame.shape[1] // w
     if rows * columns <= count:
         return frame[None]
-    green = frame[: rows * h : 8, : columns * w, 1].astype(np.int16)
+    green = frame[: rows * h : 16, : columns * w, 1].astype(np.int16)
     change = np.abs(np.diff(green, axis=1, prepend=green[:, :1])).reshape(rows, -1, columns * w)
     detail = change.sum(1, dtype=np.int32).reshape(rows, columns, w).sum(2)
     places = (divmod(place, columns) for place in np.argsort(detail, axis=None)[-count:])
@@ -1560,7 +1564,7 @@ def train_teacher(config: TeacherConfig) -> None:
 # `train` without a dataset: small enough for two cores and ten minutes, on scikit-image's pictures.
 EMBEDDED_RUN = {
     "run_dir": HERE / "model_checkpoints/embedded", "teacher_weights": COMPACT_TEACHER, "lambda_perceptual": 0.0,
-    "stem_stride": 2, "widths": (16, 16, 32, 48), "skips": "add", "convolutions": (4, 3, 2, 1),
+    "stem_stride": 2, "widths": (16, 16, 32, 48), "skips": "lateral", "convolutions": (4, 3, 2, 1),
     "image_size": 128, "batch_size": 4, "gradient_accumulation_steps": 1, "cache": True, "workers": 0, "epochs": 240,
     "restart_epochs": 240, "validate_every": 40, "validation_fraction": 0.25, "learning_rate": 1e-3,
     "blur_probability": 0.0}  # fmt: skip

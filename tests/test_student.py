@@ -177,20 +177,29 @@ def test_a_stage_in_one_pass_is_the_stage():
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch is built without oneDNN")
+@pytest.mark.parametrize("convolutions", [1, 2])
 @pytest.mark.parametrize("excited", [True, False])
-def test_a_stage_strides_first_and_adds_what_comes_from_below_there(excited):
+def test_a_stage_strides_first_and_adds_what_comes_from_below_there(excited, convolutions):
     torch.manual_seed(0)
-    stage, picture, below = kd.Stage(6, 8, 2, 2, excited), torch.randn(2, 6, 20, 30), torch.randn(2, 8, 10, 15)
-    first, second = stage.layers
+    stage, picture, below = (
+        kd.Stage(6, 8, convolutions, 2, excited),
+        torch.randn(2, 6, 20, 30),
+        torch.randn(2, 8, 10, 15),
+    )
+    given = torch.rand(1, 8, 1, 1)
+    first, *others = stage.layers
     with torch.inference_mode():
         expected = torch.nn.functional.conv2d(picture, first.weight, first.bias, 2, padding=1) + below
         expected = torch.where(expected > 0, expected, 0.1 * expected)
-        expected = torch.nn.functional.conv2d(expected, second.weight, second.bias, padding=1)
-        expected = torch.where(expected > 0, expected, 0.1 * expected)
+        for layer in others:
+            expected = torch.nn.functional.conv2d(expected, layer.weight, layer.bias, padding=1)
+            expected = torch.where(expected > 0, expected, 0.1 * expected)
         for forward in (stage.forward, stage.forward_in_one_pass):
             features, gate = forward(picture, below=below.clone())
             assert torch.allclose(features, expected, atol=1e-5)
             assert torch.allclose(gate, stage.se(expected), atol=1e-6) if excited else gate is None
+            if excited:
+                assert torch.allclose(kd.gated(*forward(picture, given, below.clone())), expected * given, atol=1e-5)
 
 
 def test_added_skips_need_narrower_stages():
