@@ -148,7 +148,7 @@ def test_int8_keeps_black_and_white(photographs):
     student, _ = kd.load_student("quality")
     page = np.array(kd.PROTOCOLS["x2"](kd.even_sized(photographs["page"])))
     ours, theirs = (kd.FrameSharpener(student, CPU, backend=name)(page) for name in ("openvino", "openvino-int8"))
-    assert kd.score(theirs, ours)[0] > 46  # 42 if ranges end at the pictures' mean extremes
+    assert kd.score(theirs, ours)[0] > 40  # 37 if ranges end at the pictures' mean extremes
 
 
 @pytest.mark.parametrize("name", ["plain", "fast"])
