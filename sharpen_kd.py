@@ -786,8 +786,8 @@ class StudentUNet(nn.Module):
         scales = len(widths)
         require(scales > 1 and min(widths) > 0, f"--widths {widths}: a student has two stages or more, each 1 or wider")
         convolutions = tuple(convolutions) * (scales if len(convolutions) == 1 else 1)
-        if len(convolutions) != scales or min(convolutions) < 1:
-            raise UserError(f"--convolutions {convolutions}: one number, or one for each of the {scales} scales")
+        counted = f"--convolutions {convolutions}: one number, or one for each of the {scales} scales"
+        require(len(convolutions) == scales and min(convolutions) > 0, counted)
         if stem_stride not in (1, 2, 4) or in_channels != out_channels or skips not in SKIPS:
             raise ValueError(f"a student has in = out channels, a stem stride of 1, 2 or 4, and skips of {SKIPS}")
         self.config = {"stem_stride": stem_stride, "widths": widths, "skips": skips, "convolutions": convolutions}

@@ -86,7 +86,7 @@ def test_the_default_overlap_follows_what_an_output_can_see(options, skips):
     correction[..., 512 // side].sum().backward()
     (seen,) = picture.grad.abs().sum((0, 1, 2)).nonzero(as_tuple=True)
     reach = 512 - seen.min().item()  # 512 begins a cell of every scale; inside one a pixel sees some more on one side
-    assert 3 / 4 * reach < student.reach <= reach
+    assert (3 / 4 if skips == "lateral" else 7 / 9) * reach < student.reach <= reach
 
 
 @pytest.mark.parametrize("backend", ["torch", "openvino", "openvino-int8"])
