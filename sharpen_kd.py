@@ -717,9 +717,8 @@ LEAK = 0.1  # slope below zero. With plain ReLUs the deep stages die: 64 of 64 c
 
 
 class Stage(nn.Module):
-    """3x3 convolutions with leaky ReLUs, and a gate a channel: the SE block's, or (1, C, 1, 1) handed in. Whoever reads
-    the features multiplies them by it (`gated`): after pooling that costs a quarter. What comes from `below` is added
-    to what the first convolution makes."""
+    """3x3 convolutions with leaky ReLUs, then a gate a channel: the SE block's, or (1, C, 1, 1) handed in. What comes
+    from `below` is added to what the first convolution makes. Returns (the gated features, the gate or None)."""
 
     def __init__(self, in_channels: int, channels: int, convolutions: int = 2, stride: int = 1,
                  excited: bool = True) -> None:  # fmt: skip
@@ -730,13 +729,11 @@ class Stage(nn.Module):
         self.se = SEBlock(channels) if excited else None
 
     def forward(self, x: Tensor, gate: Tensor | None = None, below: Tensor | None = None):
-        """(features, the gate still to be multiplied in or None)."""
         for layer in self.layers:
             x = layer(x) if below is None else layer(x).add_(below)
             x, below = F.leaky_relu_(x, LEAK), None
-        if gate is not None:
-            return x, gate.to(x.dtype)  # a float32 gate would make what follows float32
-        return x, self.se(x) if self.se else None
+        gate = self.se(x) if self.se and gate is None else gate
+        return x if gate is None else x * gate, gate
 
     def forward_in_one_pass(self, x: Tensor, gate: Tensor | None = None, below: Tensor | None = None):
         """The same for inference on a CPU, where a ReLU and a gate would each read and write the whole map again."""
@@ -745,25 +742,20 @@ class Stage(nn.Module):
             if gate is not None and layer is self.layers[-1]:  # the ReLU lets a gate, which is positive, through
                 weight, bias = weight * gate.view(-1, 1, 1, 1), bias * gate.flatten()
                 below = None if below is None else below * gate
-            inputs = (x, weight.to(x.dtype), bias.to(x.dtype))
-            settings = (layer.padding, layer.stride, layer.dilation, layer.groups)
+            inputs = (x, weight, bias, layer.padding, layer.stride, layer.dilation, layer.groups)
             if below is None:
-                x = torch.ops.mkldnn._convolution_pointwise(*inputs, *settings, "leaky_relu", [LEAK], "")
+                x = torch.ops.mkldnn._convolution_pointwise(*inputs, "leaky_relu", [LEAK], "")
             else:  # into `below`; this kernel takes no leaky ReLU along
-                torch.ops.mkldnn._convolution_pointwise_.binary(below, *inputs, *settings, "add", 1, None, [], "")
+                torch.ops.mkldnn._convolution_pointwise_.binary(below, *inputs, "add", 1, None, [], "")
                 x, below = F.leaky_relu_(below, LEAK), None
-        return x, self.se(x) if self.se and gate is None else None
+        own = self.se(x) if self.se and gate is None else None
+        return x if own is None else x * own, own
 
 
 def pool_even_sides(x: Tensor) -> Tensor:
     """2x2 maxima for inference on a CPU, where `F.max_pool2d` takes four times as long: it writes their places too."""
     rows = torch.maximum(x[:, :, ::2], x[:, :, 1::2])
     return torch.maximum(rows[..., ::2], rows[..., 1::2])
-
-
-def gated(x: Tensor, gate: Tensor | None) -> Tensor:
-    """The features times their gate, if that is not in them."""
-    return x if gate is None else x * gate
 
 
 class StudentUNet(nn.Module):
@@ -833,21 +825,19 @@ class StudentUNet(nn.Module):
         """The correction of a folded picture, the features to be compared with the teacher's, every stage's gate."""
         gates, used, levels, x = iter(gates or [None] * len(self.gate_widths)), [], [], folded
         for stage in (*self.encoder, self.bottleneck):
-            if levels:  # gates are positive, so that the largest stays the largest
-                x = levels[-1] if self.lateral else gated(self.pool(x), used[-1])
+            if levels and not self.lateral:
+                x = self.pool(x)
             x, gate = stage(x, next(gates) if stage.se else None)
-            levels.append(gated(x, gate))
+            levels.append(x)
             used.append(gate)
-        x = levels[-1]
         for up, stage, skip in zip(self.up, self.decoder, levels[-2::-1], strict=True):
             below, gate = up(x), next(gates) if stage.se else None
             if below.shape[-2:] != skip.shape[-2:]:
                 below = F.interpolate(below, skip.shape[-2:], mode="bilinear", align_corners=False)
             x, gate = stage(skip, gate, below) if self.lateral else stage(self.merge(below, skip), gate)
-            x = gated(x, gate)
             used.append(gate)
-        used = [gate for gate in used if gate is not None]
-        return self.output(x), {"e2": levels[1], "e4": levels[-2], "b": levels[-1]}, used
+        tapped = {"e2": levels[1], "e4": levels[-2], "b": levels[-1]}
+        return self.output(x), tapped, [gate for gate in used if gate is not None]
 
     def forward(self, blurred: Tensor, features: bool = False) -> Tensor | tuple[Tensor, dict]:
         height, width = blurred.shape[-2:]
@@ -989,9 +979,9 @@ class FrameNetwork(nn.Module):
         self.student.output = nn.Identity()
 
     def forward(self, frames: Tensor, gates: Tensor | None = None) -> Tensor:
-        widths = self.student.gate_widths
-        split = () if gates is None else gates.view(1, -1, 1, 1).split(widths, dim=1)
-        runs = frames.to(self.student.ends[0].weight.dtype).flatten(2).unflatten(2, (-1, 3 * self.stride))
+        widths, dtype = self.student.gate_widths, self.student.ends[0].weight.dtype
+        split = () if gates is None else gates.to(dtype).view(1, -1, 1, 1).split(widths, dim=1)
+        runs = frames.to(dtype).flatten(2).unflatten(2, (-1, 3 * self.stride))
         x, _, used = self.student.correct(runs.permute(0, 3, 1, 2), split)
         if gates is None:
             return torch.cat([gate.mean(0).flatten() for gate in used]).float()
