@@ -72,15 +72,36 @@ def test_ema_follows_its_formula_and_forgets_the_start():
     by_hand = 1.0
     for step, value in enumerate([2.0, -3.0, 5.0]):
         nn.init.constant_(network.weight, value)
-        kd.update_ema(ema, network, step, decay=0.2)
+        kd.update_ema(ema, dict(network.named_parameters()), step, decay=0.2)
         decay = min(0.2, (1 + step) / (10 + step))
         by_hand = decay * by_hand + (1 - decay) * value
         assert ema.weight.item() == pytest.approx(by_hand)
     nn.init.constant_(ema.weight, 1.0)
     nn.init.constant_(network.weight, 0.0)
     for step in range(100):
-        kd.update_ema(ema, network, step, decay=0.999)
+        kd.update_ema(ema, dict(network.named_parameters()), step, decay=0.999)
     assert ema.weight.item() < 1e-6  # the initial weights' share, which a plain 0.999 leaves at 0.9
+
+
+def test_an_expansion_adds_a_product_to_every_3x3_kernel():
+    torch.manual_seed(0)
+    student, expected = (kd.StudentUNet(stem_stride=2, widths=(4, 6), skips="lateral") for _ in range(2))
+    objective = kd.Distillation(student, None, kd.DistillationLoss({"reconstruction": 1.0}), expansion=5)
+    batch = {"blurred": torch.rand(2, 3, 16, 16), "sharp": torch.rand(2, 3, 16, 16)}
+    named, kernels = dict(student.named_parameters()), iter(zip(objective.outer, objective.inner, strict=True))
+    assert all(torch.equal(weight, named[name]) for name, weight in objective.weights().items())  # at first
+    for name, weight in expected.named_parameters():
+        weight.data = named[name].data.clone()
+        if weight.shape[2:] == (3, 3):
+            outer, inner = next(kernels)
+            nn.init.normal_(outer)
+            inner = inner.unflatten(1, weight.shape[1:])
+            weight.data += torch.einsum("or,rixy->oixy", outer.data, inner.data)
+    assert next(kernels, None) is None
+    loss = objective(batch, torch.autocast("cpu", enabled=False))["reconstruction"]
+    assert torch.allclose(loss, (expected(batch["blurred"]) - batch["sharp"]).abs().mean())
+    kd.update_ema(student, objective.weights(), step=0, decay=0.0)
+    assert all(map(torch.allclose, student.parameters(), expected.parameters()))
 
 
 def test_accumulated_gradient_is_the_mean_over_the_group(data_root, tmp_path):
@@ -131,6 +152,7 @@ def test_a_run_on_the_embedded_sample_stays_on_it(tmp_path, monkeypatch):
 
 def test_resumed_run_reaches_the_same_weights(arguments, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
+    arguments = [*arguments, "--expansion", "3"]
     assert kd.main([*arguments, "--run-dir", str(whole), "--max-steps", "5"]) == 0
     assert kd.main([*arguments, "--run-dir", str(parts), "--max-steps", "3"]) == 0
     assert not all(torch.equal(t, weights(parts)[name]) for name, t in weights(whole).items())
@@ -140,6 +162,8 @@ def test_resumed_run_reaches_the_same_weights(arguments, tmp_path):
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert any(name.startswith("teacher.proj_e2") for name in first)
+    assert any(first[name].any() for name in first if name.startswith("outer"))
+    assert kd.load_student(whole / "best.pth")[0].config["widths"] == (4, 6, 8, 8, 8)  # a student like any other
     strip = [{k: v for k, v in row.items() if not k.startswith(("val_", "seconds"))} for row in read_log(whole)]
     assert strip == [{k: v for k, v in r.items() if not k.startswith(("val_", "seconds"))} for r in read_log(parts)]
 
