@@ -12,8 +12,6 @@ Pictures blurred at x2 (27.75 dB / 0.8605) become 29.82 dB / 0.9053 by model_che
 0.8959 by student_fast.pth; in OpenVINO's int8 a 720p frame takes 57 and 21 ms on two cores of an AMD EPYC (AVX2).
 """
 
-from __future__ import annotations
-
 import argparse
 import collections
 import contextlib
@@ -33,6 +31,7 @@ import re
 import shutil
 import signal
 import statistics
+import struct
 import sys
 import time
 import typing
@@ -104,7 +103,7 @@ class PrepareConfig:
     data_root: Path = flag(DATASET, "dataset folder to write into")
     scale: tuple[float, ...] = flag((2.0,), "down-scaling factors; each picture draws one", at_least=1)
     extra_blur: float = flag(0.0, "largest sigma of an extra Gaussian blur, drawn from 0 to this", at_least=0)
-    seed: int = flag(0, "seed of the draws")
+    seed: int = flag(0, "seed of the draws", at_least=0)
 
 
 @dataclass
@@ -132,7 +131,7 @@ class FitConfig(DeviceConfig):  # what every training run needs, of the student 
     workers: int | None = flag(None, "loader processes (default: 2, or 0 on up to two CPU threads)", at_least=0)
     balance: bool = flag(False, "show every category as often as the largest, by repeating its pictures")
     cache: bool = flag(False, "decode every picture once and keep it in memory")
-    seed: int = flag(0, "seed of the initial weights, order and crops")
+    seed: int = flag(0, "seed of the initial weights, order and crops", at_least=0)
 
 
 @dataclass
@@ -158,7 +157,10 @@ class TrainConfig(FitConfig):
 
 @dataclass
 class AblateConfig(TrainConfig):
-    seeds: tuple[int, ...] = flag((0, 1, 2), "seeds of initial weights, order and crops; one run each")
+    seeds: tuple[int, ...] = flag((0, 1, 2), "seeds of initial weights, order and crops; one run each", at_least=0)
+    seed: int = 0  # no flags: it sets these three itself
+    restart_epochs: int = 0
+    validate_every: int = 0
 
 
 @dataclass
@@ -186,7 +188,7 @@ class InferenceConfig(DeviceConfig):
 class SharpenConfig(InferenceConfig):
     inputs: tuple[Path, ...] = flag((), "pictures or folders", nargs="+")
     output: Path | None = flag(None, "file or folder (default: inference_samples/*_sharpened.png)", short=("-o",))
-    strength: float = flag(1.0, "scale of the student's correction; 0 returns the input")
+    strength: float = flag(1.0, "scale of the student's correction; 0 returns the input", at_least=0)
 
 
 @dataclass
@@ -256,7 +258,8 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
 # --- Pictures and datasets --------------------------------------------------------------------------------------------
 
-PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".avif", ".jp2", ".tif", ".tiff",
+                    ".tga", ".ppm", ".pgm"}  # fmt: skip
 READABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises
 
 
@@ -270,6 +273,14 @@ def open_picture(path: Path) -> Image.Image:
             return image
     except READABLE as error:
         raise UserError(f"{path}: not a readable picture ({error})") from error
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The picture as its EXIF orientation says; as it is where its EXIF is damaged."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except (*READABLE, struct.error):
+        return image
 
 
 def picture_size(path: Path) -> tuple[int, int] | None:
@@ -319,7 +330,7 @@ class Degradation:
     early: bool = False  # compress the small picture, before it is enlarged
 
     @classmethod
-    def draw(cls, rng: np.random.Generator) -> Degradation:
+    def draw(cls, rng: np.random.Generator) -> "Degradation":
         """One of the mixture to train on: x2 strong, every factor from 1.5 to 4, and untouched pictures."""
         if rng.random() < 0.08:
             return cls(scale=1)
@@ -376,8 +387,9 @@ class Pair:
 
 
 def list_pictures(folder: Path) -> list[Path]:
-    """Every picture file below `folder`, sorted."""
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES)
+    """Every picture file below `folder` and the folders that it links to, sorted."""
+    files = (Path(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names)
+    return sorted(path for path in files if path.suffix.lower() in PICTURE_SUFFIXES)
 
 
 # A file's side of a pair is a folder's name, wherever it stands; the rest is the pair's key: "text/a" for
@@ -455,8 +467,7 @@ class GoProSharpeningDataset(Dataset):
 
     An item is drawn from (seed, epoch, index) alone, whatever the workers or interruptions. Crops start at even pixels:
     a frame enlarged by 2, and a student with a stem, repeat every two. "pairs" blurs the pair's own blur more; "x2" and
-    "mixed" degrade the sharp crop anew. A student starts on "x2": from "mixed" alone it learns to do nothing.
-    """
+    "mixed" degrade the sharp crop anew. A student starts on "x2": from "mixed" alone it learns to do nothing."""
 
     def __init__(self, pairs: Sequence[Pair], image_size: int, blur_probability: float = 1.0,
                  seed: int = 0, cache: bool = False, degradation: str = "pairs") -> None:  # fmt: skip
@@ -533,16 +544,20 @@ def plan_outputs(inputs: Sequence[Path], target: Callable[[Path], Path]) -> dict
         folder, pictures = (path, list_pictures(path)) if path.is_dir() else (path.parent, [path])
         for source in pictures:
             file = target(source.relative_to(folder))
-            require(file.resolve() != source.resolve(), f"{source}: would be overwritten; choose another -o")
             first = plan.setdefault(file, source)
-            require(first is source, f"{first} and {source} would both become {file}; rename one")
+            require(first.samefile(source), f"{first} and {source} would both become {file}; rename one")
     require(plan, f"{inputs[0]}: no pictures in this folder")
+    sources = {source.resolve() for source in plan.values()}
+    for file in plan:
+        require(file.resolve() not in sources, f"{file}: would be overwritten; choose another -o")
     return plan
 
 
 def prepare(config: PrepareConfig) -> None:
     """Write blurred/sharp pairs of the xS protocol: shrink and enlarge each picture, both bicubic."""
     target = config.data_root / config.split
+    inside = config.sharp_dir.resolve() in target.resolve().parents
+    require(not inside, f"--data-root {config.data_root}: is in {config.sharp_dir}; choose another")
     require(not list_pictures(target), f"{target} holds pictures already; remove them or choose another --data-root")
     unfinished = target.with_name(f".{target.name}.unfinished")  # renamed once all pairs are in it
     plan = plan_outputs([config.sharp_dir], lambda name: unfinished / "sharp" / name.with_suffix(".png"))
@@ -550,11 +565,12 @@ def prepare(config: PrepareConfig) -> None:
     rng = np.random.default_rng(config.seed)
     for file, source in tqdm(plan.items(), "prepare"):
         scale, sigma = rng.choice(config.scale), rng.uniform(0, config.extra_blur)
-        sharp = even_sized(open_picture(source))
+        sharp = even_sized(upright(open_picture(source)))
         save_picture(sharp, file)
         save_picture(Degradation(scale, sigma)(sharp), unfinished / "blurred" / file.relative_to(unfinished / "sharp"))
-    shutil.copytree(unfinished, target, dirs_exist_ok=True, copy_function=shutil.move)
-    shutil.rmtree(unfinished)
+    find_pairs(unfinished)  # whose names may contradict each other
+    shutil.rmtree(target, ignore_errors=True)  # it holds no pictures
+    unfinished.replace(target)
     print(f"{len(plan)} pairs in {target}")
 
 
@@ -572,8 +588,13 @@ def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
 def save_atomically(content: dict, path: Path) -> None:
     """Write to a temporary file and rename it: an interruption leaves the old file whole."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")  # processes may write the same file of a cache
-    torch.save(content, temporary)
-    temporary.replace(path)
+    try:
+        torch.save(content, temporary)
+        temporary.replace(path)
+    except RuntimeError as error:  # PyTorch's for a full disk or a folder that cannot be written into
+        raise UserError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: Path, remedy: str) -> dict:
@@ -611,8 +632,7 @@ class RestormerTeacherWrapper(nn.Module):
     """A frozen Restormer with feature taps and trainable 1x1 projections to the student's widths.
 
     `forward` restores (B, 3, H, W) of any size; `tapped` then holds features at 1/2, 1/4 and 1/8 of the folded size.
-    AttributeError if a tap is missing: a hook that silently is not there would be a term that silently is 0.
-    """
+    AttributeError if a tap is missing: a hook that silently is not there would be a term that silently is 0."""
 
     TAPS: typing.ClassVar = {"e2": "encoder_level2", "e4": "encoder_level3", "b": "latent"}
 
@@ -628,7 +648,7 @@ class RestormerTeacherWrapper(nn.Module):
                 width = module[0].norm1.body.weight.shape[0]
                 self.add_module(f"proj_{name}", nn.Conv2d(width, student_widths[name], 1))
 
-    def train(self, mode: bool = True) -> RestormerTeacherWrapper:
+    def train(self, mode: bool = True) -> "RestormerTeacherWrapper":
         super().train(mode)
         self.restormer.eval()
         return self
@@ -648,8 +668,7 @@ class TeacherCache(Dataset):
 
     A step with the teacher costs several without, so it runs once, over each picture in `variants` flips and blurs.
     A result is a file of half-precision (H, W, C) tensors, mapped into memory; crops start where the teacher's coarsest
-    feature grid does. UserError for the cache of another teacher or data.
-    """
+    feature grid does. UserError for the cache of another teacher or data."""
 
     def __init__(self, folder: Path, dataset: GoProSharpeningDataset, teacher: RestormerTeacherWrapper,
                  variants: int, autocast: torch.autocast) -> None:  # fmt: skip
@@ -753,12 +772,6 @@ class Stage(nn.Module):
         return x if own is None else x * own, own
 
 
-def pool_even_sides(x: Tensor) -> Tensor:
-    """2x2 maxima for inference on a CPU, where `F.max_pool2d` takes four times as long: it writes their places too."""
-    rows = torch.maximum(x[:, :, ::2], x[:, :, 1::2])
-    return torch.maximum(rows[..., ::2], rows[..., 1::2])
-
-
 class StudentUNet(nn.Module):
     """The report's student; (B, 3, H, W) in [0, 1] to the same shape, any size from 1x1.
 
@@ -768,8 +781,7 @@ class StudentUNet(nn.Module):
 
     A decoder stage takes its skip concatenated to what comes from below, or added to it. A `lateral` skip (Lin et al.,
     CVPR 2017) passes the stage's first convolution alone, which then takes the sum along. Such a student leaves next to
-    nothing but convolutions: they also stride, instead of pooling, and the finest scale has no gates.
-    """
+    nothing but convolutions: they also stride, instead of pooling, and the finest scale has no gates."""
 
     def __init__(self, in_channels: int = 3, out_channels: int = 3, base_channels: int = 256,
                  stem_stride: int = 4, widths: Sequence[int] | None = None, skips: str = "concatenate",
@@ -785,7 +797,6 @@ class StudentUNet(nn.Module):
             raise ValueError(f"a student has in = out channels, a stem stride of 1, 2 or 4, and skips of {SKIPS}")
         self.config = {"stem_stride": stem_stride, "widths": widths, "skips": skips, "convolutions": convolutions}
         self.merge = Tensor.add_ if skips == "add" else lambda below, skip: torch.cat([below, skip], dim=1)
-        self.pool = functools.partial(F.max_pool2d, kernel_size=2, ceil_mode=True)
         self.stem_stride, folded = stem_stride, in_channels * stem_stride**2
         self.alignment = stem_stride * 2 ** (scales - 1)  # its multiples pass through every stage without padding
         lateral = self.lateral = skips == "lateral"
@@ -811,8 +822,7 @@ class StudentUNet(nn.Module):
         """He initialisation, gates nearly open, the last layer and what comes up from below near zero: a copy at first.
 
         With PyTorch's default the signal fades, for want of normalisation layers. Deep stages that are heard from the
-        start are noise, which training first silences for good; so they come in as they learn (0.1 dB).
-        """
+        start are noise, which training first silences for good; so they come in as they learn (0.1 dB)."""
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.constant_(parameter, 2.0 if name.endswith("excite.bias") else 0.0)
@@ -827,7 +837,7 @@ class StudentUNet(nn.Module):
         gates, used, levels, x = iter(gates or [None] * len(self.gate_widths)), [], [], folded
         for stage in (*self.encoder, self.bottleneck):
             if levels and not self.lateral:
-                x = self.pool(x)
+                x = F.max_pool2d(x, 2, ceil_mode=True)
             x, gate = stage(x, next(gates) if stage.se else None)
             levels.append(x)
             used.append(gate)
@@ -898,8 +908,7 @@ def feature_loss(student: dict[str, Tensor], teacher: dict[str, Tensor]) -> Tens
 
     The projections train too, so a plain L1 would be smallest with both sides at zero. Here each teacher channel is
     standardised, so that no projection can shrink it; the student's is only centred and has to come to that size.
-    (Standardising both left plain ReLU channels free to die: 13 of 24 in e2 after 120 steps, against 4.)
-    """
+    (Standardising both left plain ReLU channels free to die: 13 of 24 in e2 after 120 steps, against 4.)"""
     losses = []
     for name, features in student.items():
         features, target = features.float(), teacher[name].float()
@@ -962,8 +971,7 @@ class FrameNetwork(nn.Module):
     so every tile would have other gates than its neighbours, and seams.
 
     Folds are never made: r neighbours of a row are a run of 3r values, which the first layer takes for channels, going
-    down by r rows a step; the last layer, cut into one a row, writes such runs, each added to its row in one go.
-    """
+    down by r rows a step; the last layer, cut into one a row, writes such runs, each added to its row in one go."""
 
     def __init__(self, student: nn.Module, strength: float = 1.0) -> None:
         super().__init__()
@@ -994,10 +1002,12 @@ class FrameNetwork(nn.Module):
         return restored.flatten(1, 2).unflatten(2, (-1, 3))
 
 
-def make_folders(*files: Path | None) -> None:
-    """The folders of files that are written when all work is done, so that it is not lost then."""
+def require_writable(*files: Path | None) -> None:
+    """Makes the folders of files that are written later; UserError for what cannot be, before the work is done."""
     for file in filter(None, files):
         file.parent.mkdir(parents=True, exist_ok=True)
+        writable = not file.is_dir() and os.access(file if file.exists() else file.parent, os.W_OK)
+        require(writable, f"{file}: cannot be written; name another file")
 
 
 def traced(network: FrameNetwork, library: str, gated: bool):
@@ -1010,11 +1020,7 @@ def traced(network: FrameNetwork, library: str, gated: bool):
         warnings.simplefilter("ignore")  # of branches that frames of aligned sides never take
         if library == "openvino":
             shapes = [[-1, -1, -1, 3], [len(gates)]][: len(inputs)]
-            model = package.convert_model(network, example_input=inputs, input=shapes)
-            for pool in (node for node in model.get_ops() if node.get_type_name() == "MaxPool"):
-                plain = package.opset1.max_pool(pool.input_value(0), [2, 2], [0, 0], [0, 0], [2, 2])
-                pool.output(0).replace(plain.output(0))  # the one it makes writes the places of the maxima too
-            return model
+            return package.convert_model(network, example_input=inputs, input=shapes)
         sizes = {name: {0: "batch", 1: "height", 2: "width"} for name in ("frames", "restored")}
         names = {"input_names": ["frames", "gates"][: len(inputs)], "output_names": ["restored" if gated else "gates"]}
         torch.onnx.export(network, inputs, file, **names, dynamic_axes=sizes, dynamo=False)
@@ -1026,10 +1032,12 @@ def torch_backend(network: nn.Module, device: torch.device, precision: torch.dty
     network, one_pass = network.to(precision), device.type == "cpu" and torch.backends.mkldnn.is_available()
     if variant == "compile":
         torch._dynamo.config.recompile_limit = 64  # networks and sizes share it; past 8 plain PyTorch would run
+        if device.type == "cpu":
+            compiler = os.environ.get("CXX", {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++"))
+            require(shutil.which(compiler), f"--backend compile: needs a C++ compiler; install {compiler}")
         mode = "reduce-overhead" if device.type == "cuda" else "default"
         network = torch.compile(network, mode=mode, dynamic=False)
     elif one_pass and (precision == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        network.student.pool = pool_even_sides
         for stage in network.modules():
             if isinstance(stage, Stage):
                 stage.forward = stage.forward_in_one_pass
@@ -1123,8 +1131,7 @@ def sample_patches(frame: np.ndarray, side: int, count: int = 2) -> np.ndarray:
     """(N, h, w, 3): a frame's most detailed patches, to take gates from; a small frame stands for itself.
 
     What gates make of flat patches is chance, since training crops without detail lose nothing by it: evenly spaced
-    patches cost single pictures up to 3 dB. One patch would cost 0.01 dB; three, or larger ones, gain nothing.
-    """
+    patches cost single pictures up to 3 dB. One patch would cost 0.01 dB; three, or larger ones, gain nothing."""
     h, w = (min(side, length) for length in frame.shape[:2])
     rows, columns = frame.shape[0] // h, frame.shape[1] // w
     if rows * columns <= count:
@@ -1140,8 +1147,7 @@ class FrameSharpener:
     """A student applied to 8-bit RGB frames (H, W, 3) of any size; returns frames alike.
 
     It holds two batches of tiles at a time: one is on its way while the other is computed. A frame's gates are taken
-    once, so tiled and whole outputs agree. `strength` scales the correction.
-    """
+    once, so tiled and whole outputs agree. `strength` scales the correction."""
 
     def __init__(self, student: StudentUNet, device: torch.device, tile: int = TILE, overlap: int | None = None,
                  strength: float = 1.0, precision: str = "auto", backend: str = "torch") -> None:  # fmt: skip
@@ -1209,11 +1215,29 @@ def mean_score(frames: Sequence[tuple[np.ndarray, np.ndarray]], sharpen: FrameFu
     return np.mean([score(sharpen(blurred), sharp) for blurred, sharp in frames], axis=0).tolist()
 
 
+TIFF_EXIF = (0x10E, 0x10F, 0x110, 0x131, 0x132, 0x13B, 0x8298)  # what a TIFF says of its picture, not of its storage
+
+
+def kept_metadata(image: Image.Image) -> dict[str, object]:
+    """EXIF but for the orientation, ICC profile and resolution of a picture as it was opened, where not damaged."""
+    icc, dpi, kept = image.info.get("icc_profile"), image.info.get("dpi"), Image.Exif()
+    try:
+        ImageCms.ImageCmsProfile(io.BytesIO(icc or b""))
+    except (OSError, ImageCms.PyCMSError):
+        icc = None
+    with contextlib.suppress(struct.error, *READABLE):
+        exif = image.getexif()
+        tags = {tag: exif[tag] for tag in exif if (tag in TIFF_EXIF if image.format == "TIFF" else tag != 0x112)}
+        groups = {tag: dict(exif.get_ifd(tag)) for tag in (0x8769, 0x8825)}  # camera settings and place
+        kept.update(tags | {tag: group for tag, group in groups.items() if group})
+    dpi = dpi if dpi and all(0 < side < 1e6 for side in dpi) else None
+    return {"exif": kept.tobytes() if kept else None, "icc_profile": icc, "dpi": dpi}
+
+
 def sharpen_picture(sharpener: FrameSharpener, image: Image.Image) -> Image.Image:
     """A sharpened 8-bit copy, greyscale or RGB: oriented by EXIF; EXIF, ICC profile, resolution and alpha kept."""
-    image = ImageOps.exif_transpose(image)
-    grey, exif, icc = image.mode[0] in "1LIF" and image.mode != "LAB", image.getexif(), image.info.get("icc_profile")
-    kept = {"exif": exif.tobytes() if exif else None, "icc_profile": icc, "dpi": image.info.get("dpi")}
+    kept, image = kept_metadata(image), upright(image)
+    grey, icc = image.mode[0] in "1LIF" and image.mode != "LAB", kept["icc_profile"]
     if image.mode in ("CMYK", "LAB"):
         source = ImageCms.ImageCmsProfile(io.BytesIO(icc) if icc else ImageCms.createProfile("LAB"))
         kept["icc_profile"] = None  # it does not describe RGB
@@ -1221,11 +1245,11 @@ def sharpen_picture(sharpener: FrameSharpener, image: Image.Image) -> Image.Imag
             srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
             image = ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
             kept["icc_profile"] = srgb.tobytes()
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-    result = Image.fromarray(sharpener(frame_array(image))).convert("L" if grey else "RGB")
-    if image.mode == "RGBA":
-        result.putalpha(image.getchannel("A"))
+    alpha = image.convert("RGBA") if image.has_transparency_data else None
+    frame = frame_array(alpha if alpha and image.mode[0] != "I" else image)  # Pillow would cut 16 bits off at 255
+    result = Image.fromarray(sharpener(frame)).convert("L" if grey else "RGB")
+    if alpha:
+        result.putalpha(alpha.getchannel("A"))
     result.info = {name: value for name, value in kept.items() if value}
     return result
 
@@ -1247,15 +1271,16 @@ def sharpen(config: SharpenConfig) -> None:
         try:
             save_picture(sharpen_picture(sharpener, open_picture(source)), target)
             tqdm.write(f"{source} -> {target}")
-        except (ValueError, OSError, ImageCms.PyCMSError) as error:  # named at the end; a UserError is a ValueError
+        except (*READABLE, ImageCms.PyCMSError) as error:  # named at the end; a UserError is a ValueError
             failed.append(str(error) if str(source) in str(error) else f"{source}: {error}")
     require(not failed, "; ".join(failed))
 
 
 def export(config: ExportConfig) -> None:
     """Write a student for other programs: 8-bit frames of any size in and out."""
+    require(config.output.name, f"-o {config.output}: name a file")
     student, _ = load_student(config.checkpoint)
-    make_folders(config.output)
+    require_writable(config.output)
     name, suffix = config.output.name, {"onnx": ".onnx", "openvino": ".xml"}[config.format]
     for ending, gated in (("", True), ("_gates", False)):  # the frame's network, and the one its gates come from
         path = config.output.with_name(name + ending + suffix)
@@ -1276,8 +1301,7 @@ class Distillation(nn.Module):
 
     With an `expansion` each 3x3 kernel is trained as itself plus a product of two matrices, zero at first, of that rank
     (after Bhardwaj et al., MLSys 2022). Adam moves all values of a kernel about equally; through the product it moves
-    the kernel along its gradient. A thousand steps of a small student give 27.88 dB then, and 27.63 at best without.
-    """
+    the kernel along its gradient. A thousand steps of a small student give 27.88 dB then, and 27.63 at best without."""
 
     def __init__(self, network: nn.Module, teacher: RestormerTeacherWrapper | None, loss: DistillationLoss,
                  expansion: int = 0) -> None:  # fmt: skip
@@ -1399,10 +1423,15 @@ def start_run(config: FitConfig) -> tuple[list[Pair], dict | None]:
     require(config.image_size % 16 == 0, f"--image-size {config.image_size}: must be a multiple of 16")
     require(max(config.ema_decay, config.validation_fraction) < 1, "--ema-decay, --validation-fraction must be below 1")
     kept = any((config.run_dir / name).exists() for name in ("last.pth", "best.pth"))
+    require(not (config.resume and config.overwrite), "--resume, --overwrite: one goes on, the other starts anew")
     if kept and not config.resume and not config.overwrite:
         raise UserError(f"{config.run_dir} holds a run already: add --resume or --overwrite, or name another --run-dir")
     torch.manual_seed(config.seed)
-    last = read_checkpoint(config.run_dir / "last.pth", "start the run without --resume") if config.resume else None
+    last = (
+        read_checkpoint(config.run_dir / "last.pth", "start anew, with --overwrite instead of --resume")
+        if config.resume
+        else None
+    )
     if config.data_root:
         return find_pairs(config.data_root / "train", "" if config.degradation == "pairs" else "x2"), last
     missing = "" if config.resume else f"No pictures under {DATASET / 'train'}. "
@@ -1509,7 +1538,7 @@ class Fit:
         spare = self.device.type != "cpu" or torch.get_num_threads() > 2  # loaders take training's time
         workers = 2 * spare if config.workers is None else config.workers
         loader = DataLoader(self.dataset, batch_sampler=order, num_workers=workers, **options)
-        config.run_dir.mkdir(parents=True, exist_ok=True)
+        require_writable(config.run_dir / "last.pth")
         for name in ("last.pth", "best.pth") if not self.step else ():  # of a run that --overwrite gives up
             (config.run_dir / name).unlink(missing_ok=True)
         bar = tqdm(total=total, initial=self.step, disable=RANK > 0, unit="step")
@@ -1545,6 +1574,7 @@ class Fit:
                  ({"title": "weighted loss terms", "xlabel": "step", "yscale": "log"}, losses),
                  ({"title": "held-out PSNR in dB", "xlabel": "step"}, psnr))  # fmt: skip
         if dist.is_initialized():
+            dist.barrier()  # torchrun ends all processes with the first, which may still be writing
             dist.destroy_process_group()
         if self.step < total:  # a signal, perhaps to another process
             print(f"stopped after step {self.step}; continue with --resume --run-dir {config.run_dir}")
@@ -1579,15 +1609,16 @@ EMBEDDED_RUN = {
 
 
 def train(config: TrainConfig) -> None:
-    """Distil the teacher into a student; without a dataset, on scikit-image's own pictures."""
+    """Distil the teacher into a student; without a dataset, on scikit-image's pictures with a small run's defaults."""
     pairs, last = start_run(config)
+    weights = {name.removeprefix("lambda_"): w for name, w in vars(config).items() if name.startswith("lambda_")}
+    require(any(weights.values()), "--lambda-...: all are 0, which leaves nothing to learn")
     student = StudentUNet(3, 3, config.base_channels, config.stem_stride, config.widths, config.skips,
                           config.convolutions)  # fmt: skip
     if config.init and not last:
         source, _ = load_student(config.init)
         require(source.config == student.config, f"--init {config.init}: its student is another, {source.config}")
         student.load_state_dict(source.state_dict())
-    weights = {name.removeprefix("lambda_"): w for name, w in vars(config).items() if name.startswith("lambda_")}
     loss, teacher = DistillationLoss(weights, config.temperature), None
     if loss.needs_teacher or config.teacher_cache:  # crops come from the cache, even if no term reads the teacher
         widths = student.feature_widths if "feature" in loss.weights else None
@@ -1605,7 +1636,7 @@ def train(config: TrainConfig) -> None:
 
 
 ABLATION = {"no teacher": (), "features": ("feature",), "KL": ("kl",), "output": ("output",),
-            "all": ("feature", "kl", "output"), "no teacher, longer": ()}  # fmt: skip
+            "all": ("perceptual", "feature", "kl", "output"), "no teacher, longer": ()}  # fmt: skip
 
 
 def ablate(config: AblateConfig) -> None:
@@ -1614,13 +1645,14 @@ def ablate(config: AblateConfig) -> None:
     Runs are in --run-dir/VARIANT_SEED, beside ablation.json and ablation.png. A teacher term that a variant lacks has
     weight 0; the others have their --lambda. "No teacher, longer" has as many more epochs as a step of "all" takes
     longer. With a --teacher-cache all see the same crops. Runs that are there are kept or continued, so two processes
-    can share out the seeds, and a third the table.
-    """
+    can share out the seeds, and a third the table."""
+    require(PROCESSES == 1, "ablate: run it without torchrun; processes may share out the --seeds")
+    require(config.lambda_reconstruction or config.lambda_ssim, "--lambda-reconstruction, --lambda-ssim: both are 0")
     test = [p.load() for p in find_pairs(config.data_root / "test", "x2")] if config.data_root else []
     folders = {name: name.replace(",", "").replace(" ", "_") for name in ABLATION}
-    for folder in folders.values() if config.overwrite else ():  # all now: what is interrupted then goes on without
-        for file in config.run_dir.glob(f"{folder}_*/*.pth"):
-            file.unlink()
+    runs = itertools.product(folders.values(), config.seeds, ("last.pth", "best.pth"))
+    for folder, seed, file in runs if config.overwrite else ():  # all now: what is interrupted then goes on without
+        (config.run_dir / f"{folder}_{seed}" / file).unlink(missing_ok=True)
     scores, seconds = {}, {}  # {variant: {"held out" or "test": [[PSNR, SSIM] of each seed]}}, {variant: of a step}
     for name, terms in ABLATION.items():
         changes = {f"lambda_{term}": 0.0 for term in ("perceptual", "feature", "kl", "output") if term not in terms}
@@ -1630,7 +1662,8 @@ def ablate(config: AblateConfig) -> None:
         for seed in config.seeds:
             folder = config.run_dir / f"{folders[name]}_{seed}"
             if not (folder / "best.pth").exists():  # it is written at the end
-                changes |= {"run_dir": folder, "seed": seed, "resume": (folder / "last.pth").exists()}
+                started = (folder / "last.pth").exists()
+                changes |= {"run_dir": folder, "seed": seed, "resume": started, "overwrite": False}
                 train(dataclasses.replace(config, **changes))
             student, content = load_student(folder / "best.pth")
             steps += [float(row["seconds"]) for row in csv.DictReader((folder / "log.csv").read_text().splitlines())]
@@ -1680,10 +1713,8 @@ def side_by_side(panels: dict[str, np.ndarray], detail: int = 48) -> Image.Image
 
 def mean_psnr(values: Sequence[float]) -> float:
     """Mean of PSNRs in dB; where a picture equals its reference, which is infinite, that of the mean squared error."""
-    if math.isfinite(mean := statistics.fmean(values)):
-        return mean
-    error = statistics.fmean(10 ** (-value / 10) for value in values)
-    return -10 * math.log10(error) if error else math.inf
+    mean, error = statistics.fmean(values), statistics.fmean(10 ** (-value / 10) for value in values)
+    return mean if math.isfinite(mean) or not error else -10 * math.log10(error)
 
 
 def score_pair(config: EvalConfig, pair: Pair, methods: dict[str, FrameFunction], pictures: Path, sheet: bool) -> dict:
@@ -1707,10 +1738,10 @@ def score_pair(config: EvalConfig, pair: Pair, methods: dict[str, FrameFunction]
 def evaluate(config: EvalConfig) -> None:
     """Average PSNR and SSIM of input, student and teacher over a split and for each category."""
     require(not 0 < config.resize < 7, f"--resize {config.resize}: SSIM needs at least 7x7 pixels")
-    make_folders(config.json, config.output_dir / "scores.csv")
+    require_writable(config.json, config.output_dir / "scores.csv")
     data = {name: find_pairs(config.data_root / config.split, name) for name in config.protocol or ("",)}
     methods: dict[str, FrameFunction] = {"input": lambda frame: frame}
-    if config.teacher:
+    if config.teacher or config.teacher_weights:
         restormer = load_restormer(config.teacher_weights)
         methods["teacher"] = teacher_frames(restormer, pick_device(config), config.precision)
     methods["student"] = student_frames(config)
@@ -1805,15 +1836,12 @@ def draw_quality(config: FpsConfig, students: dict[str, nn.Module], backends: Se
     for (name, student), backend in itertools.product(students.items(), backends):
         methods[f"{name}, {backend}"] = FrameSharpener(student, device, precision=config.precision, backend=backend)
     durations = milliseconds([functools.partial(method, frame) for method in methods.values()], device, config)[:, 0]
-    scores = (mean_score(pairs, method) for method in tqdm(methods.values(), "quality"))
-    points = {label: (ms, *score) for label, ms, score in zip(methods, durations, scores, strict=True)}
-    for label, (duration, psnr, similarity) in points.items():
-        print(f"{label:<24}{duration:>7.1f} ms   {psnr:.2f} dB / {similarity:.4f} at x2, {len(pairs)} pictures")
-    panels, marked = [], list(zip(points.items(), itertools.cycle("os^vDPX"), strict=False))
-    for which, title in ((1, "PSNR at x2, dB"), (2, "SSIM at x2")):
-        curves = {label: (point[0], point[which], marker) for (label, point), marker in marked}
-        panels.append(({"title": title, "xlabel": "ms for a 1280x720 frame, 8-bit to 8-bit"}, curves))
-    plot(config.plot, *panels)
+    psnrs, similarities, axis = {}, {}, {"xlabel": "ms for a 1280x720 frame, 8-bit to 8-bit"}
+    for (label, method), ms, marker in zip(methods.items(), durations, itertools.cycle("os^vDPX"), strict=False):
+        psnr, similarity = mean_score(pairs, method)
+        print(f"{label:<24}{ms:>7.1f} ms   {psnr:.2f} dB / {similarity:.4f} at x2, {len(pairs)} pictures", flush=True)
+        psnrs[label], similarities[label] = (ms, psnr, marker), (ms, similarity, marker)
+    plot(config.plot, (axis | {"title": "PSNR at x2, dB"}, psnrs), (axis | {"title": "SSIM at x2"}, similarities))
 
 
 def fps_rows(networks: dict[str, nn.Module], backend: str, device: torch.device, config: FpsConfig) -> Iterator[dict]:
@@ -1846,7 +1874,7 @@ def measure_fps(config: FpsConfig) -> None:
     """Milliseconds a frame of 512x512, 1280x720 and 1920x1080, whole and in tiles, by every backend."""
     suffix = config.plot.suffix.lower() if config.plot else ".png"
     require(suffix in (".png", ".jpg", ".pdf", ".svg"), f"--plot {config.plot}: name a .png, .jpg, .pdf or .svg file")
-    make_folders(config.json, config.plot)
+    require_writable(config.json, config.plot)
     device, rows = pick_device(config), []
     students = {Path(name).stem: load_student(name)[0] for name in config.checkpoint if not config.base_channels}
     if config.base_channels:
@@ -1895,10 +1923,9 @@ def build_parser() -> argparse.ArgumentParser:
         about = function.__doc__.split("\n")[0]
         command = commands.add_parser(name, help=about, description=about)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        hints = typing.get_type_hints(config_class)
-        for item in dataclasses.fields(config_class):
+        for item in filter(lambda item: item.metadata, dataclasses.fields(config_class)):
             options, default, many = dict(item.metadata["options"]), item.default, isinstance(item.default, tuple)
-            kind, *_ = typing.get_args(hints[item.name]) or (hints[item.name],)  # Path of `Path | None`
+            kind, *_ = typing.get_args(item.type) or (item.type,)  # Path of `Path | None`
             if "nargs" in options:
                 command.add_argument(item.name, type=kind, **options)
                 continue
@@ -1923,18 +1950,19 @@ def settle(config_class: type, given: dict) -> object:
         sizes = {"widths": (), "convolutions": config.convolutions} if sized else {}
         config = config_class(**(EMBEDDED_RUN | sizes | given | {"data_root": None}))
     if isinstance(config, FitConfig) and config.resume and not isinstance(config, AblateConfig):
-        last = read_checkpoint(config.run_dir / "last.pth", "start the run without --resume")
+        last = read_checkpoint(config.run_dir / "last.pth", "start anew, with --overwrite instead of --resume")
         try:
-            saved, hints = last["config"], typing.get_type_hints(config_class).items()
-            paths = {name: saved[name] and Path(saved[name]) for name, hint in hints if hint in (Path, Path | None)}
+            saved, names = last["config"], [f.name for f in dataclasses.fields(config) if f.type in (Path, Path | None)]
+            paths = {name: saved[name] and Path(saved[name]) for name in names}
             config = config_class(**(saved | paths | {"run_dir": config.run_dir} | given))  # it may have been moved
         except (KeyError, TypeError) as error:
             raise UserError(f"{config.run_dir / 'last.pth'}: another command's run ({error})") from error
-    for item in dataclasses.fields(config):
+    for item in filter(lambda item: item.metadata, dataclasses.fields(config)):
         (at_least, above), value = item.metadata["bounds"], getattr(config, item.name)
         for number in value if isinstance(value, tuple) else (value,) if value is not None else ():
             fits = (at_least is None or number >= at_least) and (above is None or number > above)
             bound = f"at least {at_least}" if above is None else f"above {above}"
+            fits, bound = (fits, bound) if number != math.inf else (False, "finite")
             require(fits, f"--{item.name.replace('_', '-')} {number}: must be {bound}")
     return config
 

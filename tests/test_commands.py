@@ -122,6 +122,16 @@ def test_fps_rows(tmp_path, student_file, sharp_folder, capsys, monkeypatch):
     assert Image.open(tmp_path / "fps.png").size[0] > 500
 
 
+@pytest.mark.parametrize("stride", [2, 4])
+def test_fps_of_an_untrained_student(tmp_path, capsys, monkeypatch, stride):
+    monkeypatch.setattr(kd, "FPS_SIZES", ((64, 64),))
+    command = ["fps", "--backend", "torch", "--frames", "1", "--warmup", "0", "--json", str(tmp_path / "fps.json")]
+    assert kd.main([*command, "--base-channels", "16", "--stem-stride", str(stride)]) == 0
+    expected = kd.multiply_adds_per_pixel(kd.StudentUNet(base_channels=16, stem_stride=stride))
+    assert f"c=16 r={stride}: " in capsys.readouterr().out
+    assert json.loads((tmp_path / "fps.json").read_text())["rows"][1]["macs_per_pixel"] == expected
+
+
 def test_files_of_one_name_are_not_confused(tmp_path, student_file, capsys):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
@@ -140,6 +150,13 @@ def test_files_to_write_are_settled_before_the_work(tmp_path, data_root, student
     command += ["--output-dir", str(tmp_path / "scores"), "--json", str(tmp_path / "new/folder/scores.json")]
     assert kd.main(command) == 0
     assert json.loads((tmp_path / "new/folder/scores.json").read_text())["images"] == 8
+    assert kd.main([*command, "--json", str(tmp_path)]) == 2
+    assert kd.main([*command, "--teacher-weights", str(tmp_path / "none.pth")]) == 2
+    printed = capsys.readouterr()
+    assert f"{tmp_path}: cannot be written" in printed.err
+    assert "none.pth: no such file" in printed.err
+    assert kd.main(["export", "-o", "."]) == 2
+    assert "-o .: name a file" in capsys.readouterr().err
 
 
 def test_frames_are_pictures():
@@ -155,6 +172,8 @@ def test_help_shows_every_default_and_no_command_is_an_error(capsys):
         assert stop.value.code == 0
         text = " ".join(capsys.readouterr().out.split())
         for field in kd.dataclasses.fields(config_class):
+            if not field.metadata:
+                continue
             assert field.name.replace("_", "-") in text or field.name in text
         for default in {"train": ("0.0002", "GoPro_dataset", "0", "0.0"), "sharpen": ("2048", "1.0")}.get(name, ()):
             assert f"(default: {default})" in text

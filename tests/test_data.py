@@ -138,6 +138,36 @@ def test_prepare_leaves_nothing_behind_when_a_picture_is_broken(tmp_path, sharp_
     assert not (tmp_path / "out/train").exists()
 
 
+def test_prepare_turns_pictures_upright_and_refuses_what_would_not_be_a_dataset(tmp_path, photographs, capsys):
+    exif, folder = Image.Exif(), tmp_path / "in"
+    exif[0x0112] = 6  # rotate by 90 degrees
+    folder.mkdir()
+    photographs["astronaut"].resize((40, 30)).save(folder / "a.jpg", exif=exif)
+    root = ("--data-root", str(tmp_path / "out"))
+    assert kd.main(["prepare", str(folder), *root]) == 0
+    assert {Image.open(path).size for path in (tmp_path / "out/train").rglob("*.png")} == {(30, 40)}
+    assert not list(tmp_path.rglob(".*"))
+    save(folder / "a_blur.png")  # which would be the blurred side of a's pair
+    assert kd.main(["prepare", str(folder), "--split", "test", *root]) == 2
+    assert "of one pair" in capsys.readouterr().err
+    assert kd.main(["prepare", str(folder), "--data-root", str(folder)]) == 2
+    assert f"--data-root {folder}: is in {folder}" in capsys.readouterr().err
+    assert not (tmp_path / "out/test").exists()
+
+
+def test_extra_blur_blurs(tmp_path, sharp_folder):
+    def blurred(root, *flags):
+        arguments = [str(sharp_folder), "--data-root", str(tmp_path / root), *flags]
+        assert kd.main(["prepare", *arguments]) == 0
+        return [p.load()[0].astype(float) for p in kd.find_pairs(tmp_path / root / "train")]
+
+    def detail(image):
+        return np.abs(np.diff(image, axis=1)).mean()
+
+    plain, more = (list(map(detail, blurred(*flags))) for flags in (("a",), ("b", "--extra-blur", "3")))
+    assert sum(more) < 0.9 * sum(plain)
+
+
 def test_crops_share_their_geometry_and_are_drawn_by_seed_epoch_and_index(data_root):
     pairs = [kd.Pair(p.key, p.sharp, p.sharp) for p in kd.find_pairs(data_root / "train")]
     same = kd.GoProSharpeningDataset(pairs, 32, blur_probability=0.0, seed=5)

@@ -325,6 +325,55 @@ def test_orientation_exif_profile_alpha_and_resolution_are_kept(tmp_path, run_sh
     assert result.info["dpi"] == pytest.approx((300, 300), abs=0.1)
 
 
+def test_metadata_of_a_tiff_is_kept_and_damaged_metadata_is_not(tmp_path, run_sharpen, photographs):
+    image, exif = photographs["astronaut"].resize((40, 30)), Image.Exif()
+    exif[0x010F], exif[0x0112] = "camera", 6
+    image.save(tmp_path / "in.tif", exif=exif)
+    assert run_sharpen(tmp_path / "in.tif", "-o", tmp_path / "out.png")[0] == 0
+    result = Image.open(tmp_path / "out.png")
+    assert dict(result.getexif()) == {0x010F: "camera"}  # and nothing of how the TIFF is stored
+    assert result.size == (30, 40)
+    image.save(tmp_path / "exif.jpg", exif=b"Exif\0\0garbage!")
+    image.convert("CMYK").save(tmp_path / "profile.jpg", icc_profile=b"garbage")
+    image.save(tmp_path / "size.tif", dpi=(0, 0))
+    for name in ("exif.jpg", "profile.jpg", "size.tif"):
+        assert run_sharpen(tmp_path / name, "-o", tmp_path / "out.png", "--strength", "0") == (0, "")
+        expected = kd.frame_array(kd.open_picture(tmp_path / name))
+        assert np.array_equal(kd.frame_array(Image.open(tmp_path / "out.png")), expected)
+
+
+def test_sixteen_bits_and_a_transparent_grey(tmp_path, run_sharpen):
+    values = np.linspace(0, 65535, 1024).astype(np.uint16).reshape(16, 64)
+    Image.fromarray(values).save(tmp_path / "in.png", transparency=int(values[0, 0]))
+    assert run_sharpen(tmp_path / "in.png", "-o", tmp_path / "out.png", "--strength", "0") == (0, "")
+    result = Image.open(tmp_path / "out.png")
+    assert np.array_equal(np.array(result.getchannel("L")), np.rint(values / 257))
+    assert np.array_equal(np.array(result.getchannel("A")) == 0, values == 0)
+
+
+def test_a_folder_may_be_linked_and_holds_pictures_of_many_kinds(tmp_path, run_sharpen, photographs):
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("a.gif", "b.png", "c.jp2"):
+        photographs["astronaut"].resize((40, 30)).save(tmp_path / "elsewhere" / name)
+    (tmp_path / "in/folder.png").mkdir(parents=True)  # a folder, whatever its name
+    (tmp_path / "in/linked").symlink_to(tmp_path / "elsewhere")
+    assert run_sharpen(tmp_path / "in", "-o", tmp_path / "out")[0] == 0
+    assert sorted(p.name for p in (tmp_path / "out/linked").iterdir()) == ["a.png", "b.png", "c.png"]
+
+
+def test_no_picture_that_is_read_is_written(tmp_path, run_sharpen, photographs):
+    (tmp_path / "in/sub").mkdir(parents=True)
+    for name, picture in (("in/a.png", "astronaut"), ("in/sub/a.png", "camera")):
+        photographs[picture].resize((40, 30)).save(tmp_path / name)
+    before = (tmp_path / "in/sub/a.png").read_bytes()
+    status, error = run_sharpen(tmp_path / "in", "-o", tmp_path / "in/sub")
+    assert status == 2
+    assert f"{tmp_path}/in/sub/a.png: would be overwritten" in error
+    assert (tmp_path / "in/sub/a.png").read_bytes() == before
+    assert len(list(tmp_path.rglob("*.png"))) == 2
+    assert run_sharpen(tmp_path / "in/a.png", tmp_path / "in/a.png", "-o", tmp_path / "out")[0] == 0  # named twice
+
+
 def test_folders_keep_their_relative_paths(tmp_path, run_sharpen, sharp_folder):
     assert run_sharpen(sharp_folder, "-o", tmp_path / "out")[0] == 0
     written = sorted(p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*.*"))
@@ -354,6 +403,8 @@ def test_mistakes_are_named_and_nothing_is_written(tmp_path, run_sharpen, photog
         ((picture, "-o", tmp_path / "b.jpg"), "b.jpg: cannot be written"),
         ((picture, "--tile", "64", "--overlap", "64"), "--tile 64 --overlap 64"),
         ((picture, "--tile", "-1"), "--tile -1: must be at least 0"),
+        ((picture, "--strength", "nan"), "--strength nan: must be at least 0"),
+        ((picture, "--strength", "inf"), "--strength inf: must be finite"),
     ):
         status, error = run_sharpen(*arguments)
         assert status == 2

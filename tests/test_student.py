@@ -156,11 +156,6 @@ def test_gates_are_the_mean_over_patches(student_file):
         assert torch.allclose(network(patches)[:8], by_hand, atol=1e-6)
 
 
-def test_pooling_even_sides_is_max_pooling():
-    x = torch.randn(2, 3, 8, 6)
-    assert torch.equal(kd.pool_even_sides(x), torch.nn.functional.max_pool2d(x, 2))
-
-
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch is built without oneDNN")
 def test_a_stage_in_one_pass_is_the_stage():
     torch.manual_seed(0)

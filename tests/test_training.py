@@ -252,6 +252,11 @@ def test_mistakes_are_named_before_anything_is_written(arguments, tmp_path, caps
         (["--teacher-weights", str(tmp_path / "none.pth")], "none.pth: no such file; get motion_deblurring"),
         (["--data-root", str(tmp_path)], "no blurred/sharp pairs"),
         (["--resume"], "last.pth: no such file"),
+        (["--seed", "-1"], "--seed -1: must be at least 0"),
+        (
+            ["--lambda-reconstruction", "0", "--lambda-feature", "0", "--lambda-kl", "0", "--lambda-ssim", "0"],
+            "all are 0",
+        ),
     ):
         assert kd.main([*arguments, "--run-dir", str(run), *extra]) == 2
         error = capsys.readouterr().err
@@ -262,6 +267,8 @@ def test_mistakes_are_named_before_anything_is_written(arguments, tmp_path, caps
     before = weights(run)
     assert kd.main([*arguments, "--run-dir", str(run), "--max-steps", "2"]) == 2
     assert "holds a run already" in capsys.readouterr().err
+    assert kd.main([*arguments, "--run-dir", str(run), "--resume", "--overwrite"]) == 2
+    assert "--resume, --overwrite: one goes on" in capsys.readouterr().err
     assert all(torch.equal(before[name], tensor) for name, tensor in weights(run).items())
 
 
@@ -283,12 +290,13 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
 
     def broken(content, path):
         Path(path).write_bytes(b"half")
-        raise OSError("disk full")
+        raise RuntimeError("[enforce fail at inline_container.cc] disk full")  # as PyTorch does
 
     monkeypatch.setattr(torch, "save", broken)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(kd.UserError, match=r"last.pth: cannot be written .*disk full"):
         kd.save_atomically({"step": 2}, file)
     assert torch.load(file, weights_only=True) == {"step": 1}
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_ctrl_c_saves_and_the_run_continues_to_the_same_weights(arguments, tmp_path):
@@ -331,13 +339,35 @@ def test_two_processes_match_one(arguments, tmp_path):
 
 def test_learning_rate_is_the_cosine_after_a_linear_warm_up(arguments, tmp_path):
     run = tmp_path / "run"
-    flags = ("--max-steps", "6", "--warmup-steps", "4", "--learning-rate", "1e-3", "--restart-epochs", "3", "--balance")
+    flags = ("--max-steps", "9", "--warmup-steps", "4", "--learning-rate", "1e-3", "--restart-epochs", "1", "--balance")
     assert kd.main([*arguments, "--run-dir", str(run), *flags]) == 0
     rows = read_log(run)
     for step, row in enumerate(rows):
-        cosine = 1e-6 + (1e-3 - 1e-6) * (1 + math.cos(math.pi * float(row["epoch"]) / 3)) / 2
+        start, length = max(
+            (start, length) for start, length in ((0, 1), (1, 2), (3, 4)) if float(row["epoch"]) >= start
+        )
+        cosine = 1e-6 + (1e-3 - 1e-6) * (1 + math.cos(math.pi * (float(row["epoch"]) - start) / length)) / 2
         assert float(row["learning_rate"]) == pytest.approx(cosine * min(1, (step + 1) / 4))
     assert all(float(row["seconds"]) > 0 for row in rows)
+
+
+def test_a_run_follows_its_flags(arguments, tmp_path, monkeypatch):
+    runs, fit, terms = [], kd.Fit, kd.DistillationLoss
+    monkeypatch.setattr(kd, "Fit", lambda *a, **k: runs.append(fit(*a, **k)) or runs[-1])
+    monkeypatch.setattr(kd, "DistillationLoss", lambda *a: temperatures.append(a[1]) or terms(*a))
+    temperatures, norms, clip = [], [], nn.utils.clip_grad_norm_
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda p, norm: norms.append(norm) or clip(p, norm))
+    root = Path(arguments[2])
+    fewer = tmp_path / "data"
+    shutil.copytree(root, fewer)
+    for path in fewer.rglob("text/page_[01].png"):
+        path.unlink()
+    flags = ("--data-root", str(fewer), "--balance", "--clip-norm", "0.5", "--temperature", "2", "--max-steps", "1")
+    assert kd.main([*arguments, "--run-dir", str(tmp_path / "run"), *flags]) == 0
+    categories = [pair.category for pair in runs[0].dataset.pairs]
+    assert categories.count("text") == categories.count("photo")
+    assert norms == [0.5]
+    assert temperatures == [2.0]
 
 
 def test_a_run_may_start_from_another_students_weights(arguments, tmp_path):
@@ -457,6 +487,10 @@ def test_ablation_compares_the_terms_and_keeps_finished_runs(arguments, tmp_path
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/best.pth")}
     assert kd.main([*command, "--resume"]) == 0  # which it does anyway
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/best.pth")}
-    assert kd.main([*command, "--overwrite", "--epochs", "1"]) == 0
-    assert all(path.stat().st_mtime_ns > time for path, time in before.items())
+    assert kd.main([*command, "--overwrite", "--epochs", "1", "--seeds", "0"]) == 0
+    for path, time in before.items():  # of the seeds that are named
+        assert (path.stat().st_mtime_ns > time) == path.parent.name.endswith("_0")
     assert len(read_log(tmp_path / "all_0")) == len(logs["all_0"]) / 2
+    assert kd.main([*command, "--lambda-ssim", "0", "--lambda-reconstruction", "0"]) == 2
+    with pytest.raises(SystemExit):  # flags that it would overrule
+        kd.main([*command, "--validate-every", "3"])
