@@ -1,5 +1,7 @@
 """The student: its size, shapes, starting point, and gates."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -195,6 +197,32 @@ def test_a_stage_strides_first_and_adds_what_comes_from_below_there(excited, con
             assert torch.allclose(features, expected * gate if excited else expected, atol=1e-5)
             if excited:
                 assert torch.allclose(forward(picture, given, below.clone())[0], expected * given, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpoint", kd.SHIPPED)
+def test_in_bf16_no_map_meets_another_type(random_frame, monkeypatch, checkpoint):
+    """oneDNN refuses what differs in type, and has bf16 on some processors only; so stand-ins look and compute."""
+
+    def convolution(x, weight, bias, padding, stride, dilation, groups, *_):
+        assert x.dtype == weight.dtype == bias.dtype == torch.bfloat16
+        features = torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        return torch.nn.functional.leaky_relu(features, kd.LEAK)
+
+    def convolution_into(below, x, weight, bias, padding, stride, dilation, groups, *_):
+        assert below.dtype == x.dtype == weight.dtype == bias.dtype == torch.bfloat16
+        below += torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_convolution_pointwise", convolution)
+    monkeypatch.setattr(torch.ops.mkldnn, "_convolution_pointwise_", SimpleNamespace(binary=convolution_into))
+    network, frame = kd.FrameNetwork(kd.load_student(checkpoint)[0]), torch.from_numpy(random_frame(32, 48)[None])
+    with torch.inference_mode():
+        expected = network(frame, network(frame))
+        network = network.to(torch.bfloat16)
+        for stage in network.modules():
+            if isinstance(stage, kd.Stage):
+                stage.forward = stage.forward_in_one_pass
+        restored = network(frame, network(frame))
+    assert (restored.int() - expected.int()).abs().float().mean() < 0.5
 
 
 def test_added_skips_need_narrower_stages():
