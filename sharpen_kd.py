@@ -569,8 +569,10 @@ def prepare(config: PrepareConfig) -> None:
         save_picture(sharp, file)
         save_picture(Degradation(scale, sigma)(sharp), unfinished / "blurred" / file.relative_to(unfinished / "sharp"))
     find_pairs(unfinished)  # whose names may contradict each other
-    shutil.rmtree(target, ignore_errors=True)  # it holds no pictures
-    unfinished.replace(target)
+    target.mkdir(parents=True, exist_ok=True)
+    for side in ("blurred", "sharp"):
+        (unfinished / side).replace(target / side)
+    unfinished.rmdir()
     print(f"{len(plan)} pairs in {target}")
 
 
@@ -1418,6 +1420,9 @@ def any_process(flag: bool, device: torch.device) -> bool:
     return bool(votes)
 
 
+RESTART = "start anew, with --overwrite instead of --resume"
+
+
 def start_run(config: FitConfig) -> tuple[list[Pair], dict | None]:
     """Seeds the initial weights; (the pairs, what a resumed run goes on from); UserError for what cannot be done."""
     require(config.image_size % 16 == 0, f"--image-size {config.image_size}: must be a multiple of 16")
@@ -1427,11 +1432,7 @@ def start_run(config: FitConfig) -> tuple[list[Pair], dict | None]:
     if kept and not config.resume and not config.overwrite:
         raise UserError(f"{config.run_dir} holds a run already: add --resume or --overwrite, or name another --run-dir")
     torch.manual_seed(config.seed)
-    last = (
-        read_checkpoint(config.run_dir / "last.pth", "start anew, with --overwrite instead of --resume")
-        if config.resume
-        else None
-    )
+    last = read_checkpoint(config.run_dir / "last.pth", RESTART) if config.resume else None
     if config.data_root:
         return find_pairs(config.data_root / "train", "" if config.degradation == "pairs" else "x2"), last
     missing = "" if config.resume else f"No pictures under {DATASET / 'train'}. "
@@ -1950,7 +1951,7 @@ def settle(config_class: type, given: dict) -> object:
         sizes = {"widths": (), "convolutions": config.convolutions} if sized else {}
         config = config_class(**(EMBEDDED_RUN | sizes | given | {"data_root": None}))
     if isinstance(config, FitConfig) and config.resume and not isinstance(config, AblateConfig):
-        last = read_checkpoint(config.run_dir / "last.pth", "start anew, with --overwrite instead of --resume")
+        last = read_checkpoint(config.run_dir / "last.pth", RESTART)
         try:
             saved, names = last["config"], [f.name for f in dataclasses.fields(config) if f.type in (Path, Path | None)]
             paths = {name: saved[name] and Path(saved[name]) for name in names}
@@ -1962,8 +1963,8 @@ def settle(config_class: type, given: dict) -> object:
         for number in value if isinstance(value, tuple) else (value,) if value is not None else ():
             fits = (at_least is None or number >= at_least) and (above is None or number > above)
             bound = f"at least {at_least}" if above is None else f"above {above}"
-            fits, bound = (fits, bound) if number != math.inf else (False, "finite")
-            require(fits, f"--{item.name.replace('_', '-')} {number}: must be {bound}")
+            flag_name = "--" + item.name.replace("_", "-")
+            require(fits and number != math.inf, f"{flag_name} {number}: must be {bound}{', and finite' * fits}")
     return config
 
 

@@ -144,7 +144,10 @@ def test_prepare_turns_pictures_upright_and_refuses_what_would_not_be_a_dataset(
     folder.mkdir()
     photographs["astronaut"].resize((40, 30)).save(folder / "a.jpg", exif=exif)
     root = ("--data-root", str(tmp_path / "out"))
+    (tmp_path / "out/train").mkdir(parents=True)
+    (tmp_path / "out/train/notes.txt").write_text("kept")
     assert kd.main(["prepare", str(folder), *root]) == 0
+    assert (tmp_path / "out/train/notes.txt").read_text() == "kept"
     assert {Image.open(path).size for path in (tmp_path / "out/train").rglob("*.png")} == {(30, 40)}
     assert not list(tmp_path.rglob(".*"))
     save(folder / "a_blur.png")  # which would be the blurred side of a's pair

@@ -404,7 +404,7 @@ def test_mistakes_are_named_and_nothing_is_written(tmp_path, run_sharpen, photog
         ((picture, "--tile", "64", "--overlap", "64"), "--tile 64 --overlap 64"),
         ((picture, "--tile", "-1"), "--tile -1: must be at least 0"),
         ((picture, "--strength", "nan"), "--strength nan: must be at least 0"),
-        ((picture, "--strength", "inf"), "--strength inf: must be finite"),
+        ((picture, "--strength", "inf"), "--strength inf: must be at least 0, and finite"),
     ):
         status, error = run_sharpen(*arguments)
         assert status == 2
