@@ -1605,7 +1605,7 @@ EMBEDDED_RUN = {
     "run_dir": HERE / "model_checkpoints/embedded", "teacher_weights": COMPACT_TEACHER, "lambda_perceptual": 0.0,
     "stem_stride": 2, "widths": (16, 16, 32, 48), "skips": "lateral", "convolutions": (4, 3, 2, 1),
     "image_size": 128, "batch_size": 4, "gradient_accumulation_steps": 1, "cache": True, "workers": 0, "epochs": 240,
-    "restart_epochs": 240, "validate_every": 40, "validation_fraction": 0.25, "learning_rate": 1e-3,
+    "restart_epochs": 240, "validate_every": 40, "validation_fraction": 0.25, "learning_rate": 2e-3, "expansion": 64,
     "blur_probability": 0.0}  # fmt: skip
 
 
