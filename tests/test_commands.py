@@ -115,7 +115,10 @@ def test_fps_rows(tmp_path, student_file, sharp_folder, capsys, monkeypatch):
     assert "multiply-adds a pixel" in printed
     ratio = re.findall(r"student .* tiled .* ([\d.]+)\n", printed)[0]
     assert float(ratio) == pytest.approx(rows[4]["frame_ms"] / rows[4]["plain_ms"], abs=0.006)
-    assert float(re.search(r"convolution reaches (\d+) GFLOP/s", printed)[1]) > 0
+    assert re.search(r"3x3 convolutions in torch\.\w+: (\d+ \(\d+ wide\)(, )?){5} GFLOP/s", printed)
+    of_best = re.findall(r"student .* tiled .* (\d+)%", printed)[0]
+    assert float(of_best) == pytest.approx(100 * rows[4]["gflops"] / rows[4]["best_gflops"], abs=0.6)
+    assert len({row["best_gflops"] for row in rows}) == len(backends) * len(sizes)  # timed beside the networks
     by_hand = np.mean([kd.score(*pair.load()) for pair in kd.find_pairs(tmp_path / "test", "x2")], 0)
     assert re.search(rf"input +[\d.]+ ms   {by_hand[0]:.2f} dB / {by_hand[1]:.4f} at x2", printed)
     assert re.findall(r"\n(\S+, \S+) +[\d.]+ ms", printed) == [f"student, {backend}" for backend in backends]
