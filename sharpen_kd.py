@@ -9,7 +9,7 @@
 published weights do not suit the blur. Every flag is in `python sharpen_kd.py COMMAND --help`.
 
 Pictures blurred at x2 (27.75 dB / 0.8605) become 29.82 dB / 0.9053 by model_checkpoints/student.pth and 29.13 dB /
-0.8959 by student_fast.pth; in OpenVINO's int8 a 720p frame takes 57 and 21 ms on two cores of an AMD EPYC (AVX2).
+0.8959 by student_fast.pth; in OpenVINO's int8 a 720p frame takes 56 and 20 ms on two cores of an AMD EPYC (AVX2).
 """
 
 import argparse
