@@ -1359,10 +1359,9 @@ class CropOrder(Sampler[list[tuple[int, int]]]):
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, weights: dict[str, Tensor], step: int, decay: float) -> None:
-    """Move the averaged weights towards these."""
+    """Move the averaged weights towards these, which `named_parameters` orders likewise."""
     decay = min(decay, (1 + step) / (10 + step))  # 0.1 at first: a short run must not return its initial weights
-    averages = dict(ema.named_parameters())
-    torch._foreach_lerp_([averages[name] for name in weights], list(weights.values()), 1 - decay)
+    torch._foreach_lerp_(list(ema.parameters()), list(weights.values()), 1 - decay)
 
 
 def gradient_shares(terms: dict[str, Tensor], parameters: list[Tensor]) -> dict[str, float]:
@@ -1786,6 +1785,7 @@ class PlainLayers(nn.Module):
         return self.output(self.layers(folded)), {}, [folded[:, :1].mean((2, 3))]
 
 
+@functools.lru_cache  # every backend asks again
 def multiply_adds_per_pixel(student: nn.Module) -> float:
     """Multiply-adds of the convolutions for each pixel of a large frame."""
     side, stride = 16 * student.alignment, student.stem_stride
@@ -1921,6 +1921,11 @@ COMMANDS: dict[str, tuple[type, Callable]] = {
     "fps": (FpsConfig, measure_fps), "export": (ExportConfig, export)}  # fmt: skip
 
 
+def flags(config: object) -> dict[str, dataclasses.Field]:
+    """{"--learning-rate": its field, ...} of a configuration or its class."""
+    return {"--" + item.name.replace("_", "-"): item for item in dataclasses.fields(config) if item.metadata}
+
+
 def build_parser() -> argparse.ArgumentParser:
     """One argument a field: its type from the annotation, its meaning and options from the metadata."""
     parser = argparse.ArgumentParser(prog="sharpen_kd.py", description=__doc__.split("\n")[0])
@@ -1929,13 +1934,13 @@ def build_parser() -> argparse.ArgumentParser:
         about = function.__doc__.split("\n")[0]
         command = commands.add_parser(name, help=about, description=about)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        for item in filter(lambda item: item.metadata, dataclasses.fields(config_class)):
+        for option, item in flags(config_class).items():
             options, default, many = dict(item.metadata["options"]), item.default, isinstance(item.default, tuple)
             kind, *_ = typing.get_args(item.type) or (item.type,)  # Path of `Path | None`
             if "nargs" in options:
                 command.add_argument(item.name, type=kind, **options)
                 continue
-            names = [*options.pop("short", ()), "--" + item.name.replace("_", "-")]
+            names = [*options.pop("short", ()), option]
             if kind is bool:
                 options["action"] = argparse.BooleanOptionalAction
             else:
@@ -1963,13 +1968,12 @@ def settle(config_class: type, given: dict) -> object:
             config = config_class(**(saved | paths | {"run_dir": config.run_dir} | given))  # it may have been moved
         except (KeyError, TypeError) as error:
             raise UserError(f"{config.run_dir / 'last.pth'}: another command's run ({error})") from error
-    for item in filter(lambda item: item.metadata, dataclasses.fields(config)):
+    for name, item in flags(config).items():
         (at_least, above), value = item.metadata["bounds"], getattr(config, item.name)
         for number in value if isinstance(value, tuple) else (value,) if value is not None else ():
             fits = (at_least is None or number >= at_least) and (above is None or number > above)
             bound = f"at least {at_least}" if above is None else f"above {above}"
-            flag_name = "--" + item.name.replace("_", "-")
-            require(fits and number != math.inf, f"{flag_name} {number}: must be {bound}{', and finite' * fits}")
+            require(fits and number != math.inf, f"{name} {number}: must be {bound}{', and finite' * fits}")
     return config
 
 
