@@ -1,7 +1,12 @@
 """Shared pictures and small networks. The pictures are those scikit-image carries in its wheel."""
 
+import os
 import sys
 from pathlib import Path
+
+# One thread, here and in the commands that tests start. Small networks gain nothing by two, and on
+# a busy machine the two would wait for each other most of the time.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import pytest
@@ -18,7 +23,8 @@ import sharpen_kd as kd  # noqa: E402
 def photographs() -> dict[str, Image.Image]:
     """A few of scikit-image's photographs and pages, by name."""
     wanted = ("astronaut", "coffee", "page", "camera")
-    return {p.sharp.stem: kd.open_picture(p.sharp) for p in kd.embedded_pairs() if p.sharp.stem in wanted}
+    files = [pair.sharp for pair in kd.embedded_pairs() if pair.sharp.stem in wanted]
+    return {file.stem: kd.open_picture(file) for file in files}
 
 
 @pytest.fixture(scope="session")
@@ -27,9 +33,10 @@ def sharp_folder(tmp_path_factory, photographs) -> Path:
     folder = tmp_path_factory.mktemp("sharp")
     for category, name in (("photo", "astronaut"), ("text", "page")):
         (folder / category).mkdir()
-        for i in range(4):
-            crop = photographs[name].convert("RGB").crop((90 * i, 40, 90 * i + 96, 136))
-            crop.save(folder / category / f"{name}_{i}.png")
+        for number in range(4):
+            left = 90 * number
+            crop = photographs[name].convert("RGB").crop((left, 40, left + 96, 136))
+            crop.save(folder / category / f"{name}_{number}.png")
     return folder
 
 
@@ -38,14 +45,17 @@ def data_root(tmp_path_factory, sharp_folder) -> Path:
     """Both splits, as `prepare` writes them from `sharp_folder`."""
     root = tmp_path_factory.mktemp("dataset")
     for split in ("train", "test"):
-        assert kd.main(["prepare", str(sharp_folder), "--split", split, "--data-root", str(root)]) == 0
+        status = kd.main(["prepare", str(sharp_folder), "--split", split, "--data-root", str(root)])
+        assert status == 0
     return root
 
 
 @pytest.fixture(scope="session")
 def tiny_restormer() -> kd.StemmedRestormer:
     torch.manual_seed(0)
-    return kd.StemmedRestormer(dim=8, num_blocks=(1, 1, 1, 1), num_refinement_blocks=1, heads=(1, 1, 2, 2))
+    return kd.StemmedRestormer(
+        dim=8, num_blocks=(1, 1, 1, 1), num_refinement_blocks=1, heads=(1, 1, 2, 2)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -75,8 +85,9 @@ def random_frame():
     """A function that makes a smooth random 8-bit RGB frame of a given size."""
 
     def make(height: int, width: int, seed: int = 0) -> np.ndarray:
-        small = np.random.default_rng(seed).integers(0, 256, (height // 4 + 2, width // 4 + 2, 3))
-        image = Image.fromarray(small.astype(np.uint8))
-        return np.array(image.resize((width, height), Image.BICUBIC))
+        shape = (height // 4 + 2, width // 4 + 2, 3)
+        small = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+        image = Image.fromarray(small)
+        return np.array(image.resize((width, height), Image.Resampling.BICUBIC))
 
     return make

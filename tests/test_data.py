@@ -1,14 +1,18 @@
-"""Pairs, transforms, the xS protocol and the held-out part."""
+"""Degradations, pairs, crops and the held-out part."""
 
 import io
+import os
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader
 
 import sharpen_kd as kd
+
+X2 = kd.PROTOCOLS["x2"]
+BICUBIC = Image.Resampling.BICUBIC
 
 
 def save(path, size=(24, 16), value=128):
@@ -17,32 +21,273 @@ def save(path, size=(24, 16), value=128):
     return path
 
 
-def test_pairs_match_by_path_without_extension_and_suffix(tmp_path):
+def compressed(picture, quality):
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=quality)
+    return Image.open(file).convert("RGB")
+
+
+# --- Degradations ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("scale", "small"), [(2, (15, 10)), (3, (10, 7)), (4, (8, 5))])
+def test_a_protocol_shrinks_and_enlarges_bicubically(photographs, scale, small):
+    image = photographs["coffee"].crop((10, 10, 41, 31))  # 31x21, which is cut to 30x20
+    sharp = kd.even_sized(image)
+    expected = image.crop((0, 0, 30, 20))
+    assert np.array_equal(sharp, expected)
+    blurred = kd.degrade(sharp, kd.PROTOCOLS[f"x{scale}"])
+    by_hand = expected.resize(small, BICUBIC).resize((30, 20), BICUBIC)
+    assert np.array_equal(blurred, by_hand)
+
+
+def test_a_thin_picture_keeps_a_pixel():
+    thin = Image.new("RGB", (40, 1), (10, 20, 30))
+    assert np.array_equal(kd.degrade(thin, kd.PROTOCOLS["x4"]), thin)
+
+
+def test_steps_follow_one_another(photographs):
+    sharp = photographs["coffee"].crop((0, 0, 80, 64))
+
+    blurred = sharp.filter(ImageFilter.GaussianBlur(1.5)).resize((27, 21), BICUBIC)
+    enlarged = blurred.resize((80, 64), BICUBIC)
+    steps = (kd.GaussianBlur(1.5), kd.Shrink(3), kd.Enlarge())
+    assert np.array_equal(kd.degrade(sharp, steps), enlarged)
+
+    small = compressed(sharp.resize((40, 32), BICUBIC), 40)
+    steps = (kd.Shrink(2), kd.Jpeg(40), kd.Enlarge())
+    assert np.array_equal(kd.degrade(sharp, steps), small.resize((80, 64), BICUBIC))
+
+    late = compressed(kd.degrade(sharp, X2), 50)
+    assert np.array_equal(kd.degrade(sharp, kd.PROTOCOLS["x2-jpeg50"]), late)
+
+    assert np.array_equal(kd.degrade(sharp, kd.PROTOCOLS["sharp"]), sharp)
+
+
+def test_one_purpose_does_not_shift_the_draws_of_another():
+    alone = kd.generator((3, 1, 4), "a").random(5)
+    busy = kd.generator((3, 1, 4), "b")
+    before = busy.random(1000)
+    assert np.array_equal(kd.generator((3, 1, 4), "a").random(5), alone)
+    assert not np.array_equal(before[:5], alone)
+    assert not np.array_equal(kd.generator((3, 1, 5), "a").random(5), alone)
+    assert not np.array_equal(kd.generator((3, 2, 4), "a").random(5), alone)
+
+
+@pytest.mark.parametrize("purpose", ["shrink", "blur", "jpeg"])
+def test_a_damage_of_the_mixture_is_drawn_apart_from_the_others(monkeypatch, purpose):
+    """Other draws for one kind of damage leave the other kinds as they were."""
+    kinds = {"shrink": kd.Shrink, "blur": kd.GaussianBlur, "jpeg": kd.Jpeg}
+    keys = [(7, index) for index in range(200)]
+
+    def of_the_other_kinds(degradation):
+        return [step for step in degradation if type(step) is not kinds[purpose]]
+
+    def of_this_kind(degradation):
+        return [step for step in degradation if type(step) is kinds[purpose]]
+
+    usual = [kd.draw_mixture(key) for key in keys]
+    generator = kd.generator
+    monkeypatch.setattr(
+        kd, "generator", lambda key, name: generator((*key, 1) if name == purpose else key, name)
+    )
+    redrawn = [kd.draw_mixture(key) for key in keys]
+
+    # JPEG may be before or after enlarging: the order of steps is no draw of another kind.
+    assert [sorted(map(str, of_the_other_kinds(d))) for d in redrawn] == [
+        sorted(map(str, of_the_other_kinds(d))) for d in usual
+    ]
+    assert [of_this_kind(d) for d in redrawn] != [of_this_kind(d) for d in usual]
+
+
+@pytest.fixture(scope="module")
+def mixture():
+    """Many degradations of the mixture, and those among them that do something."""
+    drawn = [kd.draw_mixture((0, index)) for index in range(10_000)]
+    return drawn, [degradation for degradation in drawn if degradation]
+
+
+def step_of(kind, degradation):
+    """The step of this kind; None without."""
+    for step in degradation:
+        if isinstance(step, kind):
+            return step
+    return None
+
+
+def share(values):
+    return np.mean([bool(value) for value in values])
+
+
+def test_the_mixture_has_the_shares_that_it_promises(mixture):
+    drawn, damaged = mixture
+    blurs = [step_of(kd.GaussianBlur, degradation) for degradation in damaged]
+    jpegs = [step_of(kd.Jpeg, degradation) for degradation in damaged]
+    factors = [step_of(kd.Shrink, degradation).factor for degradation in damaged]
+    assert share(degradation == () for degradation in drawn) == pytest.approx(0.08, abs=0.01)
+    assert share(factor == 2 for factor in factors) == pytest.approx(0.5, abs=0.02)
+    assert share(blurs) == pytest.approx(0.1, abs=0.01)
+    assert share(jpegs) == pytest.approx(0.2, abs=0.015)
+
+    compressed_ones = [degradation for degradation in damaged if step_of(kd.Jpeg, degradation)]
+    early = share(isinstance(degradation[-1], kd.Enlarge) for degradation in compressed_ones)
+    assert early == pytest.approx(0.5, abs=0.04)
+
+
+def test_the_mixture_draws_from_the_whole_of_its_ranges(mixture):
+    _, damaged = mixture
+    factors = [step_of(kd.Shrink, degradation).factor for degradation in damaged]
+    others = [factor for factor in factors if factor != 2]
+    assert 1.5 <= min(others) < 1.51
+    assert 3.99 < max(others) <= 4
+    assert np.mean(others) == pytest.approx(2.75, abs=0.05)
+
+    blurs = [step_of(kd.GaussianBlur, degradation) for degradation in damaged]
+    sigmas = [blur.sigma for blur in blurs if blur]
+    assert 0.3 <= min(sigmas) < 0.32
+    assert 1.18 < max(sigmas) <= 1.2
+
+    jpegs = [step_of(kd.Jpeg, degradation) for degradation in damaged]
+    assert {jpeg.quality for jpeg in jpegs if jpeg} == set(range(30, 96))
+
+
+def test_the_mixture_blurs_first_and_compresses_small_or_large_pictures(mixture):
+    _, damaged = mixture
+    orders = {tuple(type(step).__name__ for step in degradation) for degradation in damaged}
+    assert orders == {
+        ("Shrink", "Enlarge"),
+        ("Shrink", "Jpeg", "Enlarge"),
+        ("Shrink", "Enlarge", "Jpeg"),
+        ("GaussianBlur", "Shrink", "Enlarge"),
+        ("GaussianBlur", "Shrink", "Jpeg", "Enlarge"),
+        ("GaussianBlur", "Shrink", "Enlarge", "Jpeg"),
+    }
+
+
+# --- Files ----------------------------------------------------------------------------------------
+
+
+def test_hidden_files_are_left_out(tmp_path):
+    shown = save(tmp_path / "folder/a.png")
+    save(tmp_path / "folder/.b.png")
+    (tmp_path / "notes.txt").write_text("no picture")
+    assert kd.list_files(tmp_path) == [shown, tmp_path / "notes.txt"]
+    assert kd.list_pictures(tmp_path) == [shown]
+
+
+def test_a_folder_that_links_to_itself_is_entered_once(tmp_path):
+    inside = save(tmp_path / "folder/a.png")
+    (tmp_path / "folder/again").symlink_to(tmp_path / "folder", target_is_directory=True)
+    assert kd.list_files(tmp_path / "folder") == [inside]
+
+
+def test_a_linked_folder_is_entered(tmp_path):
+    save(tmp_path / "elsewhere/a.png")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    assert kd.list_files(tmp_path / "folder") == [tmp_path / "folder/link/a.png"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_named_pipe_is_no_picture(tmp_path):
+    """Opening one waits for its writer, perhaps for ever."""
+    picture = save(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    assert kd.list_pictures(tmp_path) == [picture]
+    assert [pair.sharp for pair in kd.find_sharp(tmp_path, X2)] == [picture]
+
+
+# --- Pictures -------------------------------------------------------------------------------------
+
+ALL_MODES = ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I;16", "I", "F"]
+
+
+@pytest.mark.parametrize("mode", ALL_MODES)
+def test_to_tensor_takes_every_mode(mode):
+    grey = np.tile(np.linspace(0, 255, 12).astype(np.uint8), (5, 1))
+    expected = torch.from_numpy(grey / 255).float()
+    if mode == "I;16":
+        image = Image.fromarray(grey.astype(np.uint16) * 257)
+    elif mode == "I":
+        image = Image.fromarray(grey.astype(np.int32) * 257)
+    elif mode == "F":
+        image = Image.fromarray(grey.astype(np.float32) / 255)
+    elif mode == "P":
+        image = Image.fromarray(grey).convert("P")
+    else:
+        image = Image.fromarray(grey).convert("RGB").convert(mode, dither=Image.Dither.NONE)
+    if mode == "1":
+        expected = (expected >= 0.5).float()
+
+    tensor = kd.CustomToTensor()(image)
+    assert tensor.shape == (3, 5, 12)
+    assert tensor.dtype == torch.float32
+    tolerance = 0.03 if mode in ("CMYK", "YCbCr", "HSV") else 1e-6
+    assert (tensor - expected).abs().max() < tolerance
+
+
+def test_to_tensor_takes_arrays_and_refuses_others():
+    to_tensor = kd.CustomToTensor()
+    floats = np.full((4, 5), 0.3)
+    assert torch.allclose(to_tensor(floats), torch.full((3, 4, 5), 0.3))
+    sixteen_bits = np.full((4, 5, 1), 32768, np.uint16)
+    assert torch.allclose(to_tensor(sixteen_bits), torch.tensor(32768 / 65535))
+    assert to_tensor(np.ones((4, 5, 4), bool)).shape == (3, 4, 5)
+    rgba = np.dstack([np.full((2, 2), value, np.uint8) for value in (0, 51, 255, 7)])
+    assert torch.allclose(to_tensor(rgba)[:, 0, 0], torch.tensor([0, 0.2, 1]))
+    grey_with_alpha = np.dstack([np.full((2, 2), value, np.uint8) for value in (51, 7)])
+    assert torch.allclose(to_tensor(grey_with_alpha), torch.tensor(0.2))
+    for wrong in (np.full((4, 5), 2.0), np.zeros((4, 5, 7)), np.full((2, 2), np.nan)):
+        with pytest.raises(ValueError, match=r"picture has shape|pixels must be"):
+            to_tensor(wrong)
+
+
+# --- Pairs ----------------------------------------------------------------------------------------
+
+
+def test_pairs_match_by_path_without_ending_and_suffix(tmp_path):
     save(tmp_path / "blurred/text/a_blurred.png")
     save(tmp_path / "sharp/text/a_sharp.jpg")
     save(tmp_path / "blurred/b_blur.png")
     save(tmp_path / "sharp/b.png")
-    pairs = kd.find_pairs(tmp_path)
-    assert [(p.key, p.category) for p in pairs] == [("b", "all"), ("text/a", "text")]
-    assert pairs[1].sharp.name == "a_sharp.jpg"
+    first, second = kd.find_pairs(tmp_path)
+    assert (first.key, first.category) == ("b", "all")
+    assert (second.key, second.category) == ("text/a", "text")
+    assert second.sharp.name == "a_sharp.jpg"
+    assert second.blurred.name == "a_blurred.png"
 
 
-def test_published_gopro_layout(tmp_path):
+def test_the_category_is_the_first_folder(tmp_path):
+    save(tmp_path / "people/faces/a.png")
+    (pair,) = kd.find_sharp(tmp_path, X2)
+    assert (pair.key, pair.category) == ("people/faces/a", "people")
+
+
+def test_the_published_gopro_layout_is_read(tmp_path):
     for sequence in ("GOPR0372_07_00", "GOPR0372_07_01"):
         for side in ("blur", "blur_gamma", "sharp"):
             save(tmp_path / sequence / side / "000047.png")
     pairs = kd.find_pairs(tmp_path)
-    assert [p.key for p in pairs] == ["GOPR0372_07_00/000047", "GOPR0372_07_01/000047"]
-    assert all(p.blurred.parent.name == "blur" for p in pairs)
+    assert [pair.key for pair in pairs] == ["GOPR0372_07_00/000047", "GOPR0372_07_01/000047"]
+    assert all(pair.blurred.parent.name == "blur" for pair in pairs)
 
 
 def test_a_folder_without_sides_is_all_sharp(tmp_path):
     save(tmp_path / "text/a_blur.png")
     save(tmp_path / "b.png")
-    assert [(p.key, p.blurred) for p in kd.find_pairs(tmp_path, "x2")] == [("b", None), ("text/a_blur", None)]
+    pairs = kd.find_sharp(tmp_path, X2)
+    assert [pair.key for pair in pairs] == ["b", "text/a_blur"]
+    assert [pair.blurred for pair in pairs] == [None, None]
     save(tmp_path / "b.jpg")
-    with pytest.raises(kd.UserError, match=r"b\.png and .*b\.jpg are the sharp side|b\.jpg and .*b\.png are the sharp"):
-        kd.find_pairs(tmp_path, "x2")
+    with pytest.raises(kd.UserError, match=r"b\.(png|jpg) and .*b\.(png|jpg) are the sharp side"):
+        kd.find_sharp(tmp_path, X2)
+
+
+def test_of_pairs_the_sharp_side_is_taken(tmp_path):
+    save(tmp_path / "blurred/a.png")
+    sharp = save(tmp_path / "sharp/a.png")
+    (pair,) = kd.find_sharp(tmp_path, X2)
+    assert (pair.key, pair.sharp, pair.blurred) == ("a", sharp, None)
 
 
 @pytest.mark.parametrize(
@@ -64,125 +309,149 @@ def test_nothing_is_dropped_silently(tmp_path, spoil, named):
         kd.find_pairs(tmp_path)
 
 
+def test_sharp_pictures_without_blurred_ones_are_told_apart_from_nothing(tmp_path):
+    with pytest.raises(kd.UserError, match=r"no blurred/sharp pairs; `prepare FOLDER` makes them"):
+        kd.find_pairs(tmp_path)
+    with pytest.raises(kd.UserError, match="no pictures in this folder"):
+        kd.find_sharp(tmp_path, X2)
+    save(tmp_path / "a.png")
+    with pytest.raises(kd.UserError, match=r"`--degradation mixed` take them"):
+        kd.find_pairs(tmp_path)
+
+
 def test_what_cannot_be_compared_is_named_when_it_is_read(tmp_path):
     save(tmp_path / "tiny.png", (7, 30))  # which is cut to 6
+    with pytest.raises(kd.UserError, match=r"tiny\.png: SSIM needs"):
+        kd.Pair("key", tmp_path / "tiny.png").load()
     Image.fromarray(np.full((20, 20), 1.5, np.float32)).save(tmp_path / "bright.tif")
-    for name, named in (("tiny.png", "tiny.png: SSIM needs"), ("bright.tif", "bright.tif: not a readable picture")):
-        with pytest.raises(kd.UserError, match=named):
-            kd.Pair("key", tmp_path / name).load()
+    with pytest.raises(kd.UserError, match=r"bright\.tif: not a readable picture"):
+        kd.Pair("key", tmp_path / "bright.tif").load()
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I;16", "I", "F"])
-def test_to_tensor_takes_every_mode(mode):
-    grey = np.tile(np.linspace(0, 255, 12).astype(np.uint8), (5, 1))
-    image = Image.fromarray(grey)
-    if mode == "I;16":
-        image = Image.fromarray(grey.astype(np.uint16) * 257)
-    elif mode == "I":
-        image = Image.fromarray(grey.astype(np.int32) * 257)
-    elif mode == "F":
-        image = Image.fromarray(grey.astype(np.float32) / 255)
-    else:
-        image = (image if mode == "P" else image.convert("RGB")).convert(mode, dither=Image.Dither.NONE)
-    tensor = kd.CustomToTensor()(image)
-    assert tensor.shape == (3, 5, 12)
-    assert tensor.dtype == torch.float32
-    expected = torch.from_numpy(grey / 255).float()
-    if mode == "1":
-        expected = (expected >= 0.5).float()
-    assert (tensor - expected).abs().max() < (0.03 if mode in ("CMYK", "YCbCr", "HSV") else 1e-6)
+def test_a_sharp_picture_is_degraded_when_it_is_read(tmp_path, photographs):
+    crop = photographs["coffee"].crop((200, 150, 241, 190))
+    crop.save(tmp_path / "a.png")
+    for name in ("x2", "x3", "sharp"):
+        (pair,) = kd.find_sharp(tmp_path, kd.PROTOCOLS[name])
+        blurred, sharp = pair.load()
+        assert np.array_equal(sharp, crop.crop((0, 0, 40, 40)))
+        assert np.array_equal(blurred, kd.degrade(Image.fromarray(sharp), kd.PROTOCOLS[name]))
 
 
-def test_to_tensor_takes_arrays_and_refuses_others():
-    to_tensor = kd.CustomToTensor()
-    assert torch.allclose(to_tensor(np.full((4, 5), 0.3)), torch.full((3, 4, 5), 0.3))
-    assert torch.allclose(to_tensor(np.full((4, 5, 1), 32768, np.uint16)), torch.tensor(32768 / 65535))
-    assert to_tensor(np.ones((4, 5, 4), bool)).shape == (3, 4, 5)
-    rgba = np.dstack([np.full((2, 2), v, np.uint8) for v in (0, 51, 255, 7)])
-    assert torch.allclose(to_tensor(rgba)[:, 0, 0], torch.tensor([0, 0.2, 1]))
-    for wrong in (np.full((4, 5), 2.0), np.zeros((4, 5, 7)), np.full((2, 2), np.nan)):
-        with pytest.raises(ValueError, match=r"picture has shape|pixels must be"):
-            to_tensor(wrong)
+def test_embedded_pictures_come_from_the_wheel():
+    pairs = kd.embedded_pairs()
+    assert len(pairs) >= 10
+    assert {pair.category for pair in pairs} == {"animals", "people", "nature", "text"}
+    (coffee,) = [pair for pair in pairs if pair.key == "nature/coffee"]
+    blurred, sharp = coffee.load()
+    assert blurred.shape == sharp.shape == (400, 600, 3)
+    assert 20 < kd.score(blurred, sharp)["psnr"] < 45
 
 
-@pytest.mark.parametrize(("scale", "small"), [(2, (15, 10)), (3, (10, 7)), (4, (8, 5))])
-def test_protocol(photographs, scale, small):
-    image = photographs["coffee"].crop((10, 10, 41, 31))  # 31x21: cut to 30x20
-    sharp = kd.even_sized(image)
-    blurred = kd.PROTOCOLS[f"x{scale}"](sharp)
-    expected = image.crop((0, 0, 30, 20))
-    assert np.array_equal(sharp, expected)
-    assert np.array_equal(blurred, expected.resize(small, Image.BICUBIC).resize((30, 20), Image.BICUBIC))
+# --- The command prepare --------------------------------------------------------------------------
 
 
-def test_prepare_is_repeatable_and_keeps_categories(tmp_path, sharp_folder, data_root):
-    def run(root, *flags):
-        arguments = [str(sharp_folder), "--split", "test", "--data-root", str(tmp_path / root), *flags]
-        assert kd.main(["prepare", *arguments]) == 0
-        return [(p.key, p.load()[0]) for p in kd.find_pairs(tmp_path / root / "test")]
-
-    mixed = ("--scale", "2", "4", "--extra-blur", "1", "--seed", "3")
-    first, second, plain = run("a", *mixed), run("b", *mixed), run("c")
-    assert [key for key, _ in first] == [key for key, _ in second]
-    assert {key.split("/")[0] for key, _ in first} == {"photo", "text"}
-    assert all(np.array_equal(x, y) for (_, x), (_, y) in zip(first, second, strict=True))
-    assert not all(np.array_equal(x, y) for (_, x), (_, y) in zip(first, plain, strict=True))
+def prepare(sharp_folder, root, *flags):
+    return kd.main(["prepare", str(sharp_folder), "--data-root", str(root), *flags])
 
 
-def test_prepare_leaves_nothing_behind_when_a_picture_is_broken(tmp_path, sharp_folder, capsys):
-    broken = tmp_path / "in"
-    save(broken / "a.png")
-    (broken / "b.png").write_bytes(b"no picture")
-    assert kd.main(["prepare", str(broken), "--data-root", str(tmp_path / "out")]) == 2
+def test_prepare_is_repeatable_and_keeps_categories(tmp_path, sharp_folder):
+    def pictures(name, *flags):
+        root = tmp_path / name
+        assert prepare(sharp_folder, root, "--split", "test", *flags) == 0
+        return {pair.key: pair.load()[0].tobytes() for pair in kd.find_pairs(root / "test")}
+
+    flags = ("--scale", "2", "4", "--extra-blur", "1", "--seed", "3")
+    first = pictures("a", *flags)
+    assert {key.split("/")[0] for key in first} == {"photo", "text"}
+    assert pictures("b", *flags) == first
+    assert pictures("c").keys() == first.keys()
+    assert pictures("d") != first
+
+
+def test_prepare_writes_the_x2_pairs_of_the_sharp_pictures(sharp_folder, data_root):
+    pairs = kd.find_pairs(data_root / "train")
+    sharp_ones = kd.find_sharp(sharp_folder, X2)
+    assert [pair.key for pair in pairs] == [pair.key for pair in sharp_ones]
+    for pair, original in zip(pairs, sharp_ones, strict=True):
+        assert np.array_equal(pair.load(), original.load())
+
+
+def test_prepare_leaves_nothing_behind_when_a_picture_is_broken(tmp_path, capsys):
+    save(tmp_path / "in/a.png")
+    (tmp_path / "in/b.png").write_bytes(b"no picture")
+    assert prepare(tmp_path / "in", tmp_path / "out") == 2
     assert "b.png" in capsys.readouterr().err
     assert not (tmp_path / "out/train").exists()
 
 
-def test_prepare_turns_pictures_upright_and_refuses_what_would_not_be_a_dataset(tmp_path, photographs, capsys):
-    exif, folder = Image.Exif(), tmp_path / "in"
+def test_prepare_turns_pictures_upright_and_keeps_what_else_is_there(tmp_path, photographs):
+    exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees
-    folder.mkdir()
-    photographs["astronaut"].resize((40, 30)).save(folder / "a.jpg", exif=exif)
-    root = ("--data-root", str(tmp_path / "out"))
-    (tmp_path / "out/train").mkdir(parents=True)
-    (tmp_path / "out/train/notes.txt").write_text("kept")
-    assert kd.main(["prepare", str(folder), *root]) == 0
-    assert (tmp_path / "out/train/notes.txt").read_text() == "kept"
-    assert {Image.open(path).size for path in (tmp_path / "out/train").rglob("*.png")} == {(30, 40)}
+    (tmp_path / "in").mkdir()
+    photographs["astronaut"].resize((40, 30)).save(tmp_path / "in/a.jpg", exif=exif)
+    train = tmp_path / "out/train"
+    train.mkdir(parents=True)
+    (train / "notes.txt").write_text("kept")
+    assert prepare(tmp_path / "in", tmp_path / "out") == 0
+    assert (train / "notes.txt").read_text() == "kept"
+    assert {Image.open(path).size for path in train.rglob("*.png")} == {(30, 40)}
     assert not list(tmp_path.rglob(".*"))
+
+
+def test_prepare_refuses_what_would_not_be_a_dataset(tmp_path, capsys):
+    folder = tmp_path / "in"
+    save(folder / "a.png")
     save(folder / "a_blur.png")  # which would be the blurred side of a's pair
-    assert kd.main(["prepare", str(folder), "--split", "test", *root]) == 2
+    assert prepare(folder, tmp_path / "out") == 2
     assert "of one pair" in capsys.readouterr().err
-    assert kd.main(["prepare", str(folder), "--data-root", str(folder)]) == 2
+    assert prepare(folder, folder) == 2
     assert f"--data-root {folder}: is in {folder}" in capsys.readouterr().err
-    assert not (tmp_path / "out/test").exists()
+    assert not (tmp_path / "out/train").exists()
 
 
 def test_extra_blur_blurs(tmp_path, sharp_folder):
-    def blurred(root, *flags):
-        arguments = [str(sharp_folder), "--data-root", str(tmp_path / root), *flags]
-        assert kd.main(["prepare", *arguments]) == 0
-        return [p.load()[0].astype(float) for p in kd.find_pairs(tmp_path / root / "train")]
+    def detail(name, *flags):
+        assert prepare(sharp_folder, tmp_path / name, *flags) == 0
+        pairs = kd.find_pairs(tmp_path / name / "train")
+        changes = [np.diff(pair.load()[0].astype(float), axis=1) for pair in pairs]
+        return np.abs(changes).mean()
 
-    def detail(image):
-        return np.abs(np.diff(image, axis=1)).mean()
-
-    plain, more = (list(map(detail, blurred(*flags))) for flags in (("a",), ("b", "--extra-blur", "3")))
-    assert sum(more) < 0.9 * sum(plain)
+    assert detail("blurred", "--extra-blur", "3") < 0.9 * detail("plain")
 
 
-def test_crops_share_their_geometry_and_are_drawn_by_seed_epoch_and_index(data_root):
-    pairs = [kd.Pair(p.key, p.sharp, p.sharp) for p in kd.find_pairs(data_root / "train")]
-    same = kd.GoProSharpeningDataset(pairs, 32, blur_probability=0.0, seed=5)
-    for epoch in range(3):
-        blurred, sharp = same[(epoch, 1)].values()
-        assert blurred.shape == (3, 32, 32)
-        assert torch.equal(blurred, sharp)
-    assert torch.equal(
-        same[(2, 1)]["sharp"], kd.GoProSharpeningDataset(pairs, 32, 0.0, seed=5, cache=True)[(2, 1)]["sharp"]
-    )
-    assert not torch.equal(same[(2, 1)]["sharp"], same[(1, 1)]["sharp"])
-    assert not torch.equal(same[(2, 1)]["sharp"], kd.GoProSharpeningDataset(pairs, 32, 0.0, seed=6)[(2, 1)]["sharp"])
+# --- Crops ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def equal_pairs(data_root):
+    """Pairs whose blurred picture is the sharp one, so that their crops show what is done to it."""
+    pairs = kd.find_pairs(data_root / "train")
+    return [kd.Pair(pair.key, pair.sharp, pair.sharp) for pair in pairs]
+
+
+@pytest.fixture(scope="module")
+def sharp_pairs(data_root):
+    return kd.find_sharp(data_root / "train", X2)
+
+
+def test_both_sides_of_a_crop_are_cut_and_flipped_alike(equal_pairs):
+    dataset = kd.GoProSharpeningDataset(equal_pairs, 32, blur_probability=0.0)
+    for epoch in range(5):
+        crop = dataset[(epoch, 1)]
+        assert crop["sharp"].shape == (3, 32, 32)
+        assert torch.equal(crop["blurred"], crop["sharp"])
+
+
+def test_crops_are_drawn_by_seed_epoch_and_index(equal_pairs):
+    def sharp(seed, epoch, cache=False):
+        dataset = kd.GoProSharpeningDataset(equal_pairs, 32, 0.0, seed, cache)
+        return dataset[(epoch, 1)]["sharp"]
+
+    assert torch.equal(sharp(5, 2), sharp(5, 2))
+    assert torch.equal(sharp(5, 2), sharp(5, 2, cache=True))
+    assert not torch.equal(sharp(5, 2), sharp(5, 1))
+    assert not torch.equal(sharp(5, 2), sharp(6, 2))
 
 
 @pytest.mark.parametrize("degradation", ["pairs", "mixed"])
@@ -192,112 +461,197 @@ def test_what_a_loader_takes_is_the_crops_in_8_bits(data_root, degradation):
     items = [(0, 2), (3, 1), (3, 0)]
     (batch,) = DataLoader(dataset, batch_sampler=[items])
     assert list(batch) == ["blurred", "sharp"]
-    assert all(crops.dtype == torch.uint8 and crops.shape == (3, 32, 32, 3) for crops in batch.values())
+    for crops in batch.values():
+        assert crops.dtype == torch.uint8
+        assert crops.shape == (3, 32, 32, 3)
     for name, crops in kd.on_device(batch, torch.device("cpu")).items():
         assert crops.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(crops, torch.stack([dataset[item][name] for item in items]))
 
 
-def test_blur_touches_the_blurred_side_only(data_root):
-    pairs = [kd.Pair(p.key, p.sharp, p.sharp) for p in kd.find_pairs(data_root / "train")]
-    always = kd.GoProSharpeningDataset(pairs, 64, blur_probability=1.0)
-    never = kd.GoProSharpeningDataset(pairs, 64, blur_probability=0.0)
+def test_half_of_the_crops_are_flipped(equal_pairs):
+    dataset = kd.GoProSharpeningDataset(equal_pairs, 96, blur_probability=0.0)
+    whole = equal_pairs[0].load()[1]
+    flipped = 0
+    for epoch in range(100):
+        crop = dataset.crop(epoch, 0)["sharp"]
+        if np.array_equal(crop, whole[:, ::-1]):
+            flipped += 1
+        else:
+            assert np.array_equal(crop, whole)
+    assert 35 <= flipped <= 65
+
+
+def test_further_blur_touches_the_blurred_side_only(equal_pairs):
+    always = kd.GoProSharpeningDataset(equal_pairs, 64, blur_probability=1.0)
+    never = kd.GoProSharpeningDataset(equal_pairs, 64, blur_probability=0.0)
     differences = []
-    for index in range(len(pairs)):
-        (blurred, sharp), untouched = always[(0, index)].values(), never[(0, index)]["sharp"]
-        assert torch.equal(sharp, untouched)
-        assert blurred.std() <= sharp.std() + 1e-6
-        differences.append((blurred - sharp).abs().max())
+    for index in range(len(equal_pairs)):
+        crop = always[(0, index)]
+        assert torch.equal(crop["sharp"], never[(0, index)]["sharp"])
+        assert crop["blurred"].std() <= crop["sharp"].std() + 1e-6
+        differences.append((crop["blurred"] - crop["sharp"]).abs().max())
     assert max(differences) > 0.05
 
 
-def test_small_images_are_enlarged_and_large_ones_cropped_at_even_pixels(tmp_path):
+def test_the_blur_probability_is_the_share_of_crops_blurred_further(equal_pairs):
+    dataset = kd.GoProSharpeningDataset(equal_pairs, 16, blur_probability=0.25, cache=True)
+    crops = [dataset.crop(epoch, 0) for epoch in range(400)]
+    blurred = share(not np.array_equal(crop["blurred"], crop["sharp"]) for crop in crops)
+    assert blurred == pytest.approx(0.22, abs=0.06)  # sigmas near 0.1 change nothing
+
+
+def test_further_blur_is_gaussian_with_sigmas_from_a_tenth_to_two(equal_pairs, monkeypatch):
+    drawn = []
+
+    def gaussian_blur(planes, size, sigma):
+        drawn.append((size, sigma))
+        return planes
+
+    monkeypatch.setattr(kd.TF, "gaussian_blur", gaussian_blur)
+    dataset = kd.GoProSharpeningDataset(equal_pairs, 16, blur_probability=1.0, cache=True)
+    for epoch in range(300):
+        dataset.crop(epoch, 0)
+    sizes, sigmas = zip(*drawn, strict=True)
+    assert set(sizes) == {3}
+    assert 0.1 <= min(sigmas) < 0.15
+    assert 1.95 < max(sigmas) <= 2.0
+
+
+@pytest.mark.parametrize(
+    ("degradation", "small"), [("x2", (16, 16)), ("x3", (11, 11)), ("x4", (8, 8))]
+)
+def test_a_protocol_degrades_the_sharp_crop(sharp_pairs, degradation, small):
+    dataset = kd.GoProSharpeningDataset(sharp_pairs, 32, degradation=degradation)
+    for index in range(3):
+        crop = dataset.crop(0, index)
+        sharp = Image.fromarray(crop["sharp"])
+        by_hand = sharp.resize(small, BICUBIC).resize((32, 32), BICUBIC)
+        assert np.array_equal(crop["blurred"], by_hand)
+
+
+def test_mixed_crops_meet_the_mixture(sharp_pairs):
+    dataset = kd.GoProSharpeningDataset(sharp_pairs, 64, seed=1, degradation="mixed")
+    differences = []
+    for epoch in range(60):
+        crop = dataset.crop(epoch, 0)
+        sharp = Image.fromarray(crop["sharp"])
+        degradation = kd.draw_mixture((1, epoch, 0))
+        assert np.array_equal(crop["blurred"], kd.degrade(sharp, degradation))
+        differences.append(np.abs(crop["blurred"].astype(float) - crop["sharp"]).mean())
+    assert 1 <= differences.count(0.0) <= 15  # 8 % untouched
+    assert len(set(differences)) > 40
+
+
+def test_mixed_crops_are_the_same_from_memory(sharp_pairs):
+    read = kd.GoProSharpeningDataset(sharp_pairs, 64, seed=1, degradation="mixed")
+    kept = kd.GoProSharpeningDataset(sharp_pairs, 64, seed=1, cache=True, degradation="mixed")
+    first = read.crop(7, 0)
+    second = kept.crop(7, 0)
+    assert np.array_equal(first["blurred"], second["blurred"])
+    assert np.array_equal(first["sharp"], second["sharp"])
+
+
+@pytest.fixture
+def noise_pairs(tmp_path):
+    """(pairs, pixels) of one picture of noise, 24x16, in which every window is another."""
     pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)
     for side in ("blurred", "sharp"):
         (tmp_path / side).mkdir()
         Image.fromarray(pixels).save(tmp_path / side / "a.png")
-    pairs = kd.find_pairs(tmp_path)
+    return kd.find_pairs(tmp_path), pixels
+
+
+def test_small_pictures_are_enlarged_in_proportion(noise_pairs):
+    pairs, _ = noise_pairs
     dataset = kd.GoProSharpeningDataset(pairs, 48, blur_probability=0.0)
-    assert dataset.images(0)[0].shape == (48, 72, 3)  # keeping its proportions
+    assert dataset.images(0)[0].shape == (48, 72, 3)
     assert all(image.shape == (3, 48, 48) for image in dataset[(0, 0)].values())
+
+
+def test_crops_start_at_every_even_pixel(noise_pairs):
+    pairs, pixels = noise_pairs
     dataset = kd.GoProSharpeningDataset(pairs, 8, blur_probability=0.0)
-    starts = set()
-    for epoch in range(30):
-        crop = (dataset[(epoch, 0)]["sharp"] * 255).round().permute(1, 2, 0).numpy()
-        either = (crop, crop[:, ::-1])
-        places = [(y, x) for y in range(9) for x in range(17) for c in either if (pixels[y:, x:][:8, :8] == c).all()]
-        assert len(places) == 1
-        starts |= set(places)
-    assert len(starts) > 15
-    assert all(y % 2 == x % 2 == 0 for y, x in starts)
+    places = {}
+    for top in range(9):
+        for left in range(17):
+            window = pixels[top : top + 8, left : left + 8]
+            places[window.tobytes()] = (top, left)
+            places[window[:, ::-1].tobytes()] = (top, left)
+    starts = {places[dataset.crop(epoch, 0)["sharp"].tobytes()] for epoch in range(400)}
+    assert starts == {(top, left) for top in range(0, 9, 2) for left in range(0, 17, 2)}
 
 
-def test_mixed_crops_come_from_the_sharp_picture_alone(data_root, sharp_folder):
-    pairs = kd.find_pairs(data_root / "train", "x2")
-    assert [p.key for p in pairs] == [p.key for p in kd.find_pairs(sharp_folder, "x2")]
-    assert all(p.blurred is None for p in pairs)
-    dataset = kd.GoProSharpeningDataset(pairs, 64, seed=1, degradation="mixed")
-    crops = [dataset[(epoch, 0)] for epoch in range(60)]
-    differences = [float((c["blurred"] - c["sharp"]).abs().mean()) for c in crops]
-    assert 1 <= differences.count(0.0) <= 15  # 8 % untouched
-    assert len(set(differences)) > 40
-    again = kd.GoProSharpeningDataset(pairs, 64, seed=1, degradation="mixed", cache=True)[(7, 0)]
-    assert all(torch.equal(again[name], crops[7][name]) for name in again)
-
-
-def test_the_mixture_holds_what_it_promises():
-    rng = np.random.default_rng(0)
-    drawn = [kd.Degradation.draw(rng) for _ in range(4000)]
-    shares = {
-        "untouched": [d == kd.Degradation(1) for d in drawn],
-        "twice": [d.scale == 2 for d in drawn],
-        "jpeg": [d.quality > 0 for d in drawn],
-    }
-    assert {name: round(float(np.mean(flags)), 1) for name, flags in shares.items()} == {
-        "untouched": 0.1, "twice": 0.5, "jpeg": 0.2,
-    }  # fmt: skip
-    others = [d.scale for d in drawn if d.scale not in (1, 2)]
-    assert 1.5 <= min(others) < 1.6
-    assert 3.9 < max(others) <= 4
-    assert {d.quality for d in drawn} == {0, *range(30, 96)}
-    assert {d.early for d in drawn if d.quality} == {True, False}
-
-
-def test_jpeg_before_and_after_enlarging(photographs):
-    sharp = kd.even_sized(photographs["coffee"].crop((0, 0, 80, 64)))
-    file = io.BytesIO()
-    sharp.resize((40, 32), Image.BICUBIC).save(file, "JPEG", quality=40)
-    early = Image.open(file).convert("RGB").resize((80, 64), Image.BICUBIC)
-    assert np.array_equal(kd.Degradation(2, quality=40, early=True)(sharp), early)
-    file = io.BytesIO()
-    kd.PROTOCOLS["x2"](sharp).save(file, "JPEG", quality=50)
-    assert np.array_equal(kd.PROTOCOLS["x2-jpeg50"](sharp), Image.open(file).convert("RGB"))
-    assert np.array_equal(kd.PROTOCOLS["sharp"](sharp), sharp)
+# --- The held-out part ----------------------------------------------------------------------------
 
 
 def test_hold_out_keeps_sequences_whole():
-    keys = [f"GOPR03{s}_07_00/{i:06}" for s in range(10, 16) for i in range(20)]
-    pairs = [kd.Pair(key, None) for key in keys]
-    training, held = kd.hold_out(pairs, 0.1)
-    assert len(training) + len(held) == len(pairs)
-    assert len(held) == 20
-    assert len({p.category for p in held}) == 1
-    assert not {p.category for p in held} & {p.category for p in training}
-    assert kd.hold_out(pairs, 0.1) == (training, held)
+    sequences = [f"GOPR03{number}_07_00" for number in range(10, 16)]
+    pairs = [kd.Pair(f"{name}/{i:06}", None) for name in sequences for i in range(20)]
+    training, held_out = kd.hold_out(pairs, 0.1)
+    assert len(training) == 100
+    assert len(held_out) == 20
+    (category,) = {pair.category for pair in held_out}
+    assert category not in {pair.category for pair in training}
+
+
+def test_hold_out_takes_nothing_for_a_share_of_0_and_leaves_one_to_train_on():
+    pairs = [kd.Pair(name, None) for name in "abc"]
     assert kd.hold_out(pairs, 0.0) == (pairs, [])
     assert kd.hold_out(pairs[:1], 0.5) == (pairs[:1], [])
+    training, held_out = kd.hold_out(pairs, 0.99)
+    assert (len(training), len(held_out)) == (1, 2)
+
+
+def test_hold_out_draws_what_it_always_drew():
+    """Scores of runs compare only as long as they are of the same pictures."""
+    _, held_out = kd.hold_out(kd.embedded_pairs(), 0.3)
+    assert [pair.key for pair in held_out] == [
+        "nature/coffee",
+        "nature/brick",
+        "animals/chelsea",
+        "nature/gravel",
+        "nature/grass",
+    ]
+
+    pairs = [kd.Pair(f"photo/{number:02}", None) for number in range(20)]
+    training, held_out = kd.hold_out(pairs, 0.2)
+    assert [pair.key for pair in held_out] == ["photo/04", "photo/19", "photo/06", "photo/02"]
+    assert training == [pair for pair in pairs if pair not in held_out]
+    assert kd.hold_out(pairs[::-1], 0.2)[1] == held_out
+
+
+def test_the_demo_holds_out_a_face_and_a_page():
+    training, held_out = kd.training_pairs(kd.TrainConfig(data_root=None))
+    keys = [pair.key for pair in held_out]
+    assert sorted(keys) == ["animals/chelsea", "nature/coffee", "people/astronaut", "text/page"]
+    assert len(training) == len(kd.embedded_pairs()) - 4
+    assert not set(keys) & {pair.key for pair in training}
+    assert {pair.category for pair in training} == {pair.category for pair in held_out}
+
+
+@pytest.mark.parametrize("embedded", [False, True])
+def test_a_run_is_scored_at_the_degradation_that_it_trains_on(sharp_folder, embedded):
+    """The mixture's is x2."""
+    for name, expected in (("x3", "x3"), ("mixed", "x2")):
+        data_root = None if embedded else sharp_folder
+        config = kd.TrainConfig(data_root=data_root, degradation=name, validation_fraction=0.3)
+        _, held_out = kd.training_pairs(config)
+        assert len(held_out) >= 3
+        assert all(pair.degradation == kd.PROTOCOLS[expected] for pair in held_out)
+
+
+def test_a_split_is_a_folder_or_a_plain_folder_of_pictures(tmp_path):
+    save(tmp_path / "plain/text/a.png")
+    assert kd.split_folder(tmp_path / "plain", "train") == tmp_path / "plain"
+    save(tmp_path / "dataset/test/a.png")
+    assert kd.split_folder(tmp_path / "dataset", "test") == tmp_path / "dataset/test"
+    assert kd.split_folder(tmp_path / "dataset", "train") == tmp_path / "dataset/train"
+    assert kd.split_folder(tmp_path / "missing", "train") == tmp_path / "missing/train"
 
 
 def test_balanced_categories_are_equally_large():
-    pairs = [kd.Pair(f"{name}/{i}", None) for name, count in (("a", 5), ("b", 2), ("c", 1)) for i in range(count)]
-    counts = [kd.balanced(pairs).count(pair) for pair in pairs]
-    assert counts == [1, 1, 1, 1, 1, 3, 2, 5]
-
-
-def test_embedded_pictures_come_from_the_wheel():
-    pairs = kd.embedded_pairs()
-    assert len(pairs) >= 10
-    assert {"animals", "people", "nature", "text"} == {p.category for p in pairs}
-    blurred, sharp = next(p for p in pairs if p.sharp.stem == "coffee").load()
-    assert blurred.shape == sharp.shape == (400, 600, 3)
-    assert 20 < kd.score(blurred, sharp)[0] < 45
+    counts = {"a": 5, "b": 2, "c": 1}
+    pairs = [kd.Pair(f"{name}/{i}", None) for name, count in counts.items() for i in range(count)]
+    repeated = kd.balanced(pairs)
+    assert [repeated.count(pair) for pair in pairs] == [1, 1, 1, 1, 1, 3, 2, 5]

@@ -1,4 +1,6 @@
-"""The frozen teacher: loading, taps, padding, what trains and what does not."""
+"""The frozen teacher: loading, taps, padding, what trains and what does not; its cache."""
+
+import dataclasses
 
 import pytest
 import torch
@@ -7,7 +9,19 @@ from torch import nn
 import sharpen_kd as kd
 from Restormer.basicsr.models.archs.restormer_arch import Restormer
 
+CPU = torch.device("cpu")
+FLOAT32 = torch.autocast("cpu", enabled=False)
 WIDTHS = {"e2": 5, "e4": 6, "b": 7}
+X2 = kd.PROTOCOLS["x2"]
+
+
+@pytest.fixture
+def teacher(tiny_teacher):
+    torch.manual_seed(0)
+    return kd.RestormerTeacherWrapper(kd.load_restormer(tiny_teacher), WIDTHS)
+
+
+# --- Weight files ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -31,75 +45,112 @@ def test_dimensions_are_read_from_the_weights(tmp_path, options):
 
 def test_a_stem_folds_the_picture_for_an_unchanged_restormer(tmp_path):
     torch.manual_seed(0)
-    inner = Restormer(12, 12, dim=8, num_blocks=(1,) * 4, num_refinement_blocks=1, heads=(1, 1, 1, 1)).eval()
+    options = {"dim": 8, "num_blocks": (1,) * 4, "num_refinement_blocks": 1, "heads": (1,) * 4}
+    inner = Restormer(12, 12, **options).eval()
     torch.save(inner.state_dict(), tmp_path / "folded.pth")
     restormer = kd.load_restormer(tmp_path / "folded.pth")
     picture = torch.rand(1, 3, 32, 48)
-    folded = torch.cat([picture[:, c : c + 1, i::2, j::2] for c in range(3) for i in (0, 1) for j in (0, 1)], 1)
+    planes = []
+    for color in range(3):
+        for row in range(2):
+            for column in range(2):
+                planes.append(picture[:, color, row::2, column::2])
     with torch.no_grad():
-        output, corner = restormer(picture), inner(folded)[:, 5]  # green, second row and second column: 1*4 + 1
-        assert torch.equal(output[:, 1, 0::2, 1::2], corner)
-        assert kd.RestormerTeacherWrapper(restormer)(picture[..., :21, :37]).shape == (1, 3, 21, 37)
+        output = restormer(picture)
+        folded = inner(torch.stack(planes, dim=1))
+        assert torch.equal(output[:, 1, 0::2, 1::2], folded[:, 5])  # green; 5 = 4 * 1 + 2 * 0 + 1
+        padded = kd.RestormerTeacherWrapper(restormer)(picture[..., :21, :37])
+    assert padded.shape == (1, 3, 21, 37)
 
 
 def test_weights_that_do_not_fit_say_what_to_do(tmp_path, tiny_restormer):
     missing = tmp_path / "missing.pth"
-    with pytest.raises(kd.UserError, match=r"missing.pth: no such file; get motion_deblurring.pth from"):
+    remedy = r"missing.pth: no such file; get motion_deblurring.pth from"
+    with pytest.raises(kd.UserError, match=remedy):
         kd.load_restormer(missing)
     (tmp_path / "text.pth").write_text("hello")
     with pytest.raises(kd.UserError, match=r"text.pth: not a PyTorch weight file"):
         kd.load_restormer(tmp_path / "text.pth")
+
     state = tiny_restormer.state_dict()
-    for name, content in (
-        ("other.pth", {"params": nn.Linear(2, 2).state_dict()}),
-        ("cut.pth", {k: v for k, v in state.items() if k != "latent.0.attn.qkv.weight"}),
-        ("more.pth", state | {"extra.weight": torch.zeros(1)}),
-    ):
+    cut = dict(state)
+    del cut["latent.0.attn.qkv.weight"]
+    contents = {
+        "other.pth": {"params": nn.Linear(2, 2).state_dict()},
+        "cut.pth": cut,
+        "more.pth": state | {"extra.weight": torch.zeros(1)},
+    }
+    for name, content in contents.items():
         torch.save(content, tmp_path / name)
         with pytest.raises(kd.UserError, match=f"{name}: not the weights of a Restormer"):
             kd.load_restormer(tmp_path / name)
-    torch.save(Restormer(dim=8, num_blocks=(1,) * 4, inp_channels=6, dual_pixel_task=True).state_dict(), missing)
+
+    dual_pixel = Restormer(dim=8, num_blocks=(1,) * 4, inp_channels=6, dual_pixel_task=True)
+    torch.save(dual_pixel.state_dict(), tmp_path / "dual.pth")
     with pytest.raises(kd.UserError, match="does not map RGB to RGB"):
-        kd.load_restormer(missing)
+        kd.load_restormer(tmp_path / "dual.pth")
+
+
+# --- The frozen network ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(16, 24), (13, 9), (1, 1), (3, 50)])
-def test_any_size_and_the_features_of_the_named_layers(tiny_teacher, size):
-    teacher = kd.RestormerTeacherWrapper(kd.load_restormer(tiny_teacher), WIDTHS)
+def test_any_size_is_restored_and_its_features_are_kept(teacher, size):
     picture = torch.rand(2, 3, *size)
     output = teacher(picture)
     features = teacher.project(teacher.tapped)
     assert output.shape == picture.shape
-    rows, columns = (-(-side // 8) * 8 for side in size)
+    rows = -(-size[0] // 8) * 8
+    columns = -(-size[1] // 8) * 8
     assert features["e2"].shape == (2, 5, rows // 2, columns // 2)
     assert features["e4"].shape == (2, 6, rows // 4, columns // 4)
     assert features["b"].shape == (2, 7, rows // 8, columns // 8)
 
 
-def test_padding_is_reflection_and_is_cut_off_again(tiny_teacher):
-    teacher = kd.RestormerTeacherWrapper(kd.load_restormer(tiny_teacher))
+def test_taps_are_what_the_named_levels_give(teacher):
+    picture = torch.rand(1, 3, 16, 24)
+    teacher(picture)
+    restormer = teacher.restormer
+    with torch.no_grad():
+        level1 = restormer.encoder_level1(restormer.patch_embed(picture))
+        level2 = restormer.encoder_level2(restormer.down1_2(level1))
+        level3 = restormer.encoder_level3(restormer.down2_3(level2))
+        latent = restormer.latent(restormer.down3_4(level3))
+    assert torch.allclose(teacher.tapped["e2"], level2, atol=1e-5)
+    assert torch.allclose(teacher.tapped["e4"], level3, atol=1e-5)
+    assert torch.allclose(teacher.tapped["b"], latent, atol=1e-5)
+
+
+def test_padding_is_reflection_and_is_cut_off_again(teacher):
     picture = torch.rand(1, 3, 13, 21)
     padded = nn.functional.pad(picture, (0, 3, 0, 3), mode="reflect")
     with torch.no_grad():
         assert torch.equal(teacher(picture), teacher.restormer(padded)[..., :13, :21])
+
+
+def test_a_narrow_picture_is_reflected_more_than_once():
     narrow = torch.arange(3.0).view(1, 1, 1, 3)
-    assert kd.pad_to_multiple(narrow, 8)[0, 0, 7].tolist() == [0, 1, 2, 1, 0, 1, 2, 1]
+    padded = kd.pad_to_multiple(narrow, 8)
+    assert padded.shape == (1, 1, 8, 8)
+    assert padded[0, 0, 7].tolist() == [0, 1, 2, 1, 0, 1, 2, 1]
 
 
-def test_teacher_is_frozen_and_projections_train(tiny_teacher):
-    teacher = kd.RestormerTeacherWrapper(kd.load_restormer(tiny_teacher), WIDTHS).train()
+def test_the_teacher_is_frozen_and_its_projections_train(teacher):
+    teacher.train()
     assert not teacher.restormer.training
-    before = {name: p.clone() for name, p in teacher.named_parameters()}
-    trainable = {name for name, p in teacher.named_parameters() if p.requires_grad}
-    assert trainable == {f"proj_{tap}.{part}" for tap in WIDTHS for part in ("weight", "bias")}
+    before = {name: parameter.clone() for name, parameter in teacher.named_parameters()}
+    trained = {name: p for name, p in teacher.named_parameters() if p.requires_grad}
+    assert trained.keys() == {f"proj_{tap}.{part}" for tap in WIDTHS for part in ("weight", "bias")}
+
     output = teacher(torch.rand(1, 3, 16, 16, requires_grad=True))
-    features = teacher.project(teacher.tapped)
     assert not output.requires_grad
-    optimiser = torch.optim.Adam([p for p in teacher.parameters() if p.requires_grad], 0.1)
-    sum(f.square().mean() for f in features.values()).backward()
+    features = teacher.project(teacher.tapped)
+    optimiser = torch.optim.Adam(teacher.parameters(), 0.1)
+    sum(each.square().mean() for each in features.values()).backward()
     optimiser.step()
-    changed = {name for name, p in teacher.named_parameters() if not torch.equal(p, before[name])}
-    assert changed == trainable
+    after = dict(teacher.named_parameters())
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert changed == trained.keys()
 
 
 def test_a_missing_tap_is_an_error(tiny_teacher):
@@ -109,87 +160,219 @@ def test_a_missing_tap_is_an_error(tiny_teacher):
         kd.RestormerTeacherWrapper(restormer, WIDTHS)
 
 
+# --- The cache ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def make_cache(tmp_path, data_root, teacher):
+    """A function that opens or builds the cache of two pictures, with these settings of its crops.
+
+    By default the crops are as large as the pictures.
+    """
+
+    def make(degradation="mixed", blur_probability=1.0, size=96, seed=4, autocast=FLOAT32):
+        if degradation == "pairs":
+            pairs = kd.find_pairs(data_root / "train")
+        else:
+            pairs = kd.find_sharp(data_root / "train", X2)
+        dataset = kd.GoProSharpeningDataset(
+            pairs[:2], size, blur_probability, seed, degradation=degradation
+        )
+        return kd.TeacherCache(tmp_path / "cache", dataset, teacher, 2, autocast)
+
+    return make
+
+
 def losses(teacher, batch) -> dict[str, float]:
     """Every teacher term of a fresh student on one batch."""
     torch.manual_seed(3)
     student = kd.StudentUNet(stem_stride=2, widths=(4, 5, 6, 6, 7))
-    terms = kd.DistillationLoss({"reconstruction": 1.0, "feature": 1.0, "kl": 1.0, "output": 1.0})
-    objective = kd.Distillation(student, teacher, terms)
+    loss = kd.DistillationLoss({"reconstruction": 1.0, "feature": 1.0, "kl": 1.0, "output": 1.0})
+    objective = kd.Objective(student, teacher, loss)
     return {name: term.item() for name, term in objective(batch, FLOAT32).items()}
 
 
-FLOAT32 = torch.autocast("cpu", enabled=False)
-
-
-@pytest.fixture
-def cached(tmp_path, data_root, tiny_teacher):
-    """(teacher, dataset, a function that makes their cache), for crops as large as the pictures."""
-    pairs = kd.find_pairs(data_root / "train", "x2")[:2]
-    torch.manual_seed(0)
-    teacher = kd.RestormerTeacherWrapper(kd.load_restormer(tiny_teacher), {"e2": 5, "e4": 6, "b": 7})
-    dataset = kd.GoProSharpeningDataset(pairs, 96, seed=4, degradation="mixed")
-    return teacher, dataset, lambda: kd.TeacherCache(tmp_path / "cache", dataset, teacher, 2, FLOAT32)
-
-
-def test_the_cache_gives_the_losses_of_the_online_teacher(cached):
-    teacher, _, make = cached
-    cache = make()
+def test_the_cache_gives_the_losses_of_the_online_teacher(make_cache, teacher):
+    cache = make_cache()
     for epoch in range(3):
-        batch = kd.on_device({name: crop[None] for name, crop in cache[(epoch, 1)].items()}, torch.device("cpu"))
+        crop = cache[(epoch, 1)]
+        batch = kd.on_device({name: grid[None] for name, grid in crop.items()}, CPU)
         assert batch["e2"].shape == (1, 16, 48, 48)
         online = losses(teacher, {name: batch[name] for name in ("blurred", "sharp")})
-        assert losses(teacher, batch) == pytest.approx(online, rel=1e-2, abs=5e-5)  # KL is about 1e-3
+        assert losses(teacher, batch) == pytest.approx(online, rel=1e-2, abs=5e-5)  # KL: 1e-3
         assert all(value > 0 for value in online.values())
 
 
-def test_cached_crops_are_windows_of_the_whole_picture(cached):
-    _, dataset, make = cached
-    cache = make()
-    dataset.image_size = 32
-    starts, variants = set(), set()
+def test_cached_crops_are_windows_of_the_whole_picture(make_cache):
+    cache = make_cache()
+    cache.dataset.image_size = 32
+    places = {}
+    for variant in range(2):
+        maps = torch.load(cache.file(variant, 0), weights_only=True)
+        for top in range(0, 65, 8):
+            for left in range(0, 65, 8):
+                window = maps["blurred"][top : top + 32, left : left + 32]
+                deepest = maps["b"][top // 8 : top // 8 + 4, left // 8 : left // 8 + 4]
+                places[window.numpy().tobytes()] = (variant, top, left, deepest)
+
+    starts = set()
+    variants = set()
     for epoch in range(40):
         crop = cache[(epoch, 0)]
-        for variant in range(2):
-            maps = torch.load(cache.file(0, variant), weights_only=True)
-            for top in range(0, 65, 8):
-                for left in range(0, 65, 8):
-                    if torch.equal(maps["blurred"][top:, left:][:32, :32], crop["blurred"]):
-                        assert torch.equal(maps["b"][top // 8 :, left // 8 :][:4, :4], crop["b"])
-                        starts.add((top, left))
-                        variants.add(variant)
+        variant, top, left, deepest = places[crop["blurred"].numpy().tobytes()]
+        assert torch.equal(crop["b"], deepest)
+        starts.add((top, left))
+        variants.add(variant)
     assert len(starts) > 15
     assert variants == {0, 1}
 
 
-def test_a_stale_cache_is_refused(cached):
-    teacher, dataset, make = cached
-    first = make()[(0, 0)]
-    assert torch.equal(make()[(0, 0)]["b"], first["b"])
+@pytest.mark.parametrize("degradation", ["mixed", "pairs"])
+def test_variants_of_a_picture_differ(make_cache, degradation):
+    cache = make_cache(degradation)
+    for index in range(2):
+        first = torch.load(cache.file(0, index), weights_only=True)
+        second = torch.load(cache.file(1, index), weights_only=True)
+        assert first.keys() == {"blurred", "sharp", "teacher_output", "e2", "e4", "b"}
+        for name in ("blurred", "teacher_output", "b"):
+            assert not torch.equal(first[name], second[name])
+
+
+def test_a_cache_is_used_again(make_cache):
+    first = make_cache()
+    files = {path: path.stat().st_mtime_ns for path in first.folder.iterdir()}
+    assert len(files) == 2 * 2 + 1  # two variants of two pictures, and the key
+    second = make_cache()
+    assert torch.equal(first[(0, 0)]["b"], second[(0, 0)]["b"])
+    assert files == {path: path.stat().st_mtime_ns for path in first.folder.iterdir()}
+
+
+def test_runs_of_two_seeds_share_a_cache_and_take_other_crops(make_cache):
+    def crops(seed):
+        cache = make_cache(seed=seed)
+        cache.dataset.image_size = 32
+        return [cache[(epoch, 0)]["sharp"].numpy().tobytes() for epoch in range(8)]
+
+    assert crops(1) == crops(1)
+    assert crops(1) != crops(2)
+
+
+def test_another_teachers_cache_is_refused(make_cache, teacher):
+    make_cache()
     with torch.no_grad():
-        weight = next(teacher.restormer.parameters())
-        weight += 1e-3
+        next(teacher.restormer.parameters()).add_(1e-3)
     with pytest.raises(kd.UserError, match="another teacher's"):
-        make()
-    with torch.no_grad():
-        weight -= 1e-3
-    dataset.pairs = dataset.pairs[::-1]
+        make_cache()
+
+
+def test_a_cache_of_other_pictures_is_refused(make_cache, monkeypatch):
+    make_cache()
+    find_sharp = kd.find_sharp
+    monkeypatch.setattr(kd, "find_sharp", lambda *arguments: find_sharp(*arguments)[::-1])
     with pytest.raises(kd.UserError, match="remove it or name another"):
-        make()
+        make_cache()
+
+
+def test_a_cache_of_other_blurred_pictures_is_refused(make_cache, monkeypatch):
+    make_cache("pairs")
+    find_pairs = kd.find_pairs
+
+    def unblurred(folder):
+        return [dataclasses.replace(pair, blurred=pair.sharp) for pair in find_pairs(folder)]
+
+    monkeypatch.setattr(kd, "find_pairs", unblurred)
+    with pytest.raises(kd.UserError, match="remove it or name another"):
+        make_cache("pairs")
+
+
+def test_a_cache_for_crops_of_another_size_is_refused(make_cache):
+    """Pictures that are smaller than a crop are enlarged to it."""
+    make_cache(size=96)
+    with pytest.raises(kd.UserError, match="remove it or name another"):
+        make_cache(size=104)
+
+
+def test_crops_that_do_not_fit_the_teachers_grid_are_refused(make_cache):
+    with pytest.raises(kd.UserError, match=r"--image-size 50: the cache needs a multiple of 8"):
+        make_cache(size=50)
+
+
+def test_a_cache_of_another_precision_is_refused(make_cache):
+    make_cache()
+    with pytest.raises(kd.UserError, match="remove it or name another"):
+        make_cache(autocast=torch.autocast("cpu", torch.bfloat16))
+
+
+def test_a_damaged_file_of_the_cache_is_named(make_cache):
+    cache = make_cache()
+    for variant in range(2):
+        cache.file(variant, 1).write_bytes(b"cut off")
+    with pytest.raises(kd.UserError, match=r"000001_\d\.pt: damaged .*; remove --teacher-cache"):
+        cache[(0, 1)]
+
+
+def test_a_cache_of_another_degradation_is_refused(make_cache):
+    make_cache("x2")
+    make_cache("x2")
+    for other in ("x3", "mixed", "pairs"):
+        with pytest.raises(kd.UserError, match="other data's"):
+            make_cache(other)
+
+
+def test_a_cache_of_another_blur_probability_is_refused(make_cache):
+    make_cache("pairs", 0.5)
+    make_cache("pairs", 0.5)
+    for other in (0.0, 1.0, 0.5 + 1e-6):  # the last blurs the same few crops
+        with pytest.raises(kd.UserError, match="other data's"):
+            make_cache("pairs", other)
+
+
+def test_a_cache_of_another_mixture_is_refused(make_cache, monkeypatch):
+    draw_mixture = kd.draw_mixture
+    make_cache("mixed")
+    monkeypatch.setattr(kd, "draw_mixture", lambda key: (*draw_mixture(key), kd.Jpeg(90)))
+    with pytest.raises(kd.UserError, match="other data's"):
+        make_cache("mixed")
+
+
+def test_a_cache_of_the_same_protocol_made_otherwise_is_refused(make_cache, monkeypatch):
+    make_cache("x2")
+    monkeypatch.setitem(kd.PROTOCOLS, "x2", (kd.Shrink(2.1), kd.Enlarge()))
+    with pytest.raises(kd.UserError, match="other data's"):
+        make_cache("x2")
 
 
 def test_training_reads_the_cache(data_root, tiny_teacher, tmp_path):
-    command = [
-        *("train", "--data-root", str(data_root), "--run-dir", str(tmp_path / "run"), "--max-steps", "2"),
-        *("--teacher-weights", str(tiny_teacher), "--teacher-cache", str(tmp_path / "cache"), "--stem-stride", "2"),
-        *("--widths", "4", "4", "4", "4", "4", "--image-size", "32", "--lambda-perceptual", "0", "--workers", "0"),
-    ]
-    assert kd.main([*command, "--degradation", "mixed"]) == 0
-    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
-    assert len(files) == 4 * 7 + 1  # four variants of the seven pictures that are not held out, and the key
-    assert kd.main([*command, "--degradation", "mixed", "--overwrite"]) == 0
-    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
-    assert kd.main([*command, "--overwrite"]) == 2
-    # other seeds, and runs without a teacher term, take their crops from it too
-    plain = ["--overwrite", "--degradation", "mixed", "--lambda-feature", "0", "--lambda-kl", "0", "--seed", "5"]
-    assert kd.main([*command, *plain]) == 0
-    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+    cache = tmp_path / "cache"
+    settings = {
+        "--data-root": data_root,
+        "--run-dir": tmp_path / "run",
+        "--teacher-weights": tiny_teacher,
+        "--teacher-cache": cache,
+        "--max-steps": 2,
+        "--stem-stride": 2,
+        "--image-size": 32,
+        "--lambda-perceptual": 0,
+        "--workers": 0,
+    }
+
+    def train(*flags):
+        command = ["train", "--widths", "4", "4", "4", "4", "4", *flags]
+        for name, value in settings.items():
+            command += [name, str(value)]
+        return kd.main(command)
+
+    def written():
+        return {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+
+    assert train("--degradation", "mixed") == 0
+    files = written()
+    assert len(files) == 4 * 7 + 1  # four variants of the pictures not held out, and the key
+    assert train("--degradation", "mixed", "--overwrite") == 0
+    assert written() == files
+    assert train("--degradation", "pairs", "--overwrite") == 2
+
+    # Other seeds, and runs without a teacher term, take their crops from it too.
+    settings |= {"--lambda-feature": 0, "--lambda-kl": 0, "--seed": 5}
+    assert train("--degradation", "mixed", "--overwrite") == 0
+    assert written() == files

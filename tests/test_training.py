@@ -1,9 +1,9 @@
-"""The loop: order, accumulation, averaging, resuming, interruption, several processes."""
+"""The training loop: order, accumulation, averaging, resuming, interruption, several processes."""
 
 import csv
-import dataclasses
-import json
+import itertools
 import math
+import os
 import re
 import shutil
 import signal
@@ -15,25 +15,66 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import default_collate
 
 import sharpen_kd as kd
 
-SCRIPT = Path(kd.__file__)
+SCRIPT = kd.__file__
 STUDENT = ["--stem-stride", "2", "--widths", "4", "6", "8", "8", "8"]
+WITHOUT_TEACHER = ["--lambda-perceptual", "0", "--lambda-feature", "0", "--lambda-kl", "0"]
 
 
 @pytest.fixture
 def arguments(data_root, tiny_teacher):
-    """A `train` command of a few seconds a dozen steps, without its --run-dir."""
+    """A `train` command of a dozen steps a second, without its --run-dir."""
     return [
         *("train", "--data-root", str(data_root), "--teacher-weights", str(tiny_teacher), *STUDENT),
-        *("--image-size", "32", "--lambda-perceptual", "0", "--workers", "0", "--validation-fraction", "0.1"),
+        *("--image-size", "32", "--lambda-perceptual", "0", "--workers", "0"),
+        *("--validation-fraction", "0.1", "--device", "cpu"),
     ]
 
 
-def weights(run, file="last.pth"):
+@pytest.fixture
+def make_run(data_root, tmp_path):
+    """A function that makes a TrainingRun without a teacher on three pictures, for its methods."""
+
+    def make(**settings):
+        usual = {
+            "run_dir": tmp_path / "run",
+            "image_size": 32,
+            "device": "cpu",
+            "precision": "float32",
+            "blur_probability": 0.0,
+            "epochs": 1,
+            "workers": 0,
+        }
+        config = kd.TrainConfig(**(usual | settings))
+        torch.manual_seed(0)
+        student = kd.StudentUNet(stem_stride=2, widths=(4, 4, 4))
+        loss = kd.DistillationLoss({"reconstruction": 1.0, "ssim": 10.0})
+        objective = kd.Objective(student, None, loss)
+        pairs = kd.find_pairs(data_root / "train")
+        dataset = kd.training_crops(config, pairs[:3])
+        return kd.TrainingRun(
+            config, objective, student.config, dataset, pairs[3:5], kd.FrameSharpener
+        )
+
+    return make
+
+
+def weights_in(run, file="last.pth"):
+    """Every trained and averaged weight of a run's file."""
     content = torch.load(run / file, weights_only=True)
-    return content["params"] if "params" in content else content["objective"] | content["ema"]
+    if "params" in content:
+        return content["params"]
+    averaged = {f"averaged {name}": tensor for name, tensor in content["ema"].items()}
+    return content["objective"] | averaged
+
+
+def equal(first, second):
+    """Whether two dictionaries of tensors are the same."""
+    assert first.keys() == second.keys()
+    return all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
 def read_log(run):
@@ -41,8 +82,11 @@ def read_log(run):
         return list(csv.DictReader(file))
 
 
+# --- Order ----------------------------------------------------------------------------------------
+
+
 def test_every_epoch_sees_every_pair_and_counts_its_last_group():
-    config = kd.FitConfig(epochs=3, batch_size=1, gradient_accumulation_steps=4)
+    config = kd.RunConfig(epochs=3, batch_size=1, gradient_accumulation_steps=4)
     order = kd.CropOrder(10, config)
     batches = list(order)
     assert order.steps_per_epoch == 3
@@ -51,84 +95,395 @@ def test_every_epoch_sees_every_pair_and_counts_its_last_group():
         items = [item for batch in batches[10 * epoch : 10 * epoch + 10] for item in batch]
         assert sorted(items) == [(epoch, index) for index in range(10)]
     assert batches[:10] != [[(0, index)] for index in range(10)]
+
     order.first_step = 4  # the second epoch's second group
     assert list(order) == batches[14:]
 
 
+def test_the_last_batch_of_an_epoch_is_filled():
+    config = kd.RunConfig(epochs=1, batch_size=4, gradient_accumulation_steps=1)
+    batches = list(kd.CropOrder(10, config))
+    assert [len(batch) for batch in batches] == [4, 4, 4]
+    assert {index for batch in batches for _, index in batch} == set(range(10))
+
+
 def test_processes_share_out_what_one_process_sees():
-    alone = kd.CropOrder(8, kd.FitConfig(epochs=2, batch_size=1, gradient_accumulation_steps=4))
-    config = kd.FitConfig(epochs=2, batch_size=1, gradient_accumulation_steps=2)
-    pair = [kd.CropOrder(8, config, rank, 2) for rank in (0, 1)]
-    assert pair[0].steps_per_epoch == alone.steps_per_epoch
-    one, two = np.array(list(alone)), np.array([list(order) for order in pair])
+    alone = kd.CropOrder(8, kd.RunConfig(epochs=2, batch_size=1, gradient_accumulation_steps=4))
+    config = kd.RunConfig(epochs=2, batch_size=1, gradient_accumulation_steps=2)
+    shares = [kd.CropOrder(8, config, rank, processes=2) for rank in (0, 1)]
+    assert shares[0].steps_per_epoch == alone.steps_per_epoch
+    one = np.array(list(alone))
+    two = np.array([list(share) for share in shares])
     for step in range(4):
         expected = {tuple(item) for item in one[4 * step : 4 * step + 4, 0]}
-        assert {tuple(item) for item in two[:, 2 * step : 2 * step + 2, 0].reshape(-1, 2)} == expected
+        seen = two[:, 2 * step : 2 * step + 2, 0].reshape(-1, 2)
+        assert {tuple(item) for item in seen} == expected
 
 
-def test_ema_follows_its_formula_and_forgets_the_start():
-    ema, network = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
-    nn.init.constant_(ema.weight, 1.0)
+# --- One step -------------------------------------------------------------------------------------
+
+
+def test_the_averaged_weights_follow_their_formula():
+    average = nn.Linear(1, 1, bias=False)
+    network = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(average.weight, 1.0)
     by_hand = 1.0
     for step, value in enumerate([2.0, -3.0, 5.0]):
         nn.init.constant_(network.weight, value)
-        kd.update_ema(ema, dict(network.named_parameters()), step, decay=0.2)
+        kd.update_ema(average, dict(network.named_parameters()), step, decay=0.2)
         decay = min(0.2, (1 + step) / (10 + step))
         by_hand = decay * by_hand + (1 - decay) * value
-        assert ema.weight.item() == pytest.approx(by_hand)
-    nn.init.constant_(ema.weight, 1.0)
+        assert average.weight.item() == pytest.approx(by_hand)
+
+
+def test_a_short_runs_average_forgets_its_start():
+    average = nn.Linear(1, 1, bias=False)
+    network = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(average.weight, 1.0)
     nn.init.constant_(network.weight, 0.0)
     for step in range(100):
-        kd.update_ema(ema, dict(network.named_parameters()), step, decay=0.999)
-    assert ema.weight.item() < 1e-6  # the initial weights' share, which a plain 0.999 leaves at 0.9
+        kd.update_ema(average, dict(network.named_parameters()), step, decay=0.999)
+    assert average.weight.item() < 1e-6  # a plain 0.999 leaves 0.9
 
 
 def test_an_expansion_adds_a_product_to_every_3x3_kernel():
     torch.manual_seed(0)
-    student, expected = (kd.StudentUNet(stem_stride=2, widths=(4, 6), skips="lateral") for _ in range(2))
-    objective = kd.Distillation(student, None, kd.DistillationLoss({"reconstruction": 1.0}), expansion=5)
-    batch = {"blurred": torch.rand(2, 3, 16, 16), "sharp": torch.rand(2, 3, 16, 16)}
-    named, kernels = dict(student.named_parameters()), iter(zip(objective.outer, objective.inner, strict=True))
-    assert all(torch.equal(weight, named[name]) for name, weight in objective.weights().items())  # at first
-    for name, weight in expected.named_parameters():
-        weight.data = named[name].data.clone()
+    shape = {"stem_stride": 2, "widths": (4, 6), "skips": "lateral"}
+    student = kd.StudentUNet(**shape)
+    expected = kd.StudentUNet(**shape)
+    loss = kd.DistillationLoss({"reconstruction": 1.0})
+    objective = kd.Objective(student, None, loss, expansion=5)
+    assert equal(objective.weights(), dict(student.named_parameters()))  # at first
+
+    expected.load_state_dict(student.state_dict())
+    expansions = iter(objective.expansions)
+    for weight in expected.parameters():
         if weight.shape[2:] == (3, 3):
-            outer, inner = next(kernels)
-            nn.init.normal_(outer)
-            inner = inner.unflatten(1, weight.shape[1:])
-            weight.data += torch.einsum("or,rixy->oixy", outer.data, inner.data)
-    assert next(kernels, None) is None
-    loss = objective(batch, torch.autocast("cpu", enabled=False))["reconstruction"]
-    assert torch.allclose(loss, (expected(batch["blurred"]) - batch["sharp"]).abs().mean())
+            expansion = next(expansions)
+            nn.init.normal_(expansion.outer)
+            inner = expansion.inner.unflatten(1, weight.shape[1:])
+            weight.data += torch.einsum("or,rixy->oixy", expansion.outer, inner).data
+    assert next(expansions, None) is None
+
+    batch = {"blurred": torch.rand(2, 3, 16, 16), "sharp": torch.rand(2, 3, 16, 16)}
+    found = objective(batch, torch.autocast("cpu", enabled=False))["reconstruction"]
+    assert torch.allclose(found, (expected(batch["blurred"]) - batch["sharp"]).abs().mean())
     kd.update_ema(student, objective.weights(), step=0, decay=0.0)
     assert all(map(torch.allclose, student.parameters(), expected.parameters()))
 
 
-def test_accumulated_gradient_is_the_mean_over_the_group(data_root, tmp_path):
-    pairs = kd.find_pairs(data_root / "train")[:3]
-    config = kd.TrainConfig(
-        run_dir=tmp_path, image_size=32, gradient_accumulation_steps=2, clip_norm=0,
-        validation_fraction=0, device="cpu", precision="float32", epochs=1,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    student = kd.StudentUNet(stem_stride=2, widths=(4, 4, 4, 4, 4))
-    loss = kd.DistillationLoss({"reconstruction": 1.0, "ssim": 10.0})
-    run = kd.Fit(config, kd.Distillation(student, None, loss), student.config, pairs, kd.FrameSharpener)
+def test_an_accumulated_gradient_is_the_mean_over_its_group(make_run):
+    run = make_run(gradient_accumulation_steps=2, clip_norm=0.0)
+    student = run.objective.network
     items = [item for batch in run.order for item in batch]
-    examples = [{name: image[None] for name, image in run.dataset[item].items()} for item in items]
-    batches = iter([torch.utils.data.default_collate(run.dataset.__getitems__([item])) for item in items])
-    seen = []
-    run.optimiser.step = lambda: seen.append(student.output.weight.grad.clone())
+    batches = iter([default_collate(run.dataset.__getitems__([item])) for item in items])
+    found = []
+    run.optimiser.step = lambda: found.append(student.output.weight.grad.clone())
     for _ in range(2):
-        run.optimise(batches)
+        run.accumulate_gradients(batches)
+        run.take_step(rate=0.1)
+        run.step += 1
+
     expected = []
-    for example in examples:
+    for item in items:
+        example = run.dataset[item]
+        output = student(example["blurred"][None])
+        sharp = example["sharp"][None]
         student.zero_grad()
-        output, sharp = student(example["blurred"]), example["sharp"]
         ((output - sharp).abs().mean() + 10 * (1 - kd.ssim(output, sharp))).backward()
         expected.append(student.output.weight.grad.clone())
-    assert torch.allclose(seen[0], (expected[0] + expected[1]) / 2, atol=1e-5)
-    assert torch.allclose(seen[1], expected[2], atol=1e-5)  # the last, partial group
+    assert torch.allclose(found[0], (expected[0] + expected[1]) / 2, atol=1e-5)
+    assert torch.allclose(found[1], expected[2], atol=1e-5)  # the last, partial group
+
+
+def test_the_logged_terms_are_means_over_the_group(make_run):
+    run = make_run(gradient_accumulation_steps=3)
+    items = [item for batch in run.order for item in batch]
+    batches = iter([default_collate(run.dataset.__getitems__([item])) for item in items])
+    terms = run.accumulate_gradients(batches)
+    errors = []
+    for item in items:
+        example = run.dataset[item]
+        output = run.objective.network(example["blurred"][None])[0]
+        errors.append((output - example["sharp"]).abs().mean().item())
+    assert terms["reconstruction"] == pytest.approx(np.mean(errors), rel=1e-4)
+
+
+def test_a_step_has_its_rate_and_its_largest_gradient(make_run):
+    run = make_run(clip_norm=0.5)
+    parameters = list(run.trained.values())
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 3.0)
+    count = sum(parameter.numel() for parameter in parameters)
+    taken = []
+
+    def step():
+        squares = [parameter.grad.square().sum() for parameter in parameters]
+        taken.append(float(torch.stack(squares).sum().sqrt()))
+
+    run.optimiser.step = step
+    assert run.take_step(rate=0.125) == pytest.approx(3 * math.sqrt(count), rel=1e-4)
+    assert taken == [pytest.approx(0.5, rel=1e-4)]
+    assert run.optimiser.param_groups[0]["lr"] == 0.125
+    assert all(parameter.grad is None for parameter in parameters)
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 10])
+def test_the_rate_is_pytorchs_warm_restarts_behind_a_linear_warm_up(warmup_steps):
+    steps_per_epoch = 7
+    config = kd.RunConfig(
+        learning_rate=1e-3,
+        min_learning_rate=1e-5,
+        restart_epochs=3,
+        warmup_steps=warmup_steps,
+    )
+    optimiser = torch.optim.Adam([nn.Parameter(torch.zeros(1))], config.learning_rate)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(
+        optimiser, T_0=3, T_mult=2, eta_min=1e-5
+    )
+    cycles = 3 + 6 + 12 + 24
+    for step in range(cycles * steps_per_epoch):
+        scheduler.step(step / steps_per_epoch)
+        warm_up = min(1, (step + 1) / warmup_steps) if warmup_steps else 1
+        expected = warm_up * scheduler.get_last_lr()[0]
+        assert kd.learning_rate(step, steps_per_epoch, config) == pytest.approx(expected)
+
+
+def test_the_shares_of_the_gradient_are_norms_by_hand():
+    weight = torch.tensor([1.0, 2.0], requires_grad=True)
+    unused = torch.tensor([5.0], requires_grad=True)
+    terms = {"a": (3 * weight[0] + 4 * weight[1]), "b": 15 * weight[1]}
+    shares = kd.gradient_shares(terms, [weight, unused])
+    assert shares == pytest.approx({"gradient_a": 5 / 20, "gradient_b": 15 / 20})
+
+
+# --- Gradients that are not finite ----------------------------------------------------------------
+
+
+@pytest.fixture
+def spoil_gradients(monkeypatch):
+    """A function that makes some steps' gradients NaN, and returns the weights before each step."""
+    accumulate = kd.TrainingRun.accumulate_gradients
+
+    def spoil(steps):
+        before = []
+
+        def accumulate_and_spoil(run, batches):
+            before.append({name: p.detach().clone() for name, p in run.trained.items()})
+            terms = accumulate(run, batches)
+            if run.step in steps:
+                next(iter(run.trained.values())).grad[0] = math.nan
+            return terms
+
+        monkeypatch.setattr(kd.TrainingRun, "accumulate_gradients", accumulate_and_spoil)
+        return before
+
+    return spoil
+
+
+def test_a_step_whose_gradient_is_not_finite_is_skipped(arguments, tmp_path, spoil_gradients):
+    before = spoil_gradients(steps=(1,))
+    assert kd.main([*arguments, "--run-dir", str(tmp_path), "--max-steps", "4"]) == 0
+    changed = [not equal(first, second) for first, second in itertools.pairwise(before)]
+    assert changed == [True, False, True]
+    assert all(tensor.isfinite().all() for tensor in weights_in(tmp_path).values())
+    norms = [row["gradient_norm"] for row in read_log(tmp_path)]
+    assert norms[1] == "nan"
+    assert all(math.isfinite(float(norms[step])) for step in (0, 2, 3))
+
+
+def test_ten_in_a_row_stop_the_run_at_its_last_good_state(
+    arguments, tmp_path, spoil_gradients, capsys
+):
+    # Nine in a row are forgiven, and do not count for the ten after them.
+    before = spoil_gradients(steps=(*range(1, 10), *range(12, 30)))
+    assert kd.main([*arguments, "--run-dir", str(tmp_path), "--max-steps", "30"]) == 2
+    assert len(before) == 12 + 10
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "step 12: the gradients of 10 steps in a row are not finite" in error
+    assert f"{tmp_path / 'last.pth'}: go on with --resume" in error
+
+    last = torch.load(tmp_path / "last.pth", weights_only=True)
+    assert last["step"] == 12
+    assert equal(last["objective"], before[12])
+    assert all(tensor.isfinite().all() for tensor in weights_in(tmp_path).values())
+    assert [row["step"] for row in read_log(tmp_path)] == [str(1 + i) for i in range(12)]
+
+
+def test_a_run_that_was_stopped_so_goes_on(arguments, tmp_path, spoil_gradients):
+    spoil_gradients(steps=range(2, 30))
+    assert kd.main([*arguments, "--run-dir", str(tmp_path), "--max-steps", "30"]) == 2
+    spoil_gradients(steps=())
+    again = ["train", "--resume", "--run-dir", str(tmp_path), "--max-steps", "4"]
+    assert kd.main(again) == 0
+    assert [row["step"] for row in read_log(tmp_path)] == ["1", "2", "3", "4"]
+
+
+# --- What a run leaves ----------------------------------------------------------------------------
+
+
+def test_the_log_holds_terms_shares_and_scores(arguments, tmp_path):
+    command = [*arguments, "--run-dir", str(tmp_path), "--max-steps", "3", "--log-gradients", "2"]
+    assert kd.main(command) == 0
+    rows = read_log(tmp_path)
+    assert [row["step"] for row in rows] == ["1", "2", "3"]
+    assert [row["epoch"] for row in rows] == ["0.0", "0.5", "1.0"]
+    assert float(rows[0]["learning_rate"]) == 2e-4
+    assert all(float(row["seconds"]) > 0 for row in rows)
+    terms = ("reconstruction", "feature", "kl", "ssim")
+    for row in rows:
+        total = sum(float(row[name]) for name in terms)
+        assert float(row["loss"]) == pytest.approx(total, rel=1e-4)
+    shares = [float(rows[0][f"gradient_{name}"]) for name in terms]
+    assert sum(shares) == pytest.approx(1, abs=1e-4)
+    assert rows[1]["gradient_ssim"] == ""
+    assert rows[2]["gradient_ssim"] != ""
+    assert rows[1]["val_psnr"] == ""
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+    # What is said of the best weights is what they reach.
+    best = torch.load(tmp_path / "best.pth", weights_only=True)
+    assert best["step"] == 3
+    assert best["held_out"]["psnr"] == float(rows[2]["val_psnr"])
+    _, held_out = kd.hold_out(kd.find_pairs(Path(arguments[2]) / "train"), 0.1)
+    sharpener = kd.load_sharpener(tmp_path / "best.pth")
+    scores = kd.score_method(sharpener, [pair.load() for pair in held_out])
+    assert best["held_out"] == scores | {"pictures": len(held_out)}
+
+
+def test_the_best_weights_are_the_averaged_ones(arguments, tmp_path):
+    command = [*arguments, *WITHOUT_TEACHER, "--learning-rate", "0.01", "--expansion", "3"]
+    assert kd.main([*command, "--run-dir", str(tmp_path), "--max-steps", "3"]) == 0
+    best = torch.load(tmp_path / "best.pth", weights_only=True)["params"]
+    last = torch.load(tmp_path / "last.pth", weights_only=True)
+    assert equal(best, last["ema"])
+    trained = last["objective"]["network.output.weight"]
+    assert not torch.allclose(best["output.weight"], trained, atol=1e-4)
+
+
+@pytest.fixture
+def scripted_scores(monkeypatch):
+    """A function that sets the PSNR of the frames that are scored next, one after another."""
+
+    def script(*values):
+        left = iter(values)
+        monkeypatch.setattr(kd, "score", lambda *frames: {"psnr": next(left), "ssim": 0.5})
+
+    return script
+
+
+def test_the_best_weights_are_those_of_the_best_validation(arguments, tmp_path, scripted_scores):
+    command = [*arguments, *WITHOUT_TEACHER, "--validate-every", "1", "--epochs", "4"]
+    scripted_scores(20.0, 30.0, 25.0, 29.0, 10.0)  # four validations, and the blurred frame
+    assert kd.main([*command, "--run-dir", str(tmp_path)]) == 0
+    rows = read_log(tmp_path)
+    scores = {row["step"]: row["val_psnr"] for row in rows if row["val_psnr"]}
+    assert scores == {"2": "20.0", "4": "30.0", "6": "25.0", "8": "29.0"}
+    best = torch.load(tmp_path / "best.pth", weights_only=True)
+    assert best["step"] == 4
+    assert best["held_out"] == {"psnr": 30.0, "ssim": 0.5, "pictures": 1}
+    assert torch.load(tmp_path / "last.pth", weights_only=True)["best"] == 30.0
+
+
+def test_a_resumed_run_remembers_its_best_score(arguments, tmp_path, scripted_scores):
+    command = [*arguments, *WITHOUT_TEACHER, "--validate-every", "1"]
+    scripted_scores(30.0, 10.0)
+    assert kd.main([*command, "--run-dir", str(tmp_path), "--epochs", "1"]) == 0
+    before = (tmp_path / "best.pth").read_bytes()
+    again = ["train", "--resume", "--run-dir", str(tmp_path), "--epochs"]
+    scripted_scores(29.0, 10.0)
+    assert kd.main([*again, "2"]) == 0
+    assert (tmp_path / "best.pth").read_bytes() == before
+    scripted_scores(31.0, 10.0)
+    assert kd.main([*again, "3"]) == 0
+    assert torch.load(tmp_path / "best.pth", weights_only=True)["step"] == 6
+
+
+def test_a_picture_that_is_restored_exactly_does_not_choose_the_weights(make_run, scripted_scores):
+    run = make_run()
+    run.config.run_dir.mkdir()
+    for psnrs, best in (((math.inf, 20.0), 40.0), ((70.0, 21.0), 40.5), ((70.0, 20.0), 40.5)):
+        scripted_scores(*psnrs)
+        run.validate()
+        assert run.best == best
+
+
+def test_training_improves_held_out_pictures(data_root, tmp_path, capsys):
+    command = [
+        *("train", "--data-root", str(data_root), "--run-dir", str(tmp_path), *STUDENT, "--cache"),
+        *("--epochs", "120", "--restart-epochs", "120", "--validate-every", "120"),
+        *("--batch-size", "3", "--gradient-accumulation-steps", "1", "--image-size", "64"),
+        *("--learning-rate", "3e-3", "--blur-probability", "0", "--workers", "0"),
+        *(*WITHOUT_TEACHER, "--lambda-ssim", "1", "--lambda-reconstruction", "10"),
+        *("--validation-fraction", "0.25"),
+    ]
+    assert kd.main(command) == 0
+    before, after = capsys.readouterr().out.strip().splitlines()[-2:]
+    psnr_before, ssim_before = re.fullmatch(r"before: (\S+) / (\S+)", before).groups()
+    psnr_after, ssim_after = re.fullmatch(r"after:  (\S+) / (\S+)", after).groups()
+    assert float(psnr_after) > float(psnr_before) + 0.1
+    assert float(ssim_after) > float(ssim_before) + 0.01
+
+
+def test_bf16_training_stays_close_to_float32(arguments, tmp_path):
+    losses = []
+    for precision in ("float32", "bf16"):
+        command = [*arguments, "--run-dir", str(tmp_path / precision), "--precision", precision]
+        assert kd.main([*command, "--max-steps", "2"]) == 0
+        losses.append([float(row["loss"]) for row in read_log(tmp_path / precision)])
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+def test_validation_computes_in_the_precision_of_the_run(arguments, tmp_path, monkeypatch):
+    precisions = []
+    sharpener = kd.FrameSharpener
+
+    def make(*positional, **options):
+        precisions.append(options["precision"])
+        return sharpener(*positional, **options)
+
+    monkeypatch.setattr(kd, "FrameSharpener", make)
+    command = [*arguments, "--run-dir", str(tmp_path), "--max-steps", "1"]
+    assert kd.main([*command, "--precision", "float32"]) == 0
+    assert precisions == ["float32"]
+
+
+# --- Resuming -------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_reaches_the_same_weights(arguments, tmp_path):
+    whole = tmp_path / "whole"
+    parts = tmp_path / "parts"
+    arguments = [*arguments, "--expansion", "3"]
+    assert kd.main([*arguments, "--run-dir", str(whole), "--max-steps", "5"]) == 0
+    assert kd.main([*arguments, "--run-dir", str(parts), "--max-steps", "3"]) == 0
+    assert not equal(weights_in(whole), weights_in(parts))
+    # Nothing but the folder is named: the run's settings are in last.pth.
+    assert kd.main(["train", "--resume", "--run-dir", str(parts), "--max-steps", "5"]) == 0
+    weights = weights_in(whole)
+    assert equal(weights, weights_in(parts))
+    assert any(name.startswith("teacher.proj_e2") for name in weights)
+    assert any(weights[name].any() for name in weights if name.endswith("outer"))
+    assert kd.load_student(whole / "best.pth")[0].config["widths"] == (4, 6, 8, 8, 8)
+
+    def reproducible(row):
+        return {k: v for k, v in row.items() if k != "seconds" and not k.startswith("val_")}
+
+    logs = [[reproducible(row) for row in read_log(run)] for run in (whole, parts)]
+    assert logs[0] == logs[1]
+
+
+def test_what_is_said_for_one_call_is_not_saved_with_the_run(arguments, tmp_path):
+    command = [*arguments, "--run-dir", str(tmp_path), "--max-steps", "1", "--overwrite"]
+    assert kd.main([*command, "--preset", "report"]) == 0
+    saved = torch.load(tmp_path / "last.pth", weights_only=True)["config"]
+    assert not {"overwrite", "resume", "preset"} & saved.keys()
+    for steps in ("2", "3"):
+        again = ["train", "--resume", "--run-dir", str(tmp_path), "--max-steps", steps]
+        assert kd.main(again) == 0
+    assert [row["step"] for row in read_log(tmp_path)] == ["1", "2", "3"]
 
 
 def test_a_run_of_another_command_is_not_resumed(tmp_path, capsys):
@@ -138,247 +493,13 @@ def test_a_run_of_another_command_is_not_resumed(tmp_path, capsys):
         assert "last.pth: another command's run" in capsys.readouterr().err
 
 
-def test_a_run_on_the_embedded_sample_stays_on_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(kd, "list_pictures", lambda folder: [])
-    config = kd.settle(kd.TrainConfig, {"run_dir": tmp_path, "epochs": 3})
-    assert config.data_root is None
-    assert (config.epochs, config.stem_stride) == (3, 2)  # its own settings below the given ones
-    saved = {name: str(v) if isinstance(v, kd.Path) else v for name, v in vars(config).items()}
-    torch.save({"config": saved}, tmp_path / "last.pth")
-    monkeypatch.setattr(kd, "list_pictures", lambda folder: [folder / "a.png"])  # a dataset that came later
-    assert kd.settle(kd.TrainConfig, {}).data_root == kd.DATASET
-    assert kd.settle(kd.TrainConfig, {"run_dir": tmp_path, "resume": True}) == dataclasses.replace(config, resume=True)
-
-
-def test_resumed_run_reaches_the_same_weights(arguments, tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    arguments = [*arguments, "--expansion", "3"]
-    assert kd.main([*arguments, "--run-dir", str(whole), "--max-steps", "5"]) == 0
-    assert kd.main([*arguments, "--run-dir", str(parts), "--max-steps", "3"]) == 0
-    assert not all(torch.equal(t, weights(parts)[name]) for name, t in weights(whole).items())
-    # nothing but the folder is named: the run's settings are in last.pth
-    assert kd.main(["train", "--resume", "--run-dir", str(parts), "--max-steps", "5"]) == 0
-    first, second = weights(whole), weights(parts)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert any(name.startswith("teacher.proj_e2") for name in first)
-    assert any(first[name].any() for name in first if name.startswith("outer"))
-    assert kd.load_student(whole / "best.pth")[0].config["widths"] == (4, 6, 8, 8, 8)  # a student like any other
-    strip = [{k: v for k, v in row.items() if not k.startswith(("val_", "seconds"))} for row in read_log(whole)]
-    assert strip == [{k: v for k, v in r.items() if not k.startswith(("val_", "seconds"))} for r in read_log(parts)]
-
-
-def test_log_holds_terms_shares_and_scores(arguments, tmp_path):
-    run = tmp_path / "run"
-    assert kd.main([*arguments, "--run-dir", str(run), "--max-steps", "3", "--log-gradients", "2"]) == 0
-    rows = read_log(run)
-    assert [row["step"] for row in rows] == ["1", "2", "3"]
-    terms = ("reconstruction", "feature", "kl", "ssim")
-    for row in rows:
-        assert float(row["loss"]) == pytest.approx(sum(float(row[name]) for name in terms), rel=1e-4)
-    assert sum(float(rows[0][f"gradient_{name}"]) for name in terms) == pytest.approx(1, abs=1e-4)
-    assert rows[1]["gradient_ssim"] == ""
-    assert float(rows[2]["val_psnr"]) > 10
-    assert (run / "curves.png").stat().st_size > 1000
-    best = torch.load(run / "best.pth", weights_only=True)
-    assert best["step"] == 3
-    assert best["held_out"]["psnr"] == float(rows[2]["val_psnr"])
-    _, held_out = kd.hold_out(kd.find_pairs(Path(arguments[2]) / "train"), 0.05)
-    sharpener = kd.FrameSharpener(kd.load_student(run / "best.pth")[0], torch.device("cpu"))
-    psnr, similarity = kd.mean_score([pair.load() for pair in held_out], sharpener)
-    assert best["held_out"] == {"psnr": psnr, "ssim": similarity, "pictures": len(held_out)}
-
-
-def test_training_improves_held_out_pictures(data_root, tmp_path, capsys):
-    run = tmp_path / "run"
-    command = [
-        *("train", "--data-root", str(data_root), "--run-dir", str(run), *STUDENT, "--epochs", "120"),
-        *("--restart-epochs", "120", "--gradient-accumulation-steps", "1", "--image-size", "64"),
-        *("--learning-rate", "3e-3", "--blur-probability", "0", "--batch-size", "3", "--workers", "0"),
-        *("--lambda-perceptual", "0", "--lambda-feature", "0", "--lambda-kl", "0", "--lambda-ssim", "1", "--cache"),
-        *("--lambda-reconstruction", "10", "--validation-fraction", "0.25", "--validate-every", "120"),
-    ]
-    assert kd.main(command) == 0
-    before, after = capsys.readouterr().out.strip().splitlines()[-2:]
-    assert before.startswith("before: ")
-    assert after.startswith("after: ")
-    psnr_before, psnr_after = (float(line.split()[1]) for line in (before, after))
-    assert psnr_after > psnr_before + 0.1
-    assert float(after.split()[-1]) > float(before.split()[-1]) + 0.01
-
-
-def test_teacher_command_writes_weights_that_train_accepts(data_root, tmp_path):
-    command = ["teacher", "--data-root", str(data_root), "--run-dir", str(tmp_path / "run"), "--dim", "8"]
-    command += ["--num-blocks", "1", "1", "1", "2", "--heads", "1", "1", "2", "2", "--image-size", "32"]
-    assert kd.main([*command, "--max-steps", "2", "--batch-size", "2", "--workers", "0"]) == 0
-    restormer = kd.load_restormer(tmp_path / "run/best.pth")
-    assert len(restormer.latent) == 2
-    rows = read_log(tmp_path / "run")
-    assert len(rows) == 2
-    assert all(row["loss"] == row["reconstruction"] and float(row["loss"]) > 0 for row in rows)
-
-
-def test_a_teacher_continues_and_its_hooks_do_not_pile_up(data_root, tmp_path, monkeypatch):
-    command = ["teacher", "--run-dir", str(tmp_path / "run")]
-    settings = ["--data-root", str(data_root), "--dim", "8", "--num-blocks", "1", "1", "1", "2", "--workers", "0"]
-    settings += ["--heads", "1", "1", "2", "2", "--image-size", "32", "--validate-every", "1", "--batch-size", "8"]
-    assert kd.main([*command, *settings, "--max-steps", "1"]) == 0
-    wrapped, wrap = [], kd.RestormerTeacherWrapper
-    monkeypatch.setattr(kd, "RestormerTeacherWrapper", lambda network: wrapped.append(network) or wrap(network))
-    assert kd.main([*command, "--resume", "--max-steps", "3"]) == 0
-    assert [row["step"] for row in read_log(tmp_path / "run")] == ["1", "2", "3"]
-    assert all(float(row["val_psnr"]) > 10 for row in read_log(tmp_path / "run"))
-    assert len(wrapped) == 2  # a validation each
-    assert all(len(network.latent._forward_hooks) == 1 for network in wrapped)  # every validation used to add one
-
-
-def test_bf16_training_stays_close_to_float32(arguments, tmp_path):
-    losses = []
-    for precision in ("float32", "bf16"):
-        run = tmp_path / precision
-        assert kd.main([*arguments, "--run-dir", str(run), "--max-steps", "2", "--precision", precision]) == 0
-        losses.append([float(row["loss"]) for row in read_log(run)])
-    assert losses[0] != losses[1]
-    assert losses[0] == pytest.approx(losses[1], rel=0.05)
-
-
-def test_mistakes_are_named_before_anything_is_written(arguments, tmp_path, capsys):
-    run = tmp_path / "run"
-    for extra, named in (
-        (["--image-size", "40"], "--image-size 40: must be a multiple of 16"),
-        (["--learning-rate", "0"], "--learning-rate 0.0: must be above 0"),
-        (["--widths", "4"], "--widths (4,): a student has two stages or more"),
-        (["--widths", "4", "0"], "--widths (4, 0): a student has two stages or more, each 1"),
-        (["--teacher-weights", str(tmp_path / "none.pth")], "none.pth: no such file; get motion_deblurring"),
-        (["--data-root", str(tmp_path)], "no blurred/sharp pairs"),
-        (["--resume"], "last.pth: no such file"),
-        (["--seed", "-1"], "--seed -1: must be at least 0"),
-        (
-            ["--lambda-reconstruction", "0", "--lambda-feature", "0", "--lambda-kl", "0", "--lambda-ssim", "0"],
-            "all are 0",
-        ),
-    ):
-        assert kd.main([*arguments, "--run-dir", str(run), *extra]) == 2
-        error = capsys.readouterr().err
-        assert named in error
-        assert error.count("\n") == 1
-        assert not run.exists()
-    assert kd.main([*arguments, "--run-dir", str(run), "--max-steps", "1"]) == 0
-    before = weights(run)
-    assert kd.main([*arguments, "--run-dir", str(run), "--max-steps", "2"]) == 2
-    assert "holds a run already" in capsys.readouterr().err
-    assert kd.main([*arguments, "--run-dir", str(run), "--resume", "--overwrite"]) == 2
-    assert "--resume, --overwrite: one goes on" in capsys.readouterr().err
-    assert all(torch.equal(before[name], tensor) for name, tensor in weights(run).items())
-
-
-@pytest.mark.parametrize("workers", ["0", "1"])
-def test_a_picture_that_breaks_off_is_named(arguments, data_root, tmp_path, capfd, workers):
-    root = tmp_path / "data"
-    shutil.copytree(data_root, root)
-    for broken in (root / "train/sharp").rglob("*_[0-3].png"):
-        broken.write_bytes(broken.read_bytes()[:2000])  # the header, and so the size, is whole
-    command = [*arguments, "--run-dir", str(tmp_path / "run"), "--validation-fraction", "0"]
-    assert kd.main([*command, "--data-root", str(root), "--workers", workers]) == 2
-    error = capfd.readouterr().err.strip().splitlines()[-1]
-    assert re.match(r"sharpen_kd: error: \S+/train/sharp/\w+/\w+_\d.png: not a readable picture", error)
-
-
-def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
-    file = tmp_path / "last.pth"
-    kd.save_atomically({"step": 1}, file)
-
-    def broken(content, path):
-        Path(path).write_bytes(b"half")
-        raise RuntimeError("[enforce fail at inline_container.cc] disk full")  # as PyTorch does
-
-    monkeypatch.setattr(torch, "save", broken)
-    with pytest.raises(kd.UserError, match=r"last.pth: cannot be written .*disk full"):
-        kd.save_atomically({"step": 2}, file)
-    assert torch.load(file, weights_only=True) == {"step": 1}
-    assert list(tmp_path.iterdir()) == [file]
-
-
-def test_ctrl_c_saves_and_the_run_continues_to_the_same_weights(arguments, tmp_path):
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    arguments = [*arguments, "--device", "cpu", "--threads", "1"]
-    command = [sys.executable, str(SCRIPT), *arguments, "--run-dir", str(run), "--workers", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        seen = ""
-        while not re.search(r" [2-9]/\d+ ", seen):  # the progress bar's second step
-            seen += process.stdout.read(1) or pytest.fail(f"ended before its second step: {seen}")
-        process.send_signal(signal.SIGINT)
-        output = process.communicate(timeout=60)[0]
-    assert process.returncode == 130
-    assert "Traceback" not in output
-    steps = torch.load(run / "last.pth", weights_only=True)["step"]
-    assert f"stopped after step {steps}" in output
-    steps = str(steps + 2)
-    for extra in (["train", "--resume", "--run-dir", str(run)], [*arguments, "--run-dir", str(whole)]):
-        done = subprocess.run([sys.executable, str(SCRIPT), *extra, "--max-steps", steps], check=False)
-        assert done.returncode == 0
-    first, second = weights(whole), weights(run)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_two_processes_match_one(arguments, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    common = [*arguments, "--max-steps", "3", "--device", "cpu", "--threads", "1", "--precision", "float32"]
-    common += ["--validation-fraction", "0", "--lambda-ssim", "1"]
-    assert kd.main([*common, "--gradient-accumulation-steps", "4", "--run-dir", str(one)]) == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, str(SCRIPT), *common, "--gradient-accumulation-steps", "2", "--run-dir", str(two)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    first, second = weights(one, "best.pth"), weights(two, "best.pth")
-    start = kd.StudentUNet(stem_stride=2, widths=(4, 6, 8, 8, 8))
-    assert not torch.allclose(first["output.weight"], start.output.weight, atol=1e-4)
-    for name in first:
-        assert torch.allclose(first[name], second[name], atol=2e-5), name
-
-
-def test_learning_rate_is_the_cosine_after_a_linear_warm_up(arguments, tmp_path):
-    run = tmp_path / "run"
-    flags = ("--max-steps", "9", "--warmup-steps", "4", "--learning-rate", "1e-3", "--restart-epochs", "1", "--balance")
-    assert kd.main([*arguments, "--run-dir", str(run), *flags]) == 0
-    rows = read_log(run)
-    for step, row in enumerate(rows):
-        start, length = max(
-            (start, length) for start, length in ((0, 1), (1, 2), (3, 4)) if float(row["epoch"]) >= start
-        )
-        cosine = 1e-6 + (1e-3 - 1e-6) * (1 + math.cos(math.pi * (float(row["epoch"]) - start) / length)) / 2
-        assert float(row["learning_rate"]) == pytest.approx(cosine * min(1, (step + 1) / 4))
-    assert all(float(row["seconds"]) > 0 for row in rows)
-
-
-def test_a_run_follows_its_flags(arguments, tmp_path, monkeypatch):
-    runs, fit, terms = [], kd.Fit, kd.DistillationLoss
-    monkeypatch.setattr(kd, "Fit", lambda *a, **k: runs.append(fit(*a, **k)) or runs[-1])
-    monkeypatch.setattr(kd, "DistillationLoss", lambda *a: temperatures.append(a[1]) or terms(*a))
-    temperatures, norms, clip = [], [], nn.utils.clip_grad_norm_
-    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda p, norm: norms.append(norm) or clip(p, norm))
-    root = Path(arguments[2])
-    fewer = tmp_path / "data"
-    shutil.copytree(root, fewer)
-    for path in fewer.rglob("text/page_[01].png"):
-        path.unlink()
-    flags = ("--data-root", str(fewer), "--balance", "--clip-norm", "0.5", "--temperature", "2", "--max-steps", "1")
-    assert kd.main([*arguments, "--run-dir", str(tmp_path / "run"), *flags]) == 0
-    categories = [pair.category for pair in runs[0].dataset.pairs]
-    assert categories.count("text") == categories.count("photo")
-    assert norms == [0.5]
-    assert temperatures == [2.0]
-
-
-def test_a_run_may_start_from_another_students_weights(arguments, tmp_path):
-    first, second = tmp_path / "first", tmp_path / "second"
-    assert kd.main([*arguments, "--run-dir", str(first), "--max-steps", "3"]) == 0
-    start = (*arguments, "--run-dir", str(second), "--init", str(first / "best.pth"), "--max-steps", "1")
-    assert kd.main([*start, "--learning-rate", "1e-9"]) == 0
-    before, after = (kd.load_student(run / "best.pth")[0].state_dict() for run in (first, second))
-    assert all(torch.allclose(before[name], after[name], atol=1e-7) for name in before)
-    assert kd.main([*start, "--overwrite", "--widths", "4", "4", "4", "4", "8"]) == 2
-    assert (second / "best.pth").exists()  # a mistake gives up no run
+def test_a_run_of_another_network_is_not_resumed(arguments, tmp_path, capsys):
+    assert kd.main([*arguments, "--run-dir", str(tmp_path), "--max-steps", "1"]) == 0
+    before = (tmp_path / "last.pth").read_bytes()
+    again = ["train", "--resume", "--run-dir", str(tmp_path), "--widths", "4", "4", "4", "4", "8"]
+    assert kd.main(again) == 2
+    assert "last.pth: does not fit this run's network" in capsys.readouterr().err
+    assert (tmp_path / "last.pth").read_bytes() == before
 
 
 def test_overwrite_leaves_nothing_of_the_run_before(arguments, tmp_path, monkeypatch):
@@ -390,107 +511,162 @@ def test_overwrite_leaves_nothing_of_the_run_before(arguments, tmp_path, monkeyp
         found.append(sorted(path.name for path in tmp_path.glob("*.pth")))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(kd.Fit, "optimise", stop)
-    assert kd.main([*command, "--resume", "--max-steps", "3"]) == 130
+    monkeypatch.setattr(kd.TrainingRun, "accumulate_gradients", stop)
+    again = ["train", "--resume", "--run-dir", str(tmp_path), "--max-steps", "3"]
+    assert kd.main(again) == 130
     assert kd.main([*command, "--overwrite"]) == 130
     assert found == [["best.pth", "last.pth"], []]
 
 
-def test_a_run_is_kept_without_its_last_state_and_continues_where_it_was_moved(arguments, tmp_path, capsys):
+def test_a_run_is_kept_without_its_last_state_and_continues_where_it_was_moved(
+    arguments, tmp_path, capsys
+):
     run = tmp_path / "run"
-    command = [*arguments, "--run-dir", str(run), "--max-steps", "1"]
-    assert kd.main(command) == 0
-    run.rename(tmp_path / "moved")
-    assert kd.main(["train", "--resume", "--run-dir", str(tmp_path / "moved"), "--max-steps", "2"]) == 0
+    moved = tmp_path / "moved"
+    assert kd.main([*arguments, "--run-dir", str(run), "--max-steps", "1"]) == 0
+    run.rename(moved)
+    assert kd.main(["train", "--resume", "--run-dir", str(moved), "--max-steps", "2"]) == 0
     assert not run.exists()
-    assert [row["step"] for row in read_log(tmp_path / "moved")] == ["1", "2"]
-    (tmp_path / "moved/last.pth").unlink()
-    assert kd.main([*arguments, "--run-dir", str(tmp_path / "moved")]) == 2
+    assert [row["step"] for row in read_log(moved)] == ["1", "2"]
+
+    (moved / "last.pth").unlink()
+    assert kd.main([*arguments, "--run-dir", str(moved)]) == 2
     assert "holds a run already" in capsys.readouterr().err
-    assert (tmp_path / "moved/best.pth").exists()
+    assert (moved / "best.pth").exists()
 
 
 def test_a_run_that_is_resumed_where_it_ends_is_validated(arguments, tmp_path):
-    command = [*arguments, "--run-dir", str(tmp_path), "--max-steps", "2"]
-    assert kd.main(command) == 0
-    last = torch.load(tmp_path / "last.pth", weights_only=True)  # as if stopped before the first validation
-    torch.save(last | {"best": -math.inf}, tmp_path / "last.pth")
+    assert kd.main([*arguments, "--run-dir", str(tmp_path), "--max-steps", "2"]) == 0
+    last = torch.load(tmp_path / "last.pth", weights_only=True)
+    torch.save(last | {"best": -math.inf}, tmp_path / "last.pth")  # before the first validation
     (tmp_path / "best.pth").unlink()
-    assert kd.main(["train", "--resume", "--run-dir", str(tmp_path), "--max-steps", "1"]) == 0
+    again = ["train", "--resume", "--run-dir", str(tmp_path), "--max-steps", "1"]
+    assert kd.main(again) == 0
     assert torch.load(tmp_path / "best.pth", weights_only=True)["step"] == 2
 
 
-def test_validation_computes_in_the_precision_of_the_run(arguments, tmp_path, monkeypatch):
-    precisions, sharpener = [], kd.FrameSharpener
-    monkeypatch.setattr(kd, "FrameSharpener", lambda *a, **k: precisions.append(k["precision"]) or sharpener(*a, **k))
-    assert kd.main([*arguments, "--run-dir", str(tmp_path), "--max-steps", "1", "--precision", "float32"]) == 0
-    assert precisions == ["float32"]
+def test_the_state_is_saved_as_often_as_is_asked(arguments, tmp_path, monkeypatch):
+    saves = []
+    save = kd.TrainingRun.save_last
+
+    def note(run):
+        saves.append(run.step)
+        save(run)
+
+    monkeypatch.setattr(kd.TrainingRun, "save_last", note)
+    command = [*arguments, *WITHOUT_TEACHER, "--max-steps", "3"]
+    assert kd.main([*command, "--run-dir", str(tmp_path / "a"), "--save-every", "0"]) == 0
+    assert kd.main([*command, "--run-dir", str(tmp_path / "b"), "--save-every", "999"]) == 0
+    assert saves == [1, 2, 3, 3, 3]
 
 
-def test_a_teachers_dimensions_fit_each_other(data_root, tmp_path, capsys):
-    command = ["teacher", "--data-root", str(data_root), "--run-dir", str(tmp_path / "run")]
-    for extra, named in (
-        (["--heads", "1", "2"], "four numbers each"),
-        (["--num-blocks", "1", "1", "1", "1", "1"], "four numbers each"),
-        (["--dim", "9", "--heads", "1", "1", "1", "1"], "--dim 9: must be even"),
-        (["--dim", "10", "--heads", "1", "3", "4", "8"], "a multiple of its --heads"),
-        (["--dim", "0"], "--dim 0: must be at least 2"),
-    ):
-        assert kd.main([*command, *extra]) == 2
-        assert named in capsys.readouterr().err
-        assert not (tmp_path / "run").exists()
+# --- Interruption ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("given", "widths", "convolutions"),
-    [
-        ({}, kd.EMBEDDED_RUN["widths"], kd.EMBEDDED_RUN["convolutions"]),
-        ({"base_channels": 32}, (8, 16, 32, 64, 96), (2,) * 5),
-        ({"widths": (4,) * 3}, (4,) * 3, (2,) * 3),
-        ({"base_channels": 32, "widths": (4,) * 5, "convolutions": (1,)}, (4,) * 5, (1,) * 5),
-    ],
-)
-def test_given_sizes_rule_the_embedded_runs(monkeypatch, tmp_path, given, widths, convolutions):
-    monkeypatch.setattr(kd, "DATASET", tmp_path)
-    config = kd.settle(kd.TrainConfig, {"data_root": tmp_path} | given)
-    student = kd.StudentUNet(base_channels=config.base_channels, widths=config.widths, convolutions=config.convolutions)
-    assert student.config["widths"] == widths
-    assert student.config["convolutions"] == convolutions
+def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
+    file = tmp_path / "last.pth"
+    kd.write_checkpoint({"step": 1}, file)
+
+    def broken(content, path):
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc] disk full")  # as PyTorch does
+
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(kd.UserError, match=r"last.pth: cannot be written .*disk full"):
+        kd.write_checkpoint({"step": 2}, file)
+    assert torch.load(file, weights_only=True) == {"step": 1}
+    assert list(tmp_path.iterdir()) == [file]
 
 
-def test_ablation_compares_the_terms_and_keeps_finished_runs(arguments, tmp_path, capsys):
-    command = ["ablate", *arguments[1:], "--run-dir", str(tmp_path), "--epochs", "2", "--seeds", "0", "1"]
-    command += ["--teacher-cache", str(tmp_path / "cache"), "--lambda-output", "1", "--degradation", "x2"]
+def test_a_signal_during_the_final_save_does_not_spoil_it(arguments, tmp_path, monkeypatch):
+    save = torch.save
+
+    def interrupted_save(content, path):
+        if "optimiser" in content:  # last.pth
+            os.kill(os.getpid(), signal.SIGINT)
+        save(content, path)
+
+    monkeypatch.setattr(torch, "save", interrupted_save)
+    assert kd.main([*arguments, "--run-dir", str(tmp_path), "--max-steps", "2"]) == 0
+    assert torch.load(tmp_path / "last.pth", weights_only=True)["step"] == 2
+    assert len(read_log(tmp_path)) == 2
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # as it was before
+
+
+def test_a_first_signal_is_noted_and_a_second_acts():
+    def interrupt_twice():
+        with kd.deferred_interrupts() as received:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert received == [signal.SIGINT]
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupt_twice()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_saves_and_the_run_continues_to_the_same_weights(arguments, tmp_path):
+    run = tmp_path / "run"
+    whole = tmp_path / "whole"
+    arguments = [*arguments, "--threads", "1", "--epochs", "100000"]
+    command = [sys.executable, SCRIPT, *arguments, "--run-dir", str(run), "--workers", "1"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, **pipes, start_new_session=True) as process:
+        seen = ""
+        while "step 1 of " not in seen:
+            line = process.stdout.readline()
+            assert line, f"ended before its first step: {seen}"
+            seen += line
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the loader process gets it too
+        output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130
+    assert "Traceback" not in output
+    steps = torch.load(run / "last.pth", weights_only=True)["step"]
+    assert f"stopped after step {steps}; continue with --resume --run-dir {run}" in output
+
+    limit = ["--max-steps", str(steps + 2)]
+    threads = torch.get_num_threads()
+    assert kd.main(["train", "--resume", "--run-dir", str(run), "--workers", "0", *limit]) == 0
+    assert kd.main([*arguments, "--run-dir", str(whole), *limit]) == 0
+    torch.set_num_threads(threads)
+    assert equal(weights_in(whole), weights_in(run))
+
+
+# --- Several processes ----------------------------------------------------------------------------
+
+
+def test_two_processes_match_one(arguments, tmp_path):
+    one = tmp_path / "one"
+    two = tmp_path / "two"
+    common = [*arguments, "--max-steps", "3", "--threads", "1", "--precision", "float32"]
+    common += ["--validation-fraction", "0", "--lambda-ssim", "1"]
+    threads = torch.get_num_threads()
+    command = [*common, "--gradient-accumulation-steps", "4", "--run-dir", str(one)]
     assert kd.main(command) == 0
-    table = [line for line in capsys.readouterr().out.splitlines() if " steps of" in line]
-    assert [line[:20].strip() for line in table] == list(kd.ABLATION)
-    logs = {path.parent.name: read_log(path.parent) for path in tmp_path.glob("*/log.csv")}
-    assert len(logs) == 2 * len(kd.ABLATION)
-    used = {
-        name: {term for term in ("feature", "kl", "output", "ssim") if term in rows[0]} for name, rows in logs.items()
-    }
-    assert used["no_teacher_0"] == {"ssim"}
-    assert used["KL_1"] == {"kl", "ssim"}
-    assert used["all_0"] == {"feature", "kl", "output", "ssim"}
-    # the same student and crops: before the first step only the terms differ
-    assert len({logs[f"{name}_0"][0]["ssim"] for name in ("no_teacher", "features", "KL", "output", "all")}) == 1
-    assert logs["no_teacher_0"][0]["ssim"] != logs["no_teacher_1"][0]["ssim"]
-    scores = json.loads((tmp_path / "ablation.json").read_text())
-    held_out = [torch.load(tmp_path / f"output_{seed}/best.pth", weights_only=True)["held_out"] for seed in (0, 1)]
-    assert scores["output"]["held out"] == [[score["psnr"], score["ssim"]] for score in held_out]
-    pairs = [pair.load() for pair in kd.find_pairs(Path(arguments[2]) / "test", "x2")]
-    student = kd.load_student(tmp_path / "all_1/best.pth")[0]
-    by_hand = np.mean([kd.score(kd.FrameSharpener(student, torch.device("cpu"))(b), s) for b, s in pairs], 0)
-    assert scores["all"]["test"][1] == pytest.approx(by_hand.tolist())
-    assert f"{np.mean(scores['all']['test'], 0)[0]:.2f} dB" in table[-2]
-    assert (tmp_path / "ablation.png").stat().st_size > 1000
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/best.pth")}
-    assert kd.main([*command, "--resume"]) == 0  # which it does anyway
-    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/best.pth")}
-    assert kd.main([*command, "--overwrite", "--epochs", "1", "--seeds", "0"]) == 0
-    for path, time in before.items():  # of the seeds that are named
-        assert (path.stat().st_mtime_ns > time) == path.parent.name.endswith("_0")
-    assert len(read_log(tmp_path / "all_0")) == len(logs["all_0"]) / 2
-    assert kd.main([*command, "--lambda-ssim", "0", "--lambda-reconstruction", "0"]) == 2
-    with pytest.raises(SystemExit):  # flags that it would overrule
-        kd.main([*command, "--validate-every", "3"])
+    torch.set_num_threads(threads)
+
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*common, "--gradient-accumulation-steps", "2", "--run-dir", str(two)]
+    done = subprocess.run(
+        [*torchrun, SCRIPT, *command], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    first = weights_in(one, "best.pth")
+    second = weights_in(two, "best.pth")
+    start = kd.StudentUNet(stem_stride=2, widths=(4, 6, 8, 8, 8))
+    assert not torch.allclose(first["output.weight"], start.output.weight, atol=1e-4)
+    for name in first:
+        assert torch.allclose(first[name], second[name], atol=2e-5), name
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_picture_that_breaks_off_is_named(arguments, data_root, tmp_path, capfd, workers):
+    root = tmp_path / "data"
+    shutil.copytree(data_root, root)
+    for broken in (root / "train/sharp").rglob("*_[0-3].png"):
+        broken.write_bytes(broken.read_bytes()[:2000])  # the header, and so the size, is whole
+    command = [*arguments, "--run-dir", str(tmp_path / "run"), "--validation-fraction", "0"]
+    assert kd.main([*command, "--data-root", str(root), "--workers", workers]) == 2
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    start = r"sharpen_kd: error: \S+/train/sharp/\w+/\w+_\d.png: not a readable picture"
+    assert re.match(start, error)

@@ -64,7 +64,9 @@ class Attention(nn.Module):
         )
         # Cosines: the small product is divided by the norms, not each long row before it.
         query_norm, key_norm = (
-            torch.linalg.vector_norm(part, dim=-1, keepdim=True, dtype=torch.float32).clamp_min(1e-12)
+            torch.linalg.vector_norm(part, dim=-1, keepdim=True, dtype=torch.float32).clamp_min(
+                1e-12
+            )
             for part in (query, key)
         )
         cosines = (query @ key.transpose(-2, -1)) / (query_norm * key_norm.transpose(-2, -1))
@@ -119,7 +121,9 @@ class Downsample(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(dim, dim // 2, 3, padding=1, bias=False), nn.PixelUnshuffle(2))
+        self.body = nn.Sequential(
+            nn.Conv2d(dim, dim // 2, 3, padding=1, bias=False), nn.PixelUnshuffle(2)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x)
@@ -130,7 +134,9 @@ class Upsample(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(dim, dim * 2, 3, padding=1, bias=False), nn.PixelShuffle(2))
+        self.body = nn.Sequential(
+            nn.Conv2d(dim, dim * 2, 3, padding=1, bias=False), nn.PixelShuffle(2)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x)
@@ -162,7 +168,10 @@ class Restormer(nn.Module):
 
         def blocks(count: int, width: int, head_count: int) -> nn.Sequential:
             return nn.Sequential(
-                *(TransformerBlock(width, head_count, ffn_expansion_factor, bias, LayerNorm_type) for _ in range(count))
+                *(
+                    TransformerBlock(width, head_count, ffn_expansion_factor, bias, LayerNorm_type)
+                    for _ in range(count)
+                )
             )
 
         self.patch_embed = OverlapPatchEmbed(inp_channels, dim)
@@ -214,9 +223,9 @@ class Restormer(nn.Module):
 class StemmedRestormer(Restormer):
     """A Restormer that sees an RGB picture folded to 1/r of its size; (B, 3, H, W) in and out.
 
-    r follows from its input channels, 3 r^2; with 3 of them it is the published network. A compact one
-    at r = 2 trains three times as fast on a CPU, where full-resolution layers wait for memory. Height
-    and width must be multiples of 8 r.
+    r follows from its input channels, 3 r^2; with 3 of them it is the published network. A compact
+    one at r = 2 trains three times as fast on a CPU, where full-resolution layers wait for memory.
+    Height and width must be multiples of 8 r.
     """
 
     @property

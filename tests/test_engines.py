@@ -1,0 +1,290 @@
+"""What runs a student: OpenVINO, int8 and PyTorch's compiler against plain PyTorch; exports."""
+
+import functools
+import platform
+import subprocess
+import sys
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+import sharpen_kd as kd
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def engine_of():
+    """A function that gives a shipped student's sharpener by a backend, made once: int8 takes long.
+
+    Each call gives one of its own with the tile size that is asked for, on the same engines.
+    """
+
+    @functools.cache
+    def engines(checkpoint, backend):
+        student, _ = kd.load_student(checkpoint)
+        return student, kd.make_engines(student, CPU, torch.float32, backend, strength=1.0)
+
+    def make(checkpoint, backend, tile=0):
+        student, made = engines(checkpoint, backend)
+        overlap = kd.FrameSharpener.needed_overlap(student, backend, tile)
+        sharpener = kd.FrameSharpener(student, tile=tile, overlap=overlap, precision="float32")
+        sharpener.engine, sharpener.gate_engine = made
+        return sharpener
+
+    return make
+
+
+def difference(first, second):
+    """The absolute difference of two 8-bit frames, by pixel."""
+    return np.abs(first.astype(int) - second)
+
+
+def psnr(output, sharp):
+    return kd.score(output, sharp)["psnr"]
+
+
+def run_script(script):
+    """Run Python code beside the script, in a process of its own."""
+    command = [sys.executable, "-X", "faulthandler", "-c", script]
+    return subprocess.run(command, cwd=kd.HERE, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("backend", ["torch", "openvino", "openvino-int8"])
+@pytest.mark.parametrize(
+    ("name", "checkpoint"),
+    [("coffee", "quality"), ("astronaut", "quality"), ("coffee", "fast")],
+)
+def test_tiled_and_whole_agree_at_1080p(engine_of, photographs, name, checkpoint, backend):
+    frame = np.array(photographs[name].resize((1920, 1080)))
+    whole = engine_of(checkpoint, backend)(frame)
+    tiled = engine_of(checkpoint, backend, tile=1024)(frame)
+    assert difference(whole, frame).mean() > 0.5  # the network does something
+    assert difference(whole, tiled).max() <= 2
+    assert difference(whole, tiled).mean() <= 0.05
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        kd.PlainStack(stem_stride=2, width=4, layers=3),
+        kd.StudentUNet(stem_stride=2, widths=(4,) * 5),
+        kd.StudentUNet(stem_stride=2, widths=(4,) * 5, skips="lateral"),
+        kd.StudentUNet(stem_stride=4, widths=(4,) * 3),
+    ],
+    ids=["plain", "concatenate", "lateral", "stem 4"],
+)
+def test_openvino_agrees_with_pytorch(random_frame, network):
+    torch.manual_seed(0)
+    nn.init.normal_(network.output.weight, std=0.05)
+    settings = {"tile": 96, "overlap": 32, "precision": "float32"}
+    ours = kd.FrameSharpener(network, **settings)
+    theirs = kd.FrameSharpener(network, **settings, backend="openvino")
+    frame = random_frame(80, 450)
+    assert len(list(ours.tiles(frame))) > 2
+
+    padded = ours.padded(frame)
+    gates, other_gates = ours.gates(padded), theirs.gates(padded)
+    assert len(gates) == len(other_gates) == bool(network.gate_widths)
+    for own, other in zip(gates, other_gates, strict=True):
+        assert np.allclose(own, other, atol=1e-4)
+
+    assert difference(ours(frame), theirs(frame)).max() <= 1  # a half rounded the other way
+    assert difference(ours(frame), theirs(frame)).mean() < 1e-3
+    assert difference(ours(frame), frame).mean() > 1
+
+
+def test_int8_stays_within_a_tenth_of_a_decibel(engine_of, photographs):
+    sharp = photographs["astronaut"]
+    blurred = np.array(kd.degrade(sharp, kd.PROTOCOLS["x2"]))
+    ours = engine_of("fast", "torch")(blurred)
+    theirs = engine_of("fast", "openvino-int8")(blurred)
+    assert psnr(theirs, np.array(sharp)) > psnr(ours, np.array(sharp)) - 0.1
+    assert psnr(ours, np.array(sharp)) > psnr(blurred, np.array(sharp)) + 1
+    assert not np.array_equal(ours, theirs)
+
+
+def test_int8_keeps_black_and_white(engine_of, photographs):
+    sharp = kd.even_sized(photographs["page"])
+    page = np.array(kd.degrade(sharp, kd.PROTOCOLS["x2"]))
+    ours = engine_of("quality", "openvino")(page)
+    theirs = engine_of("quality", "openvino-int8")(page)
+    assert psnr(theirs, ours) > 40  # 37 if ranges end at the pictures' mean extremes
+
+
+@pytest.mark.parametrize("name", ["plain", "fast"])
+def test_int8_takes_every_convolution(engine_of, name):
+    if name == "plain":
+        network = kd.FrameNetwork(kd.PlainStack()).eval()
+        model = kd.quantized(kd.openvino_model(network), None)
+    else:
+        model = engine_of(name, "openvino-int8").engine.model
+    convolutions = [op for op in model.get_ops() if op.get_type_name() == "Convolution"]
+    weights = [op.input_value(1).get_node().get_type_name() for op in convolutions]
+    assert len(weights) > 5
+    assert set(weights) == {"Multiply"}  # int8 ones are scaled
+    for convolution in convolutions:
+        source = convolution.input_value(0).get_node()
+        while source.get_type_name() != "FakeQuantize":
+            assert source.get_type_name() in ("Transpose", "Reshape", "MaxPool")
+            source = source.input_value(0).get_node()
+
+
+def test_openvino_wants_the_cpu():
+    with pytest.raises(kd.UserError, match="add --device cpu"):
+        kd.make_engines(kd.PlainStack(), torch.device("cuda"), torch.float32, "openvino", 1.0)
+
+
+def test_a_signal_after_openvino_networks_have_come_and_gone():
+    """OpenVINO's second Core used to leave a signal stack that was not mapped any more."""
+    done = run_script("""
+import gc, os, signal
+import numpy as np
+import sharpen_kd as kd
+
+def make():
+    return kd.FrameSharpener(kd.PlainStack(), backend="openvino")
+
+frame = np.zeros((32, 32, 3), np.uint8)
+first = make()
+first(frame)
+second = make()
+second(frame)
+del first
+gc.collect()
+del second
+gc.collect()
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+os.kill(os.getpid(), signal.SIGUSR1)
+""")
+    assert (done.returncode, done.stdout.strip()) == (0, "handled"), done.stderr
+
+
+def test_the_compiler_agrees_with_pytorch(random_frame):
+    torch.manual_seed(0)
+    stack = kd.PlainStack(layers=3)  # a U-Net would be compiled for a minute
+    nn.init.normal_(stack.output.weight, std=0.05)
+    ours = kd.FrameSharpener(stack, precision="float32")
+    theirs = kd.FrameSharpener(stack, precision="float32", backend="compile")
+    frame = random_frame(64, 96)
+    assert difference(ours(frame), theirs(frame)).max() <= 1
+    assert difference(ours(frame), frame).mean() > 1
+
+
+def test_the_compiler_is_missed_before_any_work(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    assert kd.main(["fps", "--backend", "compile", "--device", "cpu"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "--backend compile: needs a C++ compiler; install" in printed.err
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="only glibc gives memory back at once"
+)
+def test_freed_memory_is_used_again():
+    done = run_script("""
+import resource, torch
+import sharpen_kd as kd
+
+def pages():
+    # that the system maps for 64 MiB, at the best of three times
+    faults = []
+    for _ in range(4):
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+        torch.ones(2**26, dtype=torch.uint8)
+    return min(b - a for a, b in zip(faults, faults[1:]))
+
+print(pages())
+kd.keep_freed_memory()
+print(pages())
+""")
+    mapped, kept = map(int, done.stdout.split())
+    assert 10 * kept < mapped  # 16,384, or 32 huge ones
+
+
+# --- Missing packages -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "package"),
+    [
+        (["sharpen", "PICTURE", "--backend", "openvino"], "openvino"),
+        (["sharpen", "PICTURE", "--backend", "openvino-int8"], "nncf"),
+        (["fps", "--backend", "openvino"], "openvino"),
+        (["fps", "--backend", "torch", "openvino-int8"], "nncf"),
+        (["fps", "--plot", "PLOT"], "matplotlib"),
+        (["export", "-o", "FILE"], "onnx"),
+        (["export", "-o", "FILE", "--format", "openvino"], "openvino"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_a_missing_package_is_named_before_any_work(
+    arguments, package, student_file, photographs, tmp_path, monkeypatch, capsys
+):
+    photographs["camera"].resize((20, 20)).save(tmp_path / "in.png")
+    monkeypatch.setitem(sys.modules, package, None)
+    places = {
+        "PICTURE": tmp_path / "in.png",
+        "PLOT": tmp_path / "fps.png",
+        "FILE": tmp_path / "student",
+    }
+    arguments = [str(places.get(word, word)) for word in arguments]
+    assert kd.main([*arguments, "--checkpoint", str(student_file)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.endswith(f"pip install {package}\n")
+    assert printed.err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["in.png"]
+
+
+# --- Exports --------------------------------------------------------------------------------------
+
+
+def test_exported_files_are_the_student(tmp_path, student_file, random_frame, capsys):
+    frame = random_frame(64, 96)
+    expected = kd.load_sharpener(student_file, precision="float32")(frame)
+
+    command = ["export", "--checkpoint", str(student_file), "-o"]
+    assert kd.main([*command, str(tmp_path / "stud.onnx")]) == 0
+    assert kd.main([*command, str(tmp_path / "stud"), "--format", "openvino"]) == 0
+    written = sorted(path.name for path in tmp_path.iterdir())
+    models = ["stud.bin", "stud.onnx", "stud.xml"]
+    gates = ["stud_gates.bin", "stud_gates.onnx", "stud_gates.xml"]
+    assert written == models + gates
+    printed = capsys.readouterr().out
+    assert f"{tmp_path / 'stud.onnx'}\n{tmp_path / 'stud_gates.onnx'}\n" in printed
+    assert "sides multiples of 32" in printed
+
+    gate_session = onnxruntime.InferenceSession(tmp_path / "stud_gates.onnx")
+    (gates,) = gate_session.run(["gates"], {"frames": frame[None]})
+    session = onnxruntime.InferenceSession(tmp_path / "stud.onnx")
+    (restored,) = session.run(["restored"], {"frames": frame[None], "gates": gates})
+    assert difference(restored[0], expected).max() <= 1
+
+    hint = {"INFERENCE_PRECISION_HINT": "f32"}
+    compile_model = kd.openvino_core().compile_model
+    gates = compile_model(tmp_path / "stud_gates.xml", "CPU", hint)([frame[None]])[0]
+    restored = compile_model(tmp_path / "stud.xml", "CPU", hint)([frame[None], gates])[0]
+    assert difference(restored[0], expected).max() <= 1
+
+
+def test_a_plain_stack_is_exported_to_one_file(tmp_path, random_frame):
+    torch.manual_seed(0)
+    stack = kd.PlainStack(stem_stride=2, width=8, layers=3)
+    nn.init.normal_(stack.output.weight, std=0.05)
+    checkpoint = tmp_path / "plain.pth"
+    torch.save({"network": stack.config, "params": stack.state_dict()}, checkpoint)
+
+    target = tmp_path / "out/plain.onnx"
+    assert kd.main(["export", "--checkpoint", str(checkpoint), "-o", str(target)]) == 0
+    assert [path.name for path in target.parent.iterdir()] == ["plain.onnx"]
+
+    frame = random_frame(50, 70)
+    expected = kd.load_sharpener(checkpoint, precision="float32")(frame)
+    (restored,) = onnxruntime.InferenceSession(target).run(None, {"frames": frame[None]})
+    assert difference(restored[0], expected).max() <= 1
+    assert difference(expected, frame).mean() > 1

@@ -1,0 +1,301 @@
+"""A student between 8-bit frames: tiles, gates, and what a FrameSharpener takes and gives."""
+
+import itertools
+import threading
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import sharpen_kd as kd
+
+
+@pytest.fixture(scope="module")
+def student(student_file):
+    """The small student of conftest.py."""
+    return kd.load_student(student_file)[0]
+
+
+def difference(first, second):
+    """The absolute difference of two 8-bit frames, by pixel."""
+    return np.abs(first.astype(int) - second)
+
+
+# --- Tiles ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alignment", [32, 64])
+@pytest.mark.parametrize(
+    ("tile", "overlap"), [(1024, 64), (512, 64), (128, 32), (100, 10), (64, 0)]
+)
+def test_tiles_cover_a_side_once_and_share_the_overlap(tile, overlap, alignment):
+    for length in (1, 31, 64, 100, 127, 129, 513, 720, 1080, 1920):
+        spans = kd.cut_side(length, tile, overlap, alignment)
+        taken = [span.taken for span in spans]
+        size = taken[0].stop
+
+        assert size % alignment == 0
+        assert size <= max(1.5 * tile, tile + alignment) + alignment
+        assert all(t.stop - t.start == size for t in taken)
+        assert all(t.start % alignment == 0 for t in taken)
+        assert taken[-1].stop == -(-length // alignment) * alignment
+        for left, right in itertools.pairwise(taken):
+            assert left.start < right.start
+            assert left.stop - right.start >= overlap
+
+        positions = np.arange(taken[-1].stop)
+        given = np.concatenate([positions[span.given] for span in spans])
+        assert np.array_equal(given, np.arange(length))
+        for span in spans:
+            assert np.array_equal(positions[span.taken][span.inner], positions[span.given])
+
+
+def test_tiles_meet_in_the_middle_of_what_they_share():
+    for left, right in itertools.pairwise(kd.cut_side(1920, 512, 64, 32)):
+        left_edge = left.taken.stop - left.given.stop
+        right_edge = right.given.start - right.taken.start
+        assert left_edge >= 32
+        assert abs(left_edge - right_edge) <= 1
+
+
+def test_a_tile_of_zero_takes_a_side_whole():
+    assert kd.cut_side(1080, 0, 64, 32) == [kd.Span(slice(0, 1088), slice(0, 1080), slice(0, 1080))]
+
+
+def test_a_4k_frame_in_tiles_is_little_more_than_the_frame():
+    sharpener = kd.load_sharpener("quality")
+    tiles = list(sharpener.tiles(np.empty((2160, 3840, 3), np.uint8)))
+    row, column = tiles[0]
+    computed = len(tiles) * row.taken.stop * column.taken.stop
+    assert len(tiles) > 1
+    assert computed / (2160 * 3840) < 1.1
+
+
+@pytest.mark.parametrize("overlap", [32, 0])
+def test_tiles_of_a_local_operation_join_without_a_trace(student, random_frame, overlap):
+    frame = random_frame(150, 210)
+    sharpener = kd.FrameSharpener(student, tile=64, overlap=overlap)
+    calls = []
+
+    def negative(tile, gates):
+        calls.append(gates)
+        return 255 - tile
+
+    sharpener.engine = negative
+    assert np.array_equal(sharpener(frame), 255 - frame)
+    assert len(calls) > 4
+    assert all(np.array_equal(gates, calls[0]) for gates in calls)  # the whole frame's
+
+
+@pytest.mark.parametrize("skips", ["concatenate", "lateral"])
+@pytest.mark.parametrize(
+    "options", [{"convolutions": (3, 2, 1, 1, 2)}, {"stem_stride": 1}, {"widths": (4,) * 3}]
+)
+def test_the_reach_is_what_an_output_can_see(options, skips):
+    torch.manual_seed(0)
+    usual = {"stem_stride": 2, "widths": (4,) * 5, "skips": skips}
+    student = kd.StudentUNet(**(usual | options))
+    nn.init.normal_(student.output.weight)
+    for up in student.up:
+        nn.init.normal_(up.weight)
+
+    picture = torch.rand(1, 3, 32, 1024, requires_grad=True)
+    stride = student.stem_stride
+    folded = torch.nn.functional.pixel_unshuffle(picture, stride)
+    open_gates = [torch.ones(1, 4, 1, 1)] * len(student.gate_widths)  # others see everything
+    correction = student.output(student.features(folded, open_gates).last)
+    correction[..., 512 // stride].sum().backward()
+    (seen,) = picture.grad.abs().sum((0, 1, 2)).nonzero(as_tuple=True)
+
+    # 512 begins a cell of every scale; inside one, a pixel sees some more on one side.
+    reach = 512 - seen.min().item()
+    lowest = 3 / 4 if skips == "lateral" else 7 / 9
+    assert lowest * reach < student.reach <= reach
+
+
+def test_a_plain_stack_sees_exactly_its_reach():
+    torch.manual_seed(0)
+    stack = kd.PlainStack(stem_stride=2, width=4, layers=5)
+    nn.init.normal_(stack.output.weight)
+    picture = torch.rand(1, 3, 16, 128, requires_grad=True)
+    stack(picture)[..., 64].sum().backward()
+    (seen,) = picture.grad.abs().sum((0, 1, 2)).nonzero(as_tuple=True)
+    assert 64 - seen.min().item() == stack.reach == 10
+
+
+def test_the_default_overlap_is_nine_tenths_of_twice_the_reach_and_all_of_it_in_int8():
+    student, _ = kd.load_student("quality")
+    needed = kd.FrameSharpener.needed_overlap
+    assert needed(student, "torch", 2048) == 2 * student.reach * 9 // 10
+    assert needed(student, "openvino", 2048) == 2 * student.reach * 9 // 10
+    assert needed(student, "openvino-int8", 2048) == 2 * student.reach
+    assert needed(student, "torch", 32) == 16  # tiles must exceed it
+
+
+# --- Gates ----------------------------------------------------------------------------------------
+
+
+def test_a_small_frame_is_its_own_patch(random_frame):
+    small = random_frame(100, 200)
+    assert np.array_equal(kd.sample_patches(small, 96)[0], small)
+    assert kd.sample_patches(random_frame(90, 2000), 96).shape == (2, 90, 96, 3)
+    assert kd.sample_patches(random_frame(180, 190), 96).shape == (1, 180, 190, 3)
+    assert kd.sample_patches(random_frame(180, 290), 96).shape == (2, 96, 96, 3)
+
+
+def test_patches_of_a_large_frame_are_where_its_detail_is(random_frame):
+    frame = np.full((512, 640, 3), 128, np.uint8)
+    frame[128:256, :256] = random_frame(128, 256)
+    frame[384:, 256:384] = random_frame(128, 128, seed=1) // 2
+    places = ((128, 0), (128, 128), (384, 256))
+    expected = {frame[y : y + 128, x : x + 128].tobytes() for y, x in places}
+
+    patches = kd.sample_patches(frame, 128, count=3)
+    assert patches.shape == (3, 128, 128, 3)
+    assert {patch.tobytes() for patch in patches} == expected
+
+    two = kd.sample_patches(frame, 128)
+    assert {patch.tobytes() for patch in two} == {patch.tobytes() for patch in patches[1:]}
+
+
+def test_gates_are_the_mean_over_the_patches_of_what_the_student_makes(student, random_frame):
+    patches = np.stack([random_frame(64, 96, seed=0), random_frame(64, 96, seed=1) // 4])
+    gates = kd.GateNetwork(student)(torch.from_numpy(patches))
+
+    pictures = torch.from_numpy(patches).permute(0, 3, 1, 2) / 255
+    folded = torch.nn.functional.pixel_unshuffle(pictures, 2)
+    each = [torch.cat(student.features(folded[i : i + 1]).gates, dim=1).flatten() for i in (0, 1)]
+    assert gates.shape == (sum(student.gate_widths),)
+    assert torch.allclose(gates, (each[0] + each[1]) / 2, atol=1e-5)
+    assert (each[0] - each[1]).abs().max() > 0.01
+
+
+# --- Frames ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        kd.PlainStack(stem_stride=2, width=8, layers=3),
+        kd.PlainStack(stem_stride=4, width=8, layers=2),
+        kd.StudentUNet(stem_stride=2, widths=(6, 8, 8)),
+        kd.StudentUNet(stem_stride=4, widths=(6, 8), skips="lateral"),
+        kd.StudentUNet(stem_stride=1, widths=(6, 8, 8), skips="lateral", convolutions=(1, 2, 1)),
+    ],
+    ids=lambda network: f"{network.config['kind']}, stem {network.stem_stride}",
+)
+def test_a_sharpened_frame_is_the_students_own_output(random_frame, network):
+    torch.manual_seed(0)
+    nn.init.normal_(network.output.weight, std=0.05)
+    nn.init.normal_(network.output.bias, std=0.05)
+    frame = random_frame(64, 96)  # small enough to be its own patch, so the gates are the same
+    picture = torch.from_numpy(frame).permute(2, 0, 1)[None] / 255
+    with torch.inference_mode():
+        restored = network(picture)[0].permute(1, 2, 0)
+    expected = (255 * restored).round().clamp(0, 255).numpy()
+
+    output = kd.FrameSharpener(network, precision="float32")(frame)
+    assert difference(output, expected).max() <= 1  # a half that is rounded the other way
+    assert difference(output, expected).mean() < 1e-3
+    assert difference(output, frame).mean() > 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (7, 5), (64, 64), (129, 257)])
+def test_a_frame_may_have_any_size(student, random_frame, size):
+    frame = random_frame(*size)
+    output = kd.FrameSharpener(student, tile=64, overlap=32)(frame)
+    assert output.shape == frame.shape
+    assert output.dtype == np.uint8
+
+
+def test_a_frame_is_left_as_it_was(student, random_frame):
+    frame = random_frame(64, 96)
+    before = frame.copy()
+    kd.FrameSharpener(student)(frame)
+    assert np.array_equal(frame, before)
+
+
+def test_a_mirrored_frame_needs_no_copy_by_hand(student, random_frame):
+    sharpener = kd.FrameSharpener(student)
+    mirrored = random_frame(64, 96)[..., ::-1]  # as OpenCV's BGR is turned into RGB
+    assert np.array_equal(sharpener(mirrored), sharpener(mirrored.copy()))
+
+
+def test_a_read_only_frame_is_taken_without_a_warning(student, random_frame):
+    sharpener = kd.FrameSharpener(student)
+    frame = random_frame(64, 96)
+    expected = sharpener(frame)
+    frame.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(sharpener(frame), expected)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        np.zeros((8, 8, 3)),
+        np.zeros((8, 8, 3), np.uint16),
+        np.zeros((8, 8), np.uint8),
+        np.zeros((8, 8, 1), np.uint8),
+        np.zeros((8, 8, 4), np.uint8),
+        np.zeros((2, 8, 8, 3), np.uint8),
+        np.zeros((0, 8, 3), np.uint8),
+        np.zeros((8, 0, 3), np.uint8),
+        [[[0, 0, 0]]],
+        torch.zeros(8, 8, 3, dtype=torch.uint8),
+    ],
+    ids=lambda wrong: f"{getattr(wrong, 'dtype', '')} {getattr(wrong, 'shape', type(wrong))}",
+)
+def test_what_is_no_frame_is_refused_and_told_what_one_is(student, wrong):
+    with pytest.raises(kd.UserError, match=r"uint8, of shape \(height, width, 3\)"):
+        kd.FrameSharpener(student)(wrong)
+
+
+def test_strength_scales_the_correction(student, random_frame):
+    frame = random_frame(48, 64)
+    none, half, full = (kd.FrameSharpener(student, strength=s)(frame) for s in (0, 0.5, 1))
+    assert np.array_equal(none, frame)
+    inside = (full > 0) & (full < 255)
+    middle = (frame.astype(float) + full) / 2
+    assert np.abs(half - middle)[inside].max() <= 1
+    assert difference(full, frame).max() > 3
+
+
+def test_tiles_must_exceed_their_overlap(student):
+    with pytest.raises(kd.UserError, match="--tile 64 --overlap 64"):
+        kd.FrameSharpener(student, tile=64, overlap=64)
+    kd.FrameSharpener(student, tile=0, overlap=64)  # no tiles, nothing to exceed
+
+
+def test_load_sharpener_takes_shipped_names_files_and_options(student, student_file, random_frame):
+    frame = random_frame(48, 64)
+    for name in ("fast", "quality"):
+        shipped = kd.FrameSharpener(kd.load_student(kd.SHIPPED[name])[0])
+        assert np.array_equal(kd.load_sharpener(name)(frame), shipped(frame))
+    of_file = kd.load_sharpener(student_file, strength=0.5)
+    assert np.array_equal(of_file(frame), kd.FrameSharpener(student, strength=0.5)(frame))
+
+
+@pytest.mark.parametrize("backend", ["torch", "openvino"])
+def test_two_threads_may_share_a_sharpener(random_frame, backend):
+    sharpener = kd.load_sharpener("fast", backend=backend)
+    frames = [random_frame(96, 128, seed) for seed in range(40)]
+    expected = [sharpener(frame) for frame in frames]
+    results = [None] * len(frames)
+    start = threading.Barrier(2)
+
+    def work(own):
+        start.wait()
+        for number in own:
+            results[number] = sharpener(frames[number])
+
+    threads = [threading.Thread(target=work, args=(range(i, 40, 2),)) for i in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(map(np.array_equal, results, expected))
+    assert not np.array_equal(expected[0], expected[1])

@@ -1,0 +1,436 @@
+"""The `sharpen` command: names of outputs, modes, formats and metadata of pictures."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+import sharpen_kd as kd
+
+
+@pytest.fixture
+def run_sharpen(student_file, capsys):
+    """`sharpen` with the small student; returns (exit status, standard error, standard output)."""
+
+    def run(*arguments):
+        command = ["sharpen", *map(str, arguments), "--checkpoint", str(student_file)]
+        status = kd.main(command)
+        printed = capsys.readouterr()
+        return status, printed.err, printed.out
+
+    return run
+
+
+@pytest.fixture
+def small(photographs):
+    """A photograph of 40x30 pixels."""
+    return photographs["astronaut"].resize((40, 30))
+
+
+def names_in(folder):
+    """The files below a folder, as sorted relative paths."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+# --- Names of outputs -----------------------------------------------------------------------------
+
+
+def test_the_result_lies_beside_the_input_in_its_format(tmp_path, run_sharpen, small):
+    small.save(tmp_path / "a.jpg")
+    status, error, output = run_sharpen(tmp_path / "a.jpg")
+    assert (status, error) == (0, "")
+    assert output == f"{tmp_path / 'a.jpg'} -> {tmp_path / 'a_sharpened.jpg'}\n"
+    assert names_in(tmp_path) == ["a.jpg", "a_sharpened.jpg"]
+    result = Image.open(tmp_path / "a_sharpened.jpg")
+    assert (result.format, result.size) == ("JPEG", (40, 30))
+
+
+def test_the_result_is_what_the_sharpener_makes(tmp_path, run_sharpen, small, student_file):
+    small.save(tmp_path / "a.png")
+    assert run_sharpen(tmp_path / "a.png", "--strength", "0.7")[0] == 0
+    expected = kd.load_sharpener(student_file, strength=0.7)(np.array(small))
+    assert np.array_equal(Image.open(tmp_path / "a_sharpened.png"), expected)
+
+
+def test_a_second_run_replaces_its_own_output(tmp_path, run_sharpen, small):
+    small.save(tmp_path / "a.jpg")
+    for given in (tmp_path / "a.jpg", tmp_path):  # the picture, and the folder that it is in
+        (tmp_path / "a_sharpened.jpg").write_bytes(b"of a run before")
+        assert run_sharpen(given)[0] == 0
+        assert names_in(tmp_path) == ["a.jpg", "a_sharpened.jpg"]
+        assert Image.open(tmp_path / "a_sharpened.jpg").size == (40, 30)
+
+
+def test_outputs_that_meet_by_default_are_numbered_and_replaced(tmp_path, run_sharpen, small):
+    small.save(tmp_path / "a.gif")
+    small.save(tmp_path / "a.png")
+    sheets = ["a_before_after.png", "a_before_after_2.png"]
+    results = ["a_sharpened.png", "a_sharpened_2.png"]
+    for _ in range(2):
+        assert run_sharpen(tmp_path, "--before-after")[:2] == (0, "")
+        assert names_in(tmp_path) == ["a.gif", "a.png", *sheets, *results]
+
+
+def test_a_named_file_is_replaced_only_on_request(tmp_path, run_sharpen, small):
+    small.save(tmp_path / "a.png")
+    target = tmp_path / "b.png"
+    target.write_bytes(b"of another program")
+    status, error, _ = run_sharpen(tmp_path / "a.png", "-o", target)
+    assert status == 2
+    assert f"{target}: exists; add --overwrite" in error
+    assert target.read_bytes() == b"of another program"
+    assert run_sharpen(tmp_path / "a.png", "-o", target, "--overwrite")[0] == 0
+    assert Image.open(target).size == (40, 30)
+
+
+def test_a_sheet_replaces_no_file_in_a_named_folder(tmp_path, run_sharpen, small):
+    small.save(tmp_path / "a.png")
+    sheet = tmp_path / "out/a_before_after.png"
+    sheet.parent.mkdir()
+    sheet.write_bytes(b"of another program")
+    status, error, _ = run_sharpen(tmp_path / "a.png", "-o", tmp_path / "out", "--before-after")
+    assert status == 2
+    assert f"{sheet}: exists" in error
+    assert names_in(tmp_path / "out") == ["a_before_after.png"]
+    assert sheet.read_bytes() == b"of another program"
+
+
+def test_pictures_of_one_name_and_several_formats_keep_theirs(tmp_path, run_sharpen, small):
+    small.save(tmp_path / "a.jpg")
+    small.save(tmp_path / "a.png")
+    inputs = (tmp_path / "a.jpg", tmp_path / "a.png")
+    assert run_sharpen(*inputs, "-o", tmp_path / "out", "--before-after")[0] == 0
+    sheets = ["a_before_after.png", "a_before_after_2.png"]
+    assert names_in(tmp_path / "out") == ["a.jpg", "a.png", *sheets]
+    assert Image.open(tmp_path / "out/a.jpg").format == "JPEG"
+    assert Image.open(tmp_path / "out/a.png").format == "PNG"
+
+
+def test_pictures_of_one_name_are_numbered_in_a_folder(tmp_path, run_sharpen, photographs):
+    for folder, name in (("x", "camera"), ("y", "coffee")):
+        (tmp_path / folder).mkdir()
+        photographs[name].resize((40, 30)).save(tmp_path / folder / "a.jpg")
+    inputs = (tmp_path / "x/a.jpg", tmp_path / "y/a.jpg")
+    assert run_sharpen(*inputs, "-o", tmp_path / "out", "--strength", "0")[0] == 0
+    assert names_in(tmp_path / "out") == ["a.jpg", "a_2.jpg"]
+    assert Image.open(tmp_path / "out/a.jpg").mode == "L"
+    assert Image.open(tmp_path / "out/a_2.jpg").mode == "RGB"
+
+
+def test_a_name_without_an_ending_is_a_folder_and_that_is_said(tmp_path, run_sharpen, small):
+    small.save(tmp_path / "a.png")
+    status, _, output = run_sharpen(tmp_path / "a.png", "-o", tmp_path / "noext")
+    assert status == 0
+    assert f"-o {tmp_path / 'noext'}: taken for a folder" in output
+    assert names_in(tmp_path / "noext") == ["a.png"]
+
+
+def test_a_name_with_dots_keeps_them(tmp_path, run_sharpen, small):
+    small.save(tmp_path / "a.b.png")
+    assert run_sharpen(tmp_path / "a.b.png")[0] == 0
+    assert run_sharpen(tmp_path / "a.b.png", "-o", tmp_path / "out")[0] == 0
+    assert names_in(tmp_path) == ["a.b.png", "a.b_sharpened.png", "out/a.b.png"]
+
+
+def test_folders_keep_their_relative_paths(tmp_path, run_sharpen, sharp_folder):
+    assert run_sharpen(sharp_folder, "-o", tmp_path / "out")[0] == 0
+    assert names_in(tmp_path / "out") == names_in(sharp_folder)
+
+
+def test_no_picture_that_is_read_is_written(tmp_path, run_sharpen, photographs):
+    (tmp_path / "in/sub").mkdir(parents=True)
+    photographs["astronaut"].resize((40, 30)).save(tmp_path / "in/a.png")
+    photographs["camera"].resize((40, 30)).save(tmp_path / "in/sub/a.png")
+    before = (tmp_path / "in/sub/a.png").read_bytes()
+    status, error, _ = run_sharpen(tmp_path / "in", "-o", tmp_path / "in/sub", "--overwrite")
+    assert status == 2
+    assert f"{tmp_path}/in/sub/a.png: would be overwritten" in error
+    assert (tmp_path / "in/sub/a.png").read_bytes() == before
+    assert names_in(tmp_path) == ["in/a.png", "in/sub/a.png"]
+
+
+def test_a_sheet_is_not_written_over_an_input(tmp_path, run_sharpen, small):
+    small.save(tmp_path / "a.png")
+    small.save(tmp_path / "a_before_after.png")
+    before = (tmp_path / "a_before_after.png").read_bytes()
+    inputs = (tmp_path / "a.png", tmp_path / "a_before_after.png")
+    status, error, _ = run_sharpen(*inputs, "--before-after")
+    assert status == 2
+    assert "a_before_after.png: would be overwritten" in error
+    assert (tmp_path / "a_before_after.png").read_bytes() == before
+
+
+def test_a_picture_that_is_named_twice_is_sharpened_once(tmp_path, run_sharpen, small):
+    small.save(tmp_path / "a.png")
+    inputs = (tmp_path / "a.png", tmp_path, tmp_path / "a.png")
+    assert run_sharpen(*inputs, "-o", tmp_path / "out")[0] == 0
+    assert names_in(tmp_path / "out") == ["a.png"]
+
+
+def test_a_sheet_shows_both_side_by_side_and_enlarged(tmp_path, run_sharpen, small):
+    small.save(tmp_path / "a.png")
+    status, _, output = run_sharpen(tmp_path / "a.png", "--before-after")
+    assert status == 0
+    assert f"before and after: {tmp_path / 'a_before_after.png'}" in output
+    sheet = np.array(Image.open(tmp_path / "a_before_after.png"))
+    result = np.array(Image.open(tmp_path / "a_sharpened.png"))
+    assert sheet.shape == (12 * 30, 2 * 12 * 40 + 8, 3)  # 480 pixels wide each
+    assert np.array_equal(sheet[::12, :480:12], np.array(small))
+    assert np.array_equal(sheet[5::12, 488 + 5 :: 12], result)
+
+
+# --- What a folder holds --------------------------------------------------------------------------
+
+
+def test_what_a_folder_holds_beside_pictures_is_named_and_counted(
+    tmp_path, run_sharpen, small, monkeypatch
+):
+    without_heif = {s: f for s, f in kd.picture_formats().items() if f != "HEIF"}
+    monkeypatch.setattr(kd, "picture_formats", lambda: without_heif)
+    small.save(tmp_path / "a.png")
+    for name in ("b.heic", "c.svg", "d.mp4", "e.txt"):
+        (tmp_path / name).write_bytes(b"no picture")
+    status, error, output = run_sharpen(tmp_path, "-o", tmp_path / "out")
+    assert (status, error) == (0, "")
+    assert "1 sharpened; 4 skipped: " in output
+    assert "b.heic (pip install pillow-heif); " in output
+    assert "c.svg (export it as PNG first); " in output
+    assert "d.mp4 (clips are not read yet); " in output
+    assert output.endswith("e.txt\n")
+    assert names_in(tmp_path / "out") == ["a.png"]
+
+
+def test_hidden_files_are_left_out(tmp_path, run_sharpen, small):
+    small.save(tmp_path / "a.png")
+    (tmp_path / "._a.png").write_bytes(b"what macOS writes beside a picture")
+    status, error, output = run_sharpen(tmp_path, "-o", tmp_path / "out")
+    assert (status, error) == (0, "")
+    assert "skipped" not in output
+    assert names_in(tmp_path / "out") == ["a.png"]
+
+
+def test_a_folder_may_be_linked_and_hold_pictures_of_many_kinds(tmp_path, run_sharpen, small):
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("a.gif", "b.png", "c.jp2"):
+        small.save(tmp_path / "elsewhere" / name)
+    (tmp_path / "in/folder.png").mkdir(parents=True)  # a folder, whatever its name
+    (tmp_path / "in/linked").symlink_to(tmp_path / "elsewhere")
+    assert run_sharpen(tmp_path / "in", "-o", tmp_path / "out")[0] == 0
+    assert names_in(tmp_path / "out") == ["linked/a.png", "linked/b.png", "linked/c.jp2"]
+    formats = [Image.open(tmp_path / "out/linked" / n).format for n in ("a.png", "c.jp2")]
+    assert formats == ["PNG", "JPEG2000"]
+
+
+def test_a_gif_becomes_a_png(tmp_path, run_sharpen, small):
+    small.save(tmp_path / "a.gif")
+    assert run_sharpen(tmp_path / "a.gif")[0] == 0
+    result = Image.open(tmp_path / "a_sharpened.png")
+    assert (result.format, result.mode, result.size) == ("PNG", "RGB", (40, 30))
+
+
+# --- Modes and metadata ---------------------------------------------------------------------------
+
+
+def in_mode(image, mode):
+    """The picture in any of Pillow's modes."""
+    if mode == "I;16":
+        return Image.fromarray(np.array(image.convert("L")).astype(np.uint16) * 257)
+    if mode == "F":
+        return Image.fromarray(np.array(image.convert("L")).astype(np.float32) / 255)
+    if mode == "LAB":
+        srgb = ImageCms.createProfile("sRGB")
+        lab = ImageCms.createProfile("LAB")
+        return ImageCms.profileToProfile(image, srgb, lab, outputMode="LAB")
+    return image.convert(mode)
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("1", "L"),
+        ("L", "L"),
+        ("I;16", "L"),
+        ("F", "L"),
+        ("LA", "LA"),
+        ("P", "RGB"),
+        ("RGB", "RGB"),
+        ("RGBA", "RGBA"),
+        ("CMYK", "RGB"),
+        ("YCbCr", "RGB"),
+        ("LAB", "RGB"),
+    ],
+)
+def test_every_mode_is_sharpened(tmp_path, run_sharpen, small, mode, expected):
+    image = in_mode(small, mode)
+    image.save(tmp_path / "in.tif")
+    target = tmp_path / "out.png"
+    assert run_sharpen(tmp_path / "in.tif", "-o", target, "--strength", "0")[:2] == (0, "")
+    result = Image.open(target)
+    assert result.mode == expected
+
+    wanted = kd.frame_array(small if mode == "LAB" else image)
+    tolerance = 6 if mode == "LAB" else 1
+    assert np.abs(kd.frame_array(result).astype(int) - wanted).max() <= tolerance
+
+
+def test_orientation_exif_profile_alpha_and_resolution_are_kept(tmp_path, run_sharpen, small):
+    image = small.convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize((40, 30)))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: rotate by 90 degrees
+    exif[0x010F] = "camera"
+    exif[0x8769] = {0x829A: 0.25}  # camera settings: exposure time
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    image.save(tmp_path / "in.png", exif=exif, icc_profile=profile, dpi=(300, 300))
+
+    assert run_sharpen(tmp_path / "in.png", "-o", tmp_path / "out.png")[0] == 0
+    result = Image.open(tmp_path / "out.png")
+    assert (result.size, result.mode) == ((30, 40), "RGBA")
+    turned = image.getchannel("A").rotate(-90, expand=True)
+    assert np.array_equal(result.getchannel("A"), turned)
+    assert result.getexif().get(0x010F) == "camera"
+    assert result.getexif().get_ifd(0x8769) == {0x829A: 0.25}
+    assert result.getexif().get(0x0112, 1) == 1
+    assert result.info["icc_profile"] == profile
+    assert result.info["dpi"] == pytest.approx((300, 300), abs=0.1)
+
+
+def test_of_a_tiffs_tags_those_about_the_picture_are_kept(tmp_path, run_sharpen, small):
+    exif = Image.Exif()
+    exif[0x010F] = "camera"
+    exif[0x0112] = 6
+    small.save(tmp_path / "in.tif", exif=exif)
+    assert run_sharpen(tmp_path / "in.tif", "-o", tmp_path / "out.png")[0] == 0
+    result = Image.open(tmp_path / "out.png")
+    assert dict(result.getexif()) == {0x010F: "camera"}
+    assert result.size == (30, 40)
+
+
+def test_an_exif_that_names_another_size_does_not_reach_a_tiff(tmp_path, run_sharpen, small):
+    exif = Image.Exif()
+    exif[0x0100] = 4000  # ImageWidth
+    exif[0x0101] = 3000  # ImageLength
+    exif[0x0111] = 8  # StripOffsets
+    exif[0x010F] = "camera"
+    small.save(tmp_path / "in.jpg", exif=exif)
+    status, error, _ = run_sharpen(tmp_path / "in.jpg", "-o", tmp_path / "out.tif")
+    assert (status, error) == (0, "")
+    result = Image.open(tmp_path / "out.tif")
+    result.load()
+    assert result.size == (40, 30)
+    assert result.getexif()[0x010F] == "camera"
+
+
+@pytest.mark.parametrize("ending", [".jpg", ".png", ".tif", ".webp"])
+def test_an_empty_gps_group_is_left_out(tmp_path, run_sharpen, small, ending):
+    exif = Image.Exif()
+    exif[0x010F] = "camera"
+    exif[0x8825] = {}
+    small.save(tmp_path / "in.jpg", exif=exif)
+    assert 0x8825 in Image.open(tmp_path / "in.jpg").getexif()
+    status, error, _ = run_sharpen(tmp_path / "in.jpg", "-o", tmp_path / f"out{ending}")
+    assert (status, error) == (0, "")
+    result = Image.open(tmp_path / f"out{ending}")
+    result.load()
+    assert result.size == (40, 30)
+    assert result.getexif()[0x010F] == "camera"
+    assert 0x8825 not in result.getexif()
+
+
+def test_damaged_metadata_costs_no_picture(tmp_path, run_sharpen, small):
+    small.save(tmp_path / "exif.jpg", exif=b"Exif\0\0garbage!")
+    small.convert("CMYK").save(tmp_path / "profile.jpg", icc_profile=b"garbage")
+    small.save(tmp_path / "size.tif", dpi=(0, 0))
+    for name in ("exif.jpg", "profile.jpg", "size.tif"):
+        target = tmp_path / f"{name}.png"
+        status, error, _ = run_sharpen(tmp_path / name, "-o", target, "--strength", "0")
+        assert (status, error) == (0, "")
+        expected = kd.frame_array(kd.open_picture(tmp_path / name))
+        assert np.array_equal(kd.frame_array(Image.open(target)), expected)
+
+
+def test_a_profile_that_does_not_describe_rgb_is_replaced(tmp_path, run_sharpen, small):
+    small.convert("CMYK").save(tmp_path / "in.jpg")
+    assert run_sharpen(tmp_path / "in.jpg", "-o", tmp_path / "out.png")[0] == 0
+    assert "icc_profile" not in Image.open(tmp_path / "out.png").info
+
+    in_mode(small, "LAB").save(tmp_path / "in.tif")
+    assert run_sharpen(tmp_path / "in.tif", "-o", tmp_path / "lab.png")[0] == 0
+    profile = io.BytesIO(Image.open(tmp_path / "lab.png").info["icc_profile"])
+    assert "sRGB" in ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(profile))
+
+
+def test_sixteen_bits_and_a_transparent_grey(tmp_path, run_sharpen):
+    values = np.linspace(0, 65535, 1024).astype(np.uint16).reshape(16, 64)
+    transparent = int(values[0, 0])
+    Image.fromarray(values).save(tmp_path / "in.png", transparency=transparent)
+    target = tmp_path / "out.png"
+    assert run_sharpen(tmp_path / "in.png", "-o", target, "--strength", "0")[:2] == (0, "")
+    result = Image.open(target)
+    assert np.array_equal(np.array(result.getchannel("L")), np.rint(values / 257))
+    assert np.array_equal(np.array(result.getchannel("A")) == 0, values == 0)
+
+
+# --- Mistakes -------------------------------------------------------------------------------------
+
+
+def test_mistakes_are_named_and_nothing_is_written(tmp_path, run_sharpen, small):
+    picture = tmp_path / "a.png"
+    small.convert("LA").save(picture)
+    broken = tmp_path / "a.jpg"
+    broken.write_bytes(b"no picture")
+    (tmp_path / "empty").mkdir()
+    before = sorted(tmp_path.iterdir())
+    mistakes = {
+        (tmp_path / "none.png",): "none.png: no such file or folder",
+        (tmp_path / "empty",): "empty: no pictures in this folder",
+        (broken, "-o", tmp_path / "b.png"): "a.jpg: not a readable picture",
+        (picture, "-o", picture): "a.png: would be overwritten",
+        (picture, broken, "-o", tmp_path / "b.png"): "a file can take one picture only",
+        (tmp_path, "-o", tmp_path / "b.png"): "a file can take one picture only",
+        (picture, "-o", tmp_path / "a.psd"): "cannot write the file type .psd",
+        (picture, "-o", tmp_path / "b.jpg"): "b.jpg: cannot be written",
+        (picture, "--tile", "64", "--overlap", "64"): "--tile 64 --overlap 64",
+        (picture, "--tile", "-1"): "--tile: -1 must be at least 0",
+        (picture, "--strength", "nan"): "--strength: nan must be at least 0",
+        (picture, "--strength", "inf"): "--strength: inf must be at most 100",
+        (picture, "--strength", "much"): "--strength: much is not a number",
+    }
+    for arguments, named in mistakes.items():
+        status, error, _ = run_sharpen(*arguments)
+        assert status == 2
+        assert named in error
+        assert error.count("\n") == 1
+        assert sorted(tmp_path.iterdir()) == before
+
+
+def test_debug_shows_where_an_error_came_from(tmp_path):
+    with pytest.raises(kd.UserError, match="no such file"):
+        kd.main(["sharpen", str(tmp_path / "none.png"), "--debug"])
+
+
+def test_a_broken_picture_does_not_stop_the_others(tmp_path, run_sharpen, photographs):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.png").write_bytes(b"no picture")
+    grey = photographs["camera"].resize((20, 20))
+    grey.save(tmp_path / "in/b.png")
+    grey.convert("F").save(tmp_path / "in/aa.tif")  # floats above 1
+    status, error, _ = run_sharpen(tmp_path / "in", "-o", tmp_path / "out")
+    assert status == 2
+    assert "2 not sharpened" in error
+    assert "a.png: not a readable picture" in error
+    assert "aa.tif: not a readable picture (pixels must be" in error
+    assert names_in(tmp_path / "out") == ["b.png"]
+
+
+def test_a_network_that_fails_is_told_with_the_picture(tmp_path, run_sharpen, small, monkeypatch):
+    small.save(tmp_path / "a.png")
+
+    def out_of_memory(sharpener, frame):
+        raise RuntimeError("not enough memory")
+
+    monkeypatch.setattr(kd.FrameSharpener, "__call__", out_of_memory)
+    status, error, _ = run_sharpen(tmp_path / "a.png")
+    assert status == 2
+    assert f"1 not sharpened: {tmp_path / 'a.png'}: not enough memory" in error
