@@ -36,6 +36,7 @@ Map of this file. The story is read from top to bottom and needs nothing from th
     Engines           PyTorch, its compiler, OpenVINO, int8
     Tiles             large frames in pieces that fit together again
     Commands          sharpen, prepare, train, teacher, ablate, eval, export, fps
+    Clips             what real encoders do to frames, and how clips are scored
     Plots             curves, scores and speeds as pictures
     Command line      from the arguments to one of those commands
 """
@@ -60,7 +61,9 @@ import re
 import shutil
 import signal
 import statistics
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 import typing
@@ -109,10 +112,12 @@ class Shrink:
 
 @dataclass(frozen=True)
 class Enlarge:
-    """The receiver's window shows the picture at its old size, bicubic."""
+    """The receiver's window shows the picture at its old size."""
+
+    filter: str = "bicubic"  # or bilinear, nearest
 
     def __call__(self, picture: Image.Image, sharp_size: Size) -> Image.Image:
-        return picture.resize(sharp_size, Image.Resampling.BICUBIC)
+        return picture.resize(sharp_size, Image.Resampling[self.filter.upper()])
 
 
 @dataclass(frozen=True)
@@ -127,15 +132,84 @@ class Jpeg:
         return Image.open(file).convert("RGB")
 
 
+@dataclass(frozen=True)
+class Noise:
+    """A camera in the dark: Gaussian noise; sigma in 8-bit levels. One seed is one pattern."""
+
+    sigma: float
+    seed: int = 0
+
+    def __call__(self, picture: Image.Image, sharp_size: Size) -> Image.Image:
+        pixels = np.asarray(picture, np.float32)
+        noise = np.random.default_rng(self.seed).normal(0, self.sigma, pixels.shape)
+        return Image.fromarray(np.rint(pixels + noise).clip(0, 255).astype(np.uint8))
+
+
+@dataclass(frozen=True)
+class MotionBlur:
+    """A camera that moves sideways: the mean over `length` neighbours of a row, an odd number."""
+
+    length: int
+
+    def __call__(self, picture: Image.Image, sharp_size: Size) -> Image.Image:
+        half = self.length // 2
+        pixels = np.asarray(picture, np.float32)
+        width = pixels.shape[1]
+        padded = np.pad(pixels, ((0, 0), (half, half), (0, 0)), "edge")
+        shifted = [padded[:, start : start + width] for start in range(self.length)]
+        return Image.fromarray(np.rint(np.mean(shifted, axis=0)).astype(np.uint8))
+
+
 Degradation = tuple[Callable[[Image.Image, Size], Image.Image], ...]
 
-# The degradations of the reported numbers. `prepare` writes pairs of the xS ones.
+# The degradations of the reported numbers. `prepare` writes pairs of the xS ones. Motion blur and
+# noise are to be left alone; they are here to see whether they are.
 PROTOCOLS: dict[str, Degradation] = {
     "x2": (Shrink(2), Enlarge()),
     "x3": (Shrink(3), Enlarge()),
     "x4": (Shrink(4), Enlarge()),
+    "x1.3": (Shrink(1.3), Enlarge()),
+    "x2-bilinear": (Shrink(2), Enlarge("bilinear")),
+    "x2-nearest": (Shrink(2), Enlarge("nearest")),
     "x2-jpeg50": (Shrink(2), Enlarge(), Jpeg(50)),
+    "jpeg50-x2": (Shrink(2), Jpeg(50), Enlarge()),
+    "jpeg15": (Jpeg(15),),
+    "jpeg40": (Jpeg(40),),
+    "jpeg75": (Jpeg(75),),
+    "noise5": (Noise(5),),
+    "motion9": (MotionBlur(9),),
     "sharp": (),
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a clip arrives in a call: frames shrunk, encoded as a live stream, decoded, enlarged."""
+
+    factor: float
+    codec: str
+    bits: float  # aimed at, for each pixel of a small frame
+
+
+# What FFmpeg's encoders are told, to work as they do in a call.
+CODECS = {
+    "libx264": {"preset": "veryfast", "tune": "zerolatency"},
+    "libvpx-vp9": {"deadline": "realtime", "cpu-used": "7", "lag-in-frames": "0"},
+    "libvpx": {"deadline": "realtime", "cpu-used": "6", "lag-in-frames": "0"},
+    "libsvtav1": {"preset": "10", "svtav1-params": "pred-struct=1:rc=2"},
+}
+
+# The calls of the reported numbers; "call" is the one that is meant where no other is named.
+CALLS = {
+    "call": Call(2, "libx264", 0.10),
+    "call-low": Call(2, "libx264", 0.05),
+    "call-high": Call(2, "libx264", 0.20),
+    "call-x1": Call(1, "libx264", 0.10),
+    "call-x1.5": Call(1.5, "libx264", 0.10),
+    "call-x3": Call(3, "libx264", 0.10),
+    "call-vp9": Call(2, "libvpx-vp9", 0.10),
+    "call-vp8": Call(2, "libvpx", 0.15),
+    "call-av1": Call(2, "libsvtav1", 0.08),
 }
 
 
@@ -250,8 +324,8 @@ def flag(
 ):
     """A dataclass field that is also a command-line flag, for `add_flag`.
 
-    `short` is a second name such as -o; a `positional` argument has none. Other options go to
-    argparse as they are.
+    `short` is a second name such as -o. A `positional` argument is given by its place, without a
+    name. Other options go to argparse as they are.
     """
     metadata = {
         "about": about,
@@ -478,12 +552,13 @@ TWO_CORES = {
 PRESETS = {
     "report": Preset(
         "the report's training: 25.5 M parameters, 512-pixel crops, 50 epochs; needs pairs, the"
-        " official teacher, VGG19 and a GPU (10 s a step on two CPU cores)",
+        " official teacher, VGG19 and a GPU (10 s a step on two CPU cores). The student sees the"
+        " picture folded by 4; --stem-stride 1 is the report's, at 16 times the arithmetic",
         {},
     ),
     "small": Preset(
         "the shipped fast student goes on from its weights on sharp pictures of your own, by the"
-        " mixture of degradations, with the compact teacher; about 0.5 s a step on two CPU cores."
+        " mixture of degradations, with the compact teacher; 0.1 to 0.5 s a step on two CPU cores."
         " Not the report's: a smaller network, smaller crops and no VGG19, because those need a"
         " GPU; KL weighs more and SSIM less, since at the report's weights KL does nothing",
         TWO_CORES
@@ -535,7 +610,7 @@ class TrainConfig(RunConfig, StudentConfig, LossConfig):
     )  # fmt: skip
     expansion: int = flag(
         0,
-        "train each 3x3 kernel with a product of this rank added, which is faster",
+        "rank of a matrix product added to each 3x3 kernel while it learns; see Expansion",
         at_least=0,
         at_most=4096,
     )
@@ -586,6 +661,7 @@ class TeacherConfig(RunConfig):
     ffn_expansion_factor: float = flag(
         2.0, "hidden width of the feed-forward layers", at_least=1, at_most=16
     )
+    run_dir: Path = same_flag(RunConfig, "run_dir", CHECKPOINTS / "teacher_run")
     init: str = flag("", "start from the weights of a Restormer's file")
     image_size: int = same_flag(RunConfig, "image_size", 128)
     batch_size: int = same_flag(RunConfig, "batch_size", 8)
@@ -599,7 +675,9 @@ class EvalConfig(InferenceConfig):
     data_root: Path = flag(DATASET, "dataset folder, or a folder of sharp pictures")
     split: str = flag("test", "which half of the dataset to read", choices=("train", "test"))
     protocol: tuple[str, ...] = flag(
-        (), "degrade sharp pictures by these, read no blurred ones", choices=tuple(PROTOCOLS)
+        (),
+        "degrade sharp pictures by these, or for call… sharp clips; read no blurred ones",
+        choices=(*PROTOCOLS, *CALLS),
     )
     resize: int = flag(
         0,
@@ -684,7 +762,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def bounded(kind: type, bounds: tuple[float, float]) -> Callable[[str], object]:
-    """A function that reads a flag's value: for numbers within these bounds, else `kind` itself."""
+    """What reads a flag's value: for a number a function that checks the bounds, else the type."""
     if kind not in (int, float):
         return kind
 
@@ -1011,7 +1089,7 @@ class CustomToTensor:
 
 
 def even_sized(image: Image.Image | np.ndarray) -> Image.Image:
-    """8-bit RGB, cut to even sides at the right and the bottom, which half exactly."""
+    """8-bit RGB without an odd last row or column, so that shrinking by 2 halves it exactly."""
     image = Image.fromarray(frame_array(image))
     width, height = image.size
     return image.crop((0, 0, max(width - width % 2, 1), max(height - height % 2, 1)))
@@ -1177,11 +1255,11 @@ def find_sharp(folder: Path, degradation: Degradation) -> list[Pair]:
 
 
 def split_folder(data_root: Path, split: str) -> Path:
-    """data_root/split; or data_root itself, if it is a plain folder of pictures without splits."""
+    """data_root/split; or data_root itself, if it is a plain folder without splits."""
     has_splits = any((data_root / name).is_dir() for name in ("train", "test"))
-    if not has_splits and list_pictures(data_root):
-        return data_root
-    return data_root / split
+    if has_splits or not data_root.is_dir():
+        return data_root / split
+    return data_root
 
 
 def embedded_pairs() -> list[Pair]:
@@ -1273,13 +1351,13 @@ def training_pairs(config: RunConfig) -> tuple[list[Pair], list[Pair]]:
 
 
 class GoProSharpeningDataset(Dataset):
-    """Blurred/sharp training crops as float RGB tensors, each (3, image_size, image_size).
+    """Blurred/sharp training crops: 8-bit RGB (image_size, image_size, 3) for the loader.
 
-    A crop is drawn from (seed, epoch, index) alone. It starts at even pixels, where the pattern of
-    a frame enlarged by 2 begins. "pairs" blurs the pair's own blur further, as the report does; a
-    protocol or "mixed" degrades the sharp crop anew.
+    `on_device` makes tensors of them. A crop is drawn from (seed, epoch, index) alone. It starts at
+    even pixels, where the pattern of a frame enlarged by 2 begins. "pairs" blurs the pair's own
+    blur further, as the report does; a protocol or "mixed" degrades the sharp crop anew.
 
-    A student from scratch starts on "x2": from "mixed" alone it learns to do nothing.
+    For users: train a student from scratch on "x2" first; from "mixed" it learns to do nothing.
     """
 
     def __init__(
@@ -1304,7 +1382,7 @@ class GoProSharpeningDataset(Dataset):
         return len(self.pairs)
 
     def __getitem__(self, item: tuple[int, int]) -> dict[str, Tensor]:
-        """{"blurred", "sharp"} tensors of item (epoch, index), for those who look at one crop."""
+        """One crop, item (epoch, index), to look at: {"blurred", "sharp"}, float (3, H, W)."""
         to_tensor = CustomToTensor()
         return {name: to_tensor(image) for name, image in self.crop(*item).items()}
 
@@ -1325,7 +1403,7 @@ class GoProSharpeningDataset(Dataset):
         return self.example([image[rows, columns] for image in images], key)
 
     def images(self, index: int) -> list[np.ndarray]:
-        """The pair's pictures, or the sharp one where it is degraded anew."""
+        """[blurred, sharp], or [sharp] where it is degraded anew."""
         if index in self.decoded:
             return self.decoded[index]
         return self.decode(index)
@@ -1441,8 +1519,8 @@ class RestormerTeacherWrapper(nn.Module):
     ) -> None:
         super().__init__()
         self.restormer = restormer.requires_grad_(False).eval()
-        # A picture whose sides are multiples of this needs no padding; at its multiples a position
-        # of every tap begins.
+        # The Restormer's sides must be multiples of this. A crop that starts at a multiple of it
+        # starts on a whole position of every tap.
         self.alignment = 8 * restormer.stem_stride
         self.tapped: dict[str, Tensor] = {}
         for name, layer in self.TAPS.items():
@@ -1497,6 +1575,13 @@ def teacher_frames(
 
 
 # --- Student: what a student must have; the report's U-Net; a plain stack -------------------------
+#
+# A student sees the picture folded by its stem stride r: r x r pixels of 3 colours become one
+# position of 3 r^2 channels, in a map of 1/r of the sides. Most arithmetic is then done on a map of
+# 1/r^2 of the positions.
+#
+# It may have gates: factors of its channels that SE blocks make of the whole map. A frame that is
+# computed in tiles hands them in, so that all its tiles have the same.
 
 
 @dataclass
@@ -1511,17 +1596,13 @@ class Features:
 class Student(nn.Module, abc.ABC):
     """The contract of a student: what training, frames, export and `fps` need of a network.
 
-    A student sees the picture folded to 1/r of its size: r x r pixels become one position of 3 r^2
-    channels. It predicts a correction, so that it starts as a copy of its input and need not learn
-    to be one. A new student is one class with these members, and an entry in STUDENTS.
-
-    A student may have gates: factors of its channels that depend on the whole picture. They can be
-    handed in, so that all tiles of a large frame have the same.
+    A student predicts a correction, so that it starts as a copy of its input and need not learn to
+    be one. A new student is one class with these members, and an entry in STUDENTS.
     """
 
     config: dict[str, object]  # {"kind": its name in STUDENTS, ...}: what `build_student` takes
     stem_stride: int  # r
-    alignment: int  # at its multiples, in pixels, a position of every feature map begins
+    alignment: int  # tiles that start at multiples of it start on a whole position of every map
     reach: int  # about how many pixels away an input can change an output, but for gates
     feature_widths: dict[str, int]  # channels of each tap; {} if there is nothing to compare
     gate_widths: Sequence[int]  # channels of each SE block in order; () if there are no gates
@@ -1589,8 +1670,9 @@ class SEBlock(nn.Module):
 class Stage(nn.Module):
     """3x3 convolutions with leaky ReLUs, then a gate for each channel, from an SE block.
 
-    A given `gate` (1, C, 1, 1) is used instead of the SE block's. What is `below` is added to the
-    result of the first convolution. Returns the gated features and the gate; None without SE block.
+    A given `gate` (1, C, 1, 1) is used instead of the SE block's. `from_below`, for lateral skips,
+    is what comes up from the coarser scale; it is added after the first convolution. Returns the
+    gated features and the gate, which is None without SE block.
     """
 
     def __init__(
@@ -1603,11 +1685,11 @@ class Stage(nn.Module):
         self.se = SEBlock(channels) if se else None
 
     def forward(
-        self, x: Tensor, gate: Tensor | None = None, below: Tensor | None = None
+        self, x: Tensor, gate: Tensor | None = None, from_below: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         x = self.layers[0](x)
-        if below is not None:
-            x = x + below
+        if from_below is not None:
+            x = x + from_below
         x = F.leaky_relu(x, LEAK, inplace=True)
         for layer in self.layers[1:]:
             x = F.leaky_relu(layer(x), LEAK, inplace=True)
@@ -1704,19 +1786,21 @@ class StudentUNet(Student):
     def reach_in_folds(self, convolutions: Sequence[int]) -> int:
         """`reach` in positions of the folded picture.
 
-        A 3x3 convolution at scale s reaches 2^s positions further. All scales but the coarsest have
-        theirs twice, on the way down and up; a lateral stage's first sees the skip alone, and a
-        strided convolution stands at the scale above. Where a position covers several of the next
-        finer scale, some of them see up to 2^s - 1 further; that far, inputs hardly matter.
+        A 3x3 convolution at scale s reaches 2^s positions further. Where a position covers several
+        of the next finer scale, some of these see up to 2^s - 1 more; so far away inputs hardly
+        matter.
         """
         reach = 0
-        for scale, count in enumerate(convolutions[:-1]):
-            passes = 2 * count - 1 if self.lateral else 2 * count
+        for scale, count in enumerate(convolutions):
+            coarsest = scale == len(convolutions) - 1
+            passes = count
+            if not coarsest:  # once on the way down, once on the way up
+                passes = 2 * count
+            if not coarsest and self.lateral:  # what comes up misses the first convolution
+                passes -= 1
             reach += passes * 2**scale
-        coarsest = len(convolutions) - 1
-        reach += convolutions[-1] * 2**coarsest
-        if self.lateral:
-            reach -= 2**coarsest - 1
+            if scale > 0 and self.lateral:  # the first, strided, convolution is at the finer scale
+                reach -= 2 ** (scale - 1)
         return reach
 
     def initialise(self) -> None:
@@ -2051,23 +2135,24 @@ class Objective(nn.Module):
 
         A batch may already hold what the teacher makes of it: "teacher_output" and its taps.
         """
-        weights = self.weights()
-        seen = Comparison(None, batch["sharp"])
         blurred = batch["blurred"]
+        call_network = functools.partial(torch.func.functional_call, self.network, self.weights())
+        features = None
+        teacher_features = None
         with autocast:  # the networks only: SSIM's variances need float32
             taught = batch
             if self.teacher and "teacher_output" not in batch:
                 teacher_output = self.teacher(blurred)
                 taught = self.teacher.tapped | {"teacher_output": teacher_output}
-            seen.teacher_output = taught.get("teacher_output")
-
-            call = functools.partial(torch.func.functional_call, self.network, weights)
             if "feature" in self.loss.weights:
-                seen.output, seen.features = call(blurred, {"taps": True})
-                seen.teacher_features = self.teacher.project(taught)
+                output, features = call_network(blurred, {"taps": True})
+                teacher_features = self.teacher.project(taught)
             else:
-                seen.output = call(blurred)
-        return self.loss(seen)
+                output = call_network(blurred)
+        teacher_output = taught.get("teacher_output")
+        return self.loss(
+            Comparison(output, batch["sharp"], teacher_output, features, teacher_features)
+        )
 
 
 class CropOrder(Sampler[list[tuple[int, int]]]):
@@ -2194,8 +2279,8 @@ def any_process(condition: bool, device: torch.device) -> bool:
 
 MOST_SKIPPED = 10  # steps in a row whose gradients are not finite
 
-# In choosing the best weights no held-out picture counts for more dB: a blank one is restored
-# exactly, which is infinitely many.
+# When the best weights are chosen, each held-out picture counts as at most so many dB: a blank one
+# may be restored exactly, and its PSNR is infinite.
 PSNR_CAP = 60.0
 
 # Settings that are not saved with a run: they were said for the call that began it.
@@ -2206,8 +2291,8 @@ class TrainingRun:
     """One training run: the network, its averaged copy, the optimiser, and where they stand.
 
     The run's folder gets last.pth, which continues it to the same weights, best.pth, the averaged
-    weights with the best held-out PSNR, and log.csv. `as_frame_function` makes of a network what is
-    scored on the held-out pairs; it is handed in, since students and teachers differ in it.
+    weights with the best held-out PSNR, and log.csv. `as_frame_function(network)` is the function
+    of 8-bit frames that is scored on the held-out pairs; students and teachers need different ones.
     """
 
     def __init__(
@@ -2262,7 +2347,8 @@ class TrainingRun:
                 rate = learning_rate(self.step, self.order.steps_per_epoch, self.config)
                 terms = self.accumulate_gradients(batches)
                 norm = self.take_step(rate)
-                update_ema(self.ema, self.objective.weights(), self.step, self.config.ema_decay)
+                if math.isfinite(norm):
+                    update_ema(self.ema, self.objective.weights(), self.step, self.config.ema_decay)
                 self.step += 1
                 if RANK > 0:
                     continue
@@ -2378,7 +2464,7 @@ class TrainingRun:
         means = mean_scores(scores)
         tqdm.write(f"step {self.step}: held out {format_scores(means)}")
         capped = statistics.fmean(min(each["psnr"], PSNR_CAP) for each in scores)
-        if capped > self.best:
+        if capped > self.best or not (self.config.run_dir / "best.pth").exists():
             self.best = capped
             self.save_best(means)
         return {f"val_{name}": value for name, value in means.items()}
@@ -2550,11 +2636,18 @@ def scores_by_category(
     }
 
 
-def print_table(title: str, table: dict[str, dict[str, dict[str, float]]]) -> None:
-    """A line a category, a column a method."""
+def print_table(
+    title: str,
+    table: dict[str, dict[str, dict[str, float]]],
+    form: Callable[[dict[str, float]], str] = format_scores,
+) -> None:
+    """A line a category, a column a method; `form` makes a text of a method's scores."""
     methods = next(iter(table.values()))
-    texts = {c: [format_scores(m) for m in means.values()] for c, means in table.items()}
-    width = max(18, 2 + max(len(text) for row in texts.values() for text in row))
+    texts = {}
+    for category, means in table.items():
+        texts[category] = [form(scores) for scores in means.values()]
+    longest = max(len(text) for row in texts.values() for text in row)
+    width = max(18, 2 + longest)
     print(f"{title:<12}" + "".join(f"{method:>{width}}" for method in methods))
     for category, row in texts.items():
         print(f"{category:<12}" + "".join(f"{text:>{width}}" for text in row))
@@ -2610,7 +2703,10 @@ class TeacherCache(Dataset):
     def key(self, teacher: RestormerTeacherWrapper, autocast: torch.autocast) -> str:
         """A hash of all that the files depend on."""
         with autocast:
-            precision = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else 0
+            device_type = next(teacher.parameters()).device.type
+            precision = "float32"
+            if torch.is_autocast_enabled(device_type):
+                precision = str(torch.get_autocast_dtype(device_type))
         settings = (
             self.variants,
             self.dataset.image_size,
@@ -2654,7 +2750,7 @@ class TeacherCache(Dataset):
             write_checkpoint(content, self.file(variant, index))
 
     def __getitem__(self, item: tuple[int, int]) -> dict[str, Tensor]:
-        """One crop: {"blurred", "sharp", "teacher_output"} (size, size, 3) and taps, as halves."""
+        """One crop, as float16: {"blurred", "sharp", "teacher_output"} (size, size, 3), taps."""
         epoch, index = item
         size = self.dataset.image_size
         draw = generator((self.dataset.seed, epoch, index), "cached crop")
@@ -2799,7 +2895,7 @@ def sample_patches(frame: np.ndarray, side: int, count: int = 2) -> np.ndarray:
     if rows * columns <= count:
         return frame[None]
 
-    # Every 16th row will do; there are several rows of patches only where 16 divides their height.
+    # Every 16th row will do. Where there are several rows of patches, 16 divides their height.
     green = frame[: rows * height : 16, : columns * width, 1].astype(np.int16)
     change = np.abs(np.diff(green, axis=1, prepend=green[:, :1]))
     in_rows = change.reshape(rows, -1, columns * width).sum(1, dtype=np.int32)
@@ -3022,7 +3118,8 @@ class FrameSharpener:
     def needed_overlap(student: Student, backend: str, tile: int) -> int:
         """Twice the student's reach, so that what a tile gives does not depend on its edges.
 
-        Nine tenths of it change outputs by 1/255 at most, but in int8 that can become 3/255.
+        Nine tenths of that are enough: outputs differ by 1/255 at most. In int8, whose rounding can
+        make that 3/255, it is all of it.
         """
         overlap = 2 * student.reach
         if backend != "openvino-int8":
@@ -3422,8 +3519,18 @@ def training_crops(config: RunConfig, pairs: list[Pair]) -> GoProSharpeningDatas
     )
 
 
-def conclude(run: TrainingRun) -> None:
-    """Draw the curves; end as an interrupted command does if the run is not finished."""
+def carry_out(run: TrainingRun, last: dict | None) -> None:
+    """Train, from the state of a resumed run if there is one, and draw the curves.
+
+    Ends as an interrupted command does if the run is not finished.
+    """
+    if last:
+        run.continue_from(last)
+    if RANK == 0:
+        pictures = f"{len(run.dataset)} crops an epoch, {len(run.held_out)} pictures held out"
+        where = f"results in {run.config.run_dir}"
+        print(f"{pictures}; {run.total_steps} steps; {where}", flush=True)
+    run.train()
     if RANK == 0:
         plot_curves(run)
     if not run.finished:
@@ -3441,7 +3548,7 @@ def train(config: TrainConfig) -> None:
     device = pick_device(config)
     objective = make_objective(config, resumed=last is not None)
     start_processes(device)
-    if RANK == 0 and config.preset:
+    if RANK == 0 and config.preset and not config.resume:
         print(f"--preset {config.preset}: {PRESETS[config.preset].about}.")
 
     dataset: Dataset = training_crops(config, training)
@@ -3457,13 +3564,7 @@ def train(config: TrainConfig) -> None:
 
     shape = objective.network.config
     run = TrainingRun(config, objective, shape, dataset, held_out, as_frame_function)
-    if last:
-        run.continue_from(last)
-    if RANK == 0:
-        pictures = f"{len(training)} pictures to train on, {len(held_out)} held out"
-        print(f"{pictures}; {run.total_steps} steps; results in {config.run_dir}", flush=True)
-    run.train()
-    conclude(run)
+    carry_out(run, last)
     if RANK == 0 and run.held_out:
         report_gain(run)
 
@@ -3485,9 +3586,8 @@ def train_teacher(config: TeacherConfig) -> None:
     four = len(config.num_blocks) == len(config.heads) == 4
     require(four, "--num-blocks, --heads: four numbers each, one a level")
     fits = all((config.dim * 2**level) % heads == 0 for level, heads in enumerate(config.heads))
-    divisible = f"--dim {config.dim}: must be even, and every level's (it doubles) a multiple of"
-    require(config.dim % 2 == 0 and fits, f"{divisible} its --heads")
-
+    wanted = f"--dim {config.dim}: must be even, and at level i, from 0, dim * 2^i a multiple of"
+    require(config.dim % 2 == 0 and fits, f"{wanted} that level's --heads")
     aligned = config.image_size % (8 * config.stem_stride) == 0
     wanted = f"--image-size {config.image_size}: must be a multiple of {8 * config.stem_stride}"
     require(aligned, f"{wanted} with --stem-stride {config.stem_stride}")
@@ -3520,10 +3620,7 @@ def train_teacher(config: TeacherConfig) -> None:
         return teacher_frames(network, device, config.precision)
 
     run = TrainingRun(config, objective, shape, dataset, held_out, as_frame_function)
-    if last:
-        run.continue_from(last)
-    run.train()
-    conclude(run)
+    carry_out(run, last)
 
 
 # --- Command: ablate ------------------------------------------------------------------------------
@@ -3643,6 +3740,189 @@ def ablate(config: AblateConfig) -> None:
     plot_ablation(config.run_dir / "ablation.png", variants)
 
 
+# --- Clips: what real encoders do to frames -------------------------------------------------------
+
+CLIP_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi")
+FRAMES_A_SECOND = 25
+FIRST_SCORED = 2  # the third frame: a stream's first ones are better than those that follow
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A sharp clip; its kind is what its name begins with: "talk" for talk_03.mp4."""
+
+    path: Path
+
+    @property
+    def kind(self) -> str:
+        return self.path.stem.split("_")[0]
+
+    def frames(self) -> list[np.ndarray]:
+        """8-bit RGB (H, W, 3), as PyAV gives them; UserError if it cannot be read."""
+        return decoded_frames(self.path, self.path)
+
+
+def find_clips(folder: Path) -> list[Clip]:
+    """The clips in a folder; UserError if there are none."""
+    files = [path for path in list_files(folder) if path.suffix.lower() in CLIP_SUFFIXES]
+    require(files, f"{folder}: no clips in this folder; call protocols need sharp ones")
+    return [Clip(path) for path in files]
+
+
+def decoded_frames(file: Path | io.BytesIO, path: Path) -> list[np.ndarray]:
+    """All frames of a video file; `path` is what an error names."""
+    av = importlib.import_module("av")
+    try:
+        with av.open(file) as container:
+            return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    except (OSError, IndexError, ValueError) as error:  # PyAV's errors are of these kinds
+        raise UserError(f"{path}: not a readable clip ({error})") from error
+
+
+def small_size(width: int, height: int, factor: float) -> Size:
+    """1/factor of both sides, even as encoders want them, and at least 16."""
+    small_width = max(2 * round(width / factor / 2), 16)
+    small_height = max(2 * round(height / factor / 2), 16)
+    return small_width, small_height
+
+
+def resized(frame: np.ndarray, size: Size) -> np.ndarray:
+    """A frame at (width, height), bicubic."""
+    height, width = frame.shape[:2]
+    if (width, height) == size:
+        return frame
+    return np.array(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC))
+
+
+def encoded(frames: list[np.ndarray], call: Call) -> tuple[io.BytesIO, float]:
+    """(a stream as a live encoder makes it, its kilobits a second) of frames with even sides.
+
+    UserError if the encoder refuses, as SVT-AV1 does for small frames.
+    """
+    av = importlib.import_module("av")
+    height, width = frames[0].shape[:2]
+    file = io.BytesIO()
+    sent = 0
+    try:
+        with av.open(file, "w", format="matroska") as container:
+            options = dict(CODECS[call.codec])
+            stream = container.add_stream(call.codec, rate=FRAMES_A_SECOND, options=options)
+            stream.width = width
+            stream.height = height
+            stream.pix_fmt = "yuv420p"
+            stream.bit_rate = max(8000, int(call.bits * width * height * FRAMES_A_SECOND))
+            stream.codec_context.gop_size = 300
+            pictures = [av.VideoFrame.from_ndarray(frame, format="rgb24") for frame in frames]
+            for picture in (*pictures, None):  # None: what the encoder still holds
+                for packet in stream.encode(picture):
+                    sent += packet.size
+                    container.mux(packet)
+    except (OSError, ValueError) as error:  # PyAV's errors are of these kinds
+        raise UserError(f"{call.codec} cannot encode {width}x{height} frames ({error})") from error
+    file.seek(0)
+    seconds = len(frames) / FRAMES_A_SECOND
+    return file, sent * 8 / seconds / 1000
+
+
+def received_frames(sharp: list[np.ndarray], call: Call, path: Path) -> tuple[list, float]:
+    """(frames as they arrive in a call, at the size of the sharp ones; kilobits a second)."""
+    height, width = sharp[0].shape[:2]
+    size = small_size(width, height, call.factor)
+    file, kilobits = encoded([resized(frame, size) for frame in sharp], call)
+    arrived = decoded_frames(file, path)
+    require(len(arrived) == len(sharp), f"{path}: {call.codec} lost frames")
+    return [resized(frame, (width, height)) for frame in arrived], kilobits
+
+
+def flicker(outputs: list[np.ndarray], sharp: list[np.ndarray]) -> float:
+    """Mean of |(o_t - o_t-1) - (g_t - g_t-1)| over pixels and scored frames, in 8-bit levels."""
+    changes = []
+    for t in range(FIRST_SCORED, len(sharp)):
+        output_change = outputs[t].astype(np.int16) - outputs[t - 1]
+        sharp_change = sharp[t].astype(np.int16) - sharp[t - 1]
+        changes.append(np.abs(output_change - sharp_change).mean())
+    return float(np.mean(changes))
+
+
+def vmaf_scores(outputs: list[np.ndarray], sharp: list[np.ndarray]) -> dict[str, float]:
+    """{"vmaf", "vmaf_neg"} over the scored frames, by the FFmpeg in imageio-ffmpeg; {} without it.
+
+    VMAF-NEG does not reward mere contrast.
+    """
+    if importlib.util.find_spec("imageio_ffmpeg") is None:
+        return {}
+    ffmpeg = importlib.import_module("imageio_ffmpeg").get_ffmpeg_exe()
+    height, width = sharp[0].shape[:2]
+    # Without these flags the conversion shifts the brightness by a level.
+    convert = "scale=flags=accurate_rnd+full_chroma_int,format=yuv444p"
+    models = "version=vmaf_v0.6.1\\:name=vmaf|version=vmaf_v0.6.1neg\\:name=vmaf_neg"
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = []
+        for name, frames in (("output", outputs), ("sharp", sharp)):
+            file = Path(folder, f"{name}.rgb")
+            file.write_bytes(np.stack(frames[FIRST_SCORED:]).tobytes())
+            raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
+            inputs += [*raw, "-r", str(FRAMES_A_SECOND), "-i", str(file)]
+        log = "scores.json"  # in the folder that FFmpeg runs in: a path would need escaping
+        graph = f"[0:v]{convert}[a];[1:v]{convert}[b];"
+        graph += f"[a][b]libvmaf=model='{models}':log_fmt=json:log_path={log}"
+        command = [ffmpeg, "-hide_banner", *inputs, "-lavfi", graph, "-f", "null", "-"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        reason = done.stderr.strip().split("\n")[-1]
+        require(done.returncode == 0, f"imageio-ffmpeg: libvmaf failed ({reason})")
+        pooled = json.loads(Path(folder, log).read_text())["pooled_metrics"]
+    return {name: pooled[name]["mean"] for name in ("vmaf", "vmaf_neg")}
+
+
+# What the tables of clips show, and with how many digits. Flicker is a ratio to the input's.
+CLIP_METRICS = {"psnr": 2, "ssim": 4, "flicker": 2, "vmaf": 1, "vmaf_neg": 1}
+
+
+def score_clip(outputs: list[np.ndarray], sharp: list[np.ndarray]) -> dict[str, float]:
+    """Scores of a clip from its third frame on; flicker in 8-bit levels."""
+    frames = zip(outputs[FIRST_SCORED:], sharp[FIRST_SCORED:], strict=True)
+    scores = mean_scores([score(output, frame) for output, frame in frames])
+    scores["flicker"] = flicker(outputs, sharp)
+    return scores | vmaf_scores(outputs, sharp)
+
+
+def evaluate_clip(clip: Clip, call: Call, methods: dict[str, FrameFunction]) -> dict:
+    """{"picture", "category", "kilobits", "scores": {method: scores}} of a clip in a call."""
+    sharp = clip.frames()
+    received, kilobits = received_frames(sharp, call, clip.path)
+    scores = {}
+    for name, method in methods.items():
+        scores[name] = score_clip([method(frame) for frame in received], sharp)
+    level = scores["input"]["flicker"]
+    for method_scores in scores.values():
+        method_scores["flicker"] /= level
+    row = {"picture": clip.path.stem, "category": clip.kind, "kilobits": kilobits}
+    return row | {"scores": scores}
+
+
+def mean_of_clips(rows: list[dict], methods: Iterable[str]) -> dict[str, dict[str, float]]:
+    """{method: mean scores} over clips."""
+    means = {}
+    for method in methods:
+        scores = [row["scores"][method] for row in rows]
+        means[method] = {name: statistics.fmean(s[name] for s in scores) for name in scores[0]}
+    return means
+
+
+def clip_table(rows: list[dict], methods: Iterable[str]) -> dict[str, dict[str, dict[str, float]]]:
+    """{"all", each kind, each clip: {method: means}}; clips average to kinds, kinds to all."""
+    kinds = grouped(rows, lambda row: row["category"])
+    by_kind = {kind: mean_of_clips(members, methods) for kind, members in kinds.items()}
+    total = mean_of_clips([{"scores": means} for means in by_kind.values()], methods)
+    by_clip = {row["picture"]: row["scores"] for row in rows}
+    return {"all": total} | by_kind | by_clip
+
+
+def format_clip_scores(scores: dict[str, float]) -> str:
+    """The scores in the order of CLIP_METRICS, as in 31.02 / 0.9012 / 1.05."""
+    return " / ".join(f"{scores[n]:.{d}f}" for n, d in CLIP_METRICS.items() if n in scores)
+
+
 # --- Command: eval --------------------------------------------------------------------------------
 
 
@@ -3674,8 +3954,11 @@ def side_by_side(panels: dict[str, np.ndarray], detail: int = 48) -> Image.Image
     return sheet
 
 
-def evaluation_pairs(config: EvalConfig) -> dict[str, list[Pair]]:
-    """{protocol: pairs}; "" stands for stored pairs. Without a dataset, the samples at x2."""
+def evaluation_data(config: EvalConfig) -> dict[str, list[Pair] | list[Clip]]:
+    """{protocol: pairs, or clips for a call}; "" stands for stored pairs.
+
+    Without a dataset, the samples at x2.
+    """
     data_root = config.data_root
     protocols = config.protocol
     if data_root == DATASET and not list_pictures(DATASET):
@@ -3685,7 +3968,14 @@ def evaluation_pairs(config: EvalConfig) -> dict[str, list[Pair]]:
     folder = split_folder(data_root, config.split)
     if not protocols:
         return {"": find_pairs(folder)}
-    return {name: find_sharp(folder, PROTOCOLS[name]) for name in protocols}
+    data: dict[str, list] = {}
+    for name in protocols:
+        if name in CALLS:
+            require_packages(["av"], f"--protocol {name}")
+            data[name] = find_clips(folder)
+        else:
+            data[name] = find_sharp(folder, PROTOCOLS[name])
+    return data
 
 
 def score_pair(
@@ -3708,11 +3998,39 @@ def score_pair(
     return {"picture": pair.key, "category": pair.category, "scores": scores}
 
 
+def evaluate_pairs(
+    config: EvalConfig, protocol: str, pairs: list[Pair], methods: dict[str, FrameFunction]
+) -> tuple[dict, list[dict]]:
+    """(the table of a protocol, its rows), printed."""
+    with_sheet = [group[0] for group in grouped(pairs, lambda pair: pair.category).values()]
+    pictures = config.output_dir / protocol
+    rows = []
+    for pair in progress(pairs, protocol or "eval"):
+        rows.append(score_pair(config, pair, methods, pictures, pair in with_sheet))
+    table = scores_by_category(rows, methods)
+    print_table(protocol or "pairs", table)
+    return table | {"images": len(rows)}, rows
+
+
+def evaluate_clips(
+    protocol: str, clips: list[Clip], methods: dict[str, FrameFunction]
+) -> tuple[dict, list[dict]]:
+    """(the table of a call, its rows), printed: PSNR, SSIM, flicker, VMAF, VMAF-NEG."""
+    rows = []
+    for clip in progress(clips, protocol):
+        rows.append(evaluate_clip(clip, CALLS[protocol], methods))
+    table = clip_table(rows, methods)
+    print_table(protocol, table, format_clip_scores)
+    kilobits = ", ".join(f"{row['picture']} {row['kilobits']:.0f}" for row in rows)
+    print(f"kilobits a second: {kilobits}")
+    return table | {"clips": len(rows)}, rows
+
+
 def evaluate(config: EvalConfig) -> None:
     """Average PSNR and SSIM of input, student and teacher, over a split and for each category."""
     require(not 0 < config.resize < 7, f"--resize {config.resize}: SSIM needs at least 7x7 pixels")
     require_writable(config.json, config.output_dir / "scores.csv")
-    pairs_by_protocol = evaluation_pairs(config)
+    data = evaluation_data(config)
     methods: dict[str, FrameFunction] = {"input": lambda frame: frame}
     if config.teacher or config.teacher_weights:
         restormer = load_restormer(config.teacher_weights)
@@ -3721,15 +4039,12 @@ def evaluate(config: EvalConfig) -> None:
 
     tables: dict[str, dict] = {}
     lines = []
-    for protocol, pairs in pairs_by_protocol.items():
-        with_sheet = [group[0] for group in grouped(pairs, lambda pair: pair.category).values()]
-        pictures = config.output_dir / protocol
-        rows = []
-        for pair in progress(pairs, protocol or "eval"):
-            rows.append(score_pair(config, pair, methods, pictures, pair in with_sheet))
-        table = scores_by_category(rows, methods)
-        print_table(protocol or "pairs", table)
-        tables[protocol] = table | {"images": len(rows)}
+    for protocol, examples in data.items():
+        if protocol in CALLS:
+            table, rows = evaluate_clips(protocol, examples, methods)
+        else:
+            table, rows = evaluate_pairs(config, protocol, examples, methods)
+        tables[protocol] = table
         lines += [csv_line(protocol, row) for row in rows]
     write_csv(lines, config.output_dir / "scores.csv")
     if config.json:
@@ -3740,7 +4055,7 @@ def evaluate(config: EvalConfig) -> None:
 def csv_line(protocol: str, row: dict) -> dict:
     """A row of scores.csv: a column for each method's metric."""
     line = {"protocol": protocol} if protocol else {}
-    line |= {"picture": row["picture"], "category": row["category"]}
+    line |= {name: value for name, value in row.items() if name != "scores"}
     for method, scores in row["scores"].items():
         line |= {f"{method}_{metric}": value for metric, value in scores.items()}
     return line
@@ -3806,6 +4121,7 @@ def export(config: ExportConfig) -> None:
 def save_openvino(model, path: Path) -> None:
     """Write an OpenVINO model's .xml and the .bin beside it, which `save_model` writes together."""
     openvino = importlib.import_module("openvino")
+    # The two temporary names differ in their endings only, and `save_model` writes both.
     with replacing(path) as temporary, replacing(path.with_suffix(".bin")) as weights:
         openvino.save_model(model, temporary, compress_to_fp16=False)
         require(weights.exists(), f"{path}: OpenVINO wrote no {weights.name}")
@@ -3876,7 +4192,7 @@ def synchronise(device: torch.device) -> None:
 
 @dataclass
 class Convolution:
-    """PyTorch's fastest 3x3 convolution here: what arithmetic could reach."""
+    """A 3x3 convolution in PyTorch, to be timed; the fastest says what arithmetic could reach."""
 
     run: Callable[[], Tensor]
     operations: int
@@ -3973,8 +4289,8 @@ def fps_rows(
             functions[number, "network"] = contestant.network_alone(frames[0])
             functions[number, "frame"] = contestant.on_frames(frames)
         functions["best convolution"] = best.run
-        # PyTorch's threads slow down what runs next in OpenVINO. After the convolution, which is
-        # PyTorch's, that is this call, whose time is not shown.
+        # PyTorch's threads slow down the OpenVINO call that comes next. The convolution runs in
+        # PyTorch; so a call whose time is not shown follows it.
         functions["not shown"] = functions[0, "network"]
         timings = time_in_turns(functions, device, config)
         best_gflops = best.gflops(timings["best convolution"].median)
@@ -4059,6 +4375,7 @@ def measure_fps(config: FpsConfig) -> None:
         drawn = config.plot.suffix.lower() in (".png", ".jpg", ".pdf", ".svg")
         require(drawn, f"--plot {config.plot}: name a .png, .jpg, .pdf or .svg file")
         require_packages(["matplotlib"], "--plot")
+        quality_pairs(config)  # UserError now for what it would not find after the timing
     require_writable(config.json, config.plot)
     device = pick_device(config)
     backends = fps_backends(config, device)
@@ -4102,18 +4419,23 @@ def best_unsharp_mask(frames: Sequence[tuple[np.ndarray, np.ndarray]]) -> FrameF
     return best
 
 
+def quality_pairs(config: FpsConfig) -> tuple[list[Pair], list[Pair]]:
+    """(pairs at x2 to score on, others to tune the unsharp mask on)."""
+    if config.data_root is None:
+        embedded = grouped(embedded_pairs(), lambda pair: pair.key in EMBEDDED_HELD_OUT)
+        return embedded[True], embedded[False]
+    x2 = PROTOCOLS["x2"]
+    test = find_sharp(config.data_root / "test", x2)
+    training = find_sharp(config.data_root / "train", x2)
+    _, held_out = hold_out(training, RunConfig.validation_fraction)
+    return test, held_out or training
+
+
 def draw_quality(
     config: FpsConfig, students: dict[str, Student], backends: Sequence[str], device: torch.device
 ) -> None:
     """`--plot`: PSNR and SSIM at x2 against the milliseconds of a 1280x720 frame, also printed."""
-    x2 = PROTOCOLS["x2"]
-    if config.data_root:
-        pairs = find_sharp(split_folder(config.data_root, "test"), x2)
-        training = find_sharp(split_folder(config.data_root, "train"), x2)
-        _, others = hold_out(training, RunConfig.validation_fraction)
-    else:
-        pairs = [pair for pair in embedded_pairs() if pair.key in EMBEDDED_HELD_OUT]
-        others = [pair for pair in embedded_pairs() if pair.key not in EMBEDDED_HELD_OUT]
+    pairs, others = quality_pairs(config)
     mask = best_unsharp_mask([pair.load() for pair in others])
     methods: dict[str, FrameFunction] = {"input": lambda frame: frame, "unsharp mask": mask}
     for (name, student), backend in itertools.product(students.items(), backends):
@@ -4232,7 +4554,7 @@ COMMANDS: dict[str, Callable] = {
 
 def resolve_config(config_class: type, given: dict[str, object]) -> object:
     """The command's settings: given flags over a resumed run's or a preset's over the defaults."""
-    if given.get("resume") and not issubclass(config_class, AblateConfig):
+    if given.get("resume"):
         return resumed_config(config_class, given)
     if issubclass(config_class, TrainConfig):
         return preset_config(config_class, given)

@@ -10,6 +10,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -108,8 +109,8 @@ def test_eval_scores_and_pictures(tmp_path, data_root, student_file, tiny_teache
     assert {"teacher_psnr", "teacher_ssim"} <= rows[0].keys()
 
     printed = capsys.readouterr().out
-    shown = [line.split()[0] for line in printed.splitlines()[-4:]]
-    assert shown == ["pairs", "all", "photo", "text"]
+    titles = [line.split()[0] for line in printed.splitlines()[-4:]]
+    assert titles == ["pairs", "all", "photo", "text"]
     student = scores["all"]["student"]
     assert f"{student['psnr']:.2f} / {student['ssim']:.4f}" in printed
 
@@ -118,8 +119,11 @@ def test_eval_scores_and_pictures(tmp_path, data_root, student_file, tiny_teache
         "photo.png",
         "text.png",
     ]
-    sheet = Image.open(out / "side_by_side/photo.png")
-    assert sheet.size == (4 * 100 - 4, 24 + 96 + 4 + 96)
+    sheet = np.array(Image.open(out / "side_by_side/photo.png"))
+    assert sheet.shape == (24 + 96 + 4 + 96, 4 * 100 - 4, 3)
+    _, sharp = pairs[0].load()  # the first of its category
+    shown = sheet[24:120, 300:396]
+    assert (shown == sharp).all(2).mean() > 0.9  # all but the red square
 
 
 def test_evals_teacher_is_the_weight_file_that_is_named(
@@ -345,6 +349,11 @@ def test_functions_take_turns_and_the_warm_up_is_not_counted():
     timings = kd.time_in_turns(functions, kd.torch.device("cpu"), config)
     assert calls == ["a", "b"] * 4
     assert all(0 < timing.median <= timing.late for timing in timings.values())
+
+    waits = iter((0.2, 0.0, 0.0, 0.0))
+    functions = {"slow at first": lambda: time.sleep(next(waits))}
+    timings = kd.time_in_turns(functions, kd.torch.device("cpu"), config)
+    assert timings["slow at first"].late < 100  # milliseconds
 
 
 @pytest.mark.parametrize("stride", [2, 4])

@@ -242,6 +242,15 @@ def test_to_tensor_takes_arrays_and_refuses_others():
             to_tensor(wrong)
 
 
+def test_frames_are_rounded_to_8_bits():
+    floats = np.array([[0.0, 0.4 / 255, 0.6 / 255, 99.4 / 255, 99.6 / 255, 1.0]])
+    assert kd.frame_array(floats)[0, :, 0].tolist() == [0, 0, 1, 99, 100, 255]
+    sixteen_bits = np.array([[0, 128, 129, 65535]], np.uint16)  # 257 are one of 8 bits
+    assert kd.frame_array(sixteen_bits)[0, :, 0].tolist() == [0, 0, 1, 255]
+    eight_bits = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    assert np.array_equal(kd.frame_array(eight_bits), eight_bits)
+
+
 # --- Pairs ----------------------------------------------------------------------------------------
 
 
@@ -467,6 +476,20 @@ def test_what_a_loader_takes_is_the_crops_in_8_bits(data_root, degradation):
     for name, crops in kd.on_device(batch, torch.device("cpu")).items():
         assert crops.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(crops, torch.stack([dataset[item][name] for item in items]))
+
+
+def test_each_side_of_a_crop_comes_from_its_own_file(data_root):
+    pairs = kd.find_pairs(data_root / "train")
+    dataset = kd.GoProSharpeningDataset(pairs, 96, blur_probability=0.0)  # as large as a picture
+    for index, pair in enumerate(pairs):
+        blurred, sharp = pair.load()
+        assert not np.array_equal(blurred, sharp)
+        crop = dataset.crop(0, index)
+        if not np.array_equal(crop["sharp"], sharp):  # flipped
+            blurred = blurred[:, ::-1]
+            sharp = sharp[:, ::-1]
+        assert np.array_equal(crop["sharp"], sharp)
+        assert np.array_equal(crop["blurred"], blurred)
 
 
 def test_half_of_the_crops_are_flipped(equal_pairs):

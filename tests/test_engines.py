@@ -68,17 +68,18 @@ def test_tiled_and_whole_agree_at_1080p(engine_of, photographs, name, checkpoint
 
 
 @pytest.mark.parametrize(
-    "network",
+    "shape",
     [
-        kd.PlainStack(stem_stride=2, width=4, layers=3),
-        kd.StudentUNet(stem_stride=2, widths=(4,) * 5),
-        kd.StudentUNet(stem_stride=2, widths=(4,) * 5, skips="lateral"),
-        kd.StudentUNet(stem_stride=4, widths=(4,) * 3),
+        {"kind": "plain", "width": 4, "layers": 3},
+        {"widths": (4,) * 5},
+        {"widths": (4,) * 5, "skips": "lateral"},
+        {"widths": (4,) * 3, "stem_stride": 4},
     ],
     ids=["plain", "concatenate", "lateral", "stem 4"],
 )
-def test_openvino_agrees_with_pytorch(random_frame, network):
+def test_openvino_agrees_with_pytorch(random_frame, shape):
     torch.manual_seed(0)
+    network = kd.build_student({"stem_stride": 2} | shape)
     nn.init.normal_(network.output.weight, std=0.05)
     settings = {"tile": 96, "overlap": 32, "precision": "float32"}
     ours = kd.FrameSharpener(network, **settings)
@@ -180,6 +181,8 @@ def test_the_compiler_is_missed_before_any_work(monkeypatch, tmp_path, capsys):
     printed = capsys.readouterr()
     assert printed.out == ""
     assert "--backend compile: needs a C++ compiler; install" in printed.err
+    with pytest.raises(kd.UserError, match="install"):
+        kd.FrameSharpener(kd.PlainStack(), backend="compile")
 
 
 @pytest.mark.skipif(
@@ -204,6 +207,13 @@ print(pages())
 """)
     mapped, kept = map(int, done.stdout.split())
     assert 10 * kept < mapped  # 16,384, or 32 huge ones
+
+
+def test_every_command_keeps_freed_memory(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(kd, "keep_freed_memory", lambda: calls.append(1))
+    assert kd.main(["prepare", str(tmp_path / "none")]) == 2
+    assert calls == [1]
 
 
 # --- Missing packages -----------------------------------------------------------------------------
@@ -258,6 +268,7 @@ def test_exported_files_are_the_student(tmp_path, student_file, random_frame, ca
     printed = capsys.readouterr().out
     assert f"{tmp_path / 'stud.onnx'}\n{tmp_path / 'stud_gates.onnx'}\n" in printed
     assert "sides multiples of 32" in printed
+    assert '"f16"' not in (tmp_path / "stud.xml").read_text()  # all weights as they are
 
     gate_session = onnxruntime.InferenceSession(tmp_path / "stud_gates.onnx")
     (gates,) = gate_session.run(["gates"], {"frames": frame[None]})
@@ -285,6 +296,8 @@ def test_a_plain_stack_is_exported_to_one_file(tmp_path, random_frame):
 
     frame = random_frame(50, 70)
     expected = kd.load_sharpener(checkpoint, precision="float32")(frame)
-    (restored,) = onnxruntime.InferenceSession(target).run(None, {"frames": frame[None]})
+    frames = np.stack([frame, frame[::-1]])  # a batch may have any size too
+    (restored,) = onnxruntime.InferenceSession(target).run(None, {"frames": frames})
     assert difference(restored[0], expected).max() <= 1
+    assert difference(restored[1], restored[0]).max() > 1
     assert difference(expected, frame).mean() > 1

@@ -176,21 +176,24 @@ def test_gates_are_the_mean_over_the_patches_of_what_the_student_makes(student, 
 
 
 @pytest.mark.parametrize(
-    "network",
+    "shape",
     [
-        kd.PlainStack(stem_stride=2, width=8, layers=3),
-        kd.PlainStack(stem_stride=4, width=8, layers=2),
-        kd.StudentUNet(stem_stride=2, widths=(6, 8, 8)),
-        kd.StudentUNet(stem_stride=4, widths=(6, 8), skips="lateral"),
-        kd.StudentUNet(stem_stride=1, widths=(6, 8, 8), skips="lateral", convolutions=(1, 2, 1)),
+        {"kind": "plain", "stem_stride": 2, "width": 8, "layers": 3},
+        {"kind": "plain", "stem_stride": 4, "width": 8, "layers": 2},
+        {"stem_stride": 2, "widths": (6, 8, 8)},
+        {"stem_stride": 4, "widths": (6, 8), "skips": "lateral"},
+        {"stem_stride": 1, "widths": (6, 8, 8), "skips": "lateral", "convolutions": (1, 2, 1)},
     ],
-    ids=lambda network: f"{network.config['kind']}, stem {network.stem_stride}",
+    ids=lambda shape: f"{shape.get('kind', 'unet')}, stem {shape['stem_stride']}",
 )
-def test_a_sharpened_frame_is_the_students_own_output(random_frame, network):
+def test_a_sharpened_frame_is_the_students_own_output(random_frame, shape):
     torch.manual_seed(0)
+    network = kd.build_student(shape)
     nn.init.normal_(network.output.weight, std=0.05)
     nn.init.normal_(network.output.bias, std=0.05)
     frame = random_frame(64, 96)  # small enough to be its own patch, so the gates are the same
+    if shape.get("kind") == "plain":
+        frame = frame[:-1, :-3]  # without gates the edges are compared too
     picture = torch.from_numpy(frame).permute(2, 0, 1)[None] / 255
     with torch.inference_mode():
         restored = network(picture)[0].permute(1, 2, 0)

@@ -138,7 +138,7 @@ def test_the_small_preset_trains_on_a_plain_folder_of_photos(sharp_folder, tmp_p
     assert kd.main([*command, "--device", "cpu", "--run-dir", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "--preset small: the shipped fast student goes on" in printed
-    assert "8 pictures to train on, 1 held out" in printed  # 7, balanced
+    assert "8 crops an epoch, 1 pictures held out" in printed  # 7, balanced
     assert "\nafter:  " in printed
     student, _ = kd.load_student(tmp_path / "best.pth")
     assert student.config == kd.load_student("fast")[0].config
@@ -149,7 +149,7 @@ def test_the_demo_runs_on_the_pictures_in_scikit_image(tmp_path, no_dataset, cap
     assert kd.main(command) == 0
     printed = capsys.readouterr().out
     assert "--preset demo: " in printed
-    assert "10 pictures to train on, 4 held out; 1 steps; " in printed
+    assert "10 crops an epoch, 4 pictures held out; 1 steps; " in printed
     saved = torch.load(tmp_path / "run/last.pth", weights_only=True)["config"]
     assert saved["data_root"] is None
 
@@ -354,7 +354,7 @@ def test_a_teachers_dimensions_fit_each_other(data_root, tmp_path, capsys):
         (["--heads", "1", "2"], "four numbers each"),
         (["--num-blocks", "1", "1", "1", "1", "1"], "four numbers each"),
         (["--dim", "9", "--heads", "1", "1", "1", "1"], "--dim 9: must be even"),
-        (["--dim", "10", "--heads", "1", "3", "4", "8"], "a multiple of its --heads"),
+        (["--dim", "10", "--heads", "1", "3", "4", "8"], "a multiple of that level's --heads"),
         (["--dim", "0"], "--dim: 0 must be at least 2"),
         (["--image-size", "48", "--stem-stride", "4"], "--image-size 48: must be a multiple of 32"),
     )

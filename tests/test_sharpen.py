@@ -53,6 +53,22 @@ def test_the_result_is_what_the_sharpener_makes(tmp_path, run_sharpen, small, st
     assert np.array_equal(Image.open(tmp_path / "a_sharpened.png"), expected)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_the_precision_is_the_one_that_is_asked_for(
+    tmp_path, run_sharpen, small, student_file, precision
+):
+    small.save(tmp_path / "a.png")
+    command = (tmp_path / "a.png", "--precision", precision, "--device", "cpu")
+    assert run_sharpen(*command)[0] == 0
+    result = np.array(Image.open(tmp_path / "a_sharpened.png"))
+    outputs = {
+        name: kd.load_sharpener(student_file, precision=name)(np.array(small))
+        for name in ("float32", "bf16")
+    }
+    assert np.array_equal(result, outputs[precision])
+    assert not np.array_equal(outputs["float32"], outputs["bf16"])
+
+
 def test_a_second_run_replaces_its_own_output(tmp_path, run_sharpen, small):
     small.save(tmp_path / "a.jpg")
     for given in (tmp_path / "a.jpg", tmp_path):  # the picture, and the folder that it is in
@@ -336,6 +352,17 @@ def test_an_empty_gps_group_is_left_out(tmp_path, run_sharpen, small, ending):
     assert result.size == (40, 30)
     assert result.getexif()[0x010F] == "camera"
     assert 0x8825 not in result.getexif()
+
+
+def test_a_jpeg_keeps_its_colours_and_a_tiff_is_packed(tmp_path, run_sharpen, photographs):
+    coloured = photographs["astronaut"].resize((40, 30))
+    coloured.save(tmp_path / "in.png", dpi=(0, 0))
+    for name in ("out.jpg", "out.tif"):
+        target = tmp_path / name
+        assert run_sharpen(tmp_path / "in.png", "-o", target, "--strength", "0")[0] == 0
+    written = np.array(Image.open(tmp_path / "out.jpg")).astype(int)
+    assert np.abs(written - np.array(coloured)).mean() < 3.5  # 5 with half the colour, 8 at 75
+    assert Image.open(tmp_path / "out.tif").info["compression"] == "tiff_lzw"
 
 
 def test_damaged_metadata_costs_no_picture(tmp_path, run_sharpen, small):

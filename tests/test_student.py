@@ -1,5 +1,7 @@
 """Students: their sizes, shapes, starting points and gates; the networks of frames made of them."""
 
+import pathlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -141,6 +143,9 @@ def test_flags_describe_a_student():
     plain = kd.StudentConfig(stem_stride=1, widths=(8,), convolutions=(4,))
     expected = {"kind": "plain", "stem_stride": 1, "width": 8, "layers": 4}
     assert kd.PlainStack.from_flags(plain).config == expected
+    plain = kd.StudentConfig(stem_stride=2)
+    expected = {"kind": "plain", "stem_stride": 2, "width": 16, "layers": 6}
+    assert kd.PlainStack.from_flags(plain).config == expected
 
 
 @pytest.mark.parametrize("kind", ["resnet", "", "UNET"])
@@ -160,6 +165,24 @@ def test_a_checkpoint_without_a_kind_is_a_unets(tmp_path):
     assert content["network"] == network
     picture = torch.rand(1, 3, 16, 16)
     assert torch.allclose(loaded(picture), student(picture), atol=1e-6)
+
+
+class Harmful:
+    """What runs code where it is loaded without care."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.file,)
+
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    file = tmp_path / "harm"
+    torch.save({"network": Harmful(file), "params": {}}, tmp_path / "harmful.pth")
+    with pytest.raises(kd.UserError, match=r"harmful\.pth: not a PyTorch weight file"):
+        kd.load_student(tmp_path / "harmful.pth")
+    assert not file.exists()
 
 
 def test_a_checkpoint_may_hold_a_plain_stack(tmp_path):
@@ -391,7 +414,7 @@ def test_a_stage_strides_first_and_adds_there_what_comes_from_below(se, convolut
     for layer in others:
         expected = leaky(convolved(layer, expected))
 
-    features, gate = stage(picture, below=below)
+    features, gate = stage(picture, from_below=below)
     if se:
         assert torch.allclose(gate, stage.se(expected))
         assert torch.allclose(features, expected * gate, atol=1e-5)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -153,6 +154,26 @@ def test_the_teacher_is_frozen_and_its_projections_train(teacher):
     assert changed == trained.keys()
 
 
+def test_features_are_projected_in_float32(teacher):
+    teacher(torch.rand(1, 3, 16, 16))
+    halves = {name: features.half() for name, features in teacher.tapped.items()}
+    expected = teacher.project(teacher.tapped)
+    for name, features in teacher.project(halves).items():
+        assert features.dtype == torch.float32
+        assert torch.allclose(features, expected[name], atol=1e-2)
+
+
+def test_a_teacher_restores_frames_to_the_nearest_8_bits(teacher, random_frame):
+    frame = random_frame(19, 26)
+    restored = kd.teacher_frames(teacher.restormer, CPU, "float32")(frame)
+    exact = teacher(kd.CustomToTensor()(frame)[None])[0].permute(1, 2, 0) * 255
+    assert restored.shape == frame.shape
+    assert restored.dtype == np.uint8
+    difference = np.abs(restored - exact.clamp(0, 255).numpy())
+    assert difference.max() < 0.501
+    assert difference.mean() > 0.1
+
+
 def test_a_missing_tap_is_an_error(tiny_teacher):
     restormer = kd.load_restormer(tiny_teacher)
     del restormer.latent
@@ -234,6 +255,7 @@ def test_variants_of_a_picture_differ(make_cache, degradation):
         first = torch.load(cache.file(0, index), weights_only=True)
         second = torch.load(cache.file(1, index), weights_only=True)
         assert first.keys() == {"blurred", "sharp", "teacher_output", "e2", "e4", "b"}
+        assert all(grid.dtype == torch.float16 for grid in first.values())
         for name in ("blurred", "teacher_output", "b"):
             assert not torch.equal(first[name], second[name])
 

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -362,6 +363,17 @@ def test_the_best_weights_are_the_averaged_ones(arguments, tmp_path):
     assert not torch.allclose(best["output.weight"], trained, atol=1e-4)
 
 
+def test_the_average_moves_with_the_weights(make_run):
+    run = make_run(max_steps=1, learning_rate=0.01)
+    network = run.objective.network
+    start = {name: p.detach().clone() for name, p in network.named_parameters()}
+    run.train()
+    assert not torch.allclose(network.output.weight, start["output.weight"], atol=1e-3)
+    for name, average in run.ema.named_parameters():
+        trained = network.get_parameter(name)
+        assert torch.allclose(average, 0.1 * start[name] + 0.9 * trained, atol=1e-6)
+
+
 @pytest.fixture
 def scripted_scores(monkeypatch):
     """A function that sets the PSNR of the frames that are scored next, one after another."""
@@ -603,6 +615,16 @@ def test_a_first_signal_is_noted_and_a_second_acts():
     with pytest.raises(KeyboardInterrupt):
         interrupt_twice()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_loader_processes_leave_signals_to_the_training_process(make_run):
+    run = make_run(workers=1, epochs=10)
+    batches = iter(run.loader())
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGINT)
+    assert os.getpgid(worker.pid) != os.getpgid(0)  # a signal to the group does not reach it
+    assert len(list(batches)) == 10 * 3 - 1
 
 
 def test_ctrl_c_saves_and_the_run_continues_to_the_same_weights(arguments, tmp_path):

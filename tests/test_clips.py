@@ -1,0 +1,157 @@
+"""Clips in calls: encoding as a live encoder does, and the measures of what arrives."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import sharpen_kd as kd
+
+av = pytest.importorskip("av", reason="pip install av")
+
+
+def write_clip(path, frames):
+    """Store frames without loss."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = "bgr0"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+@pytest.fixture(scope="session")
+def panning(photographs) -> list[np.ndarray]:
+    """Eight frames of 320x256 that pan over a photograph."""
+    photograph = np.array(photographs["astronaut"].convert("RGB"))
+    return [np.ascontiguousarray(photograph[20:276, 2 * t : 2 * t + 320]) for t in range(8)]
+
+
+@pytest.fixture
+def clip_folder(tmp_path, panning):
+    """A dataset of clips: two of one kind and one of another."""
+    for name in ("talk_01", "talk_02", "room_01"):
+        write_clip(tmp_path / "test" / f"{name}.mkv", panning)
+    return tmp_path
+
+
+def test_a_clip_is_read_as_it_was_stored(clip_folder, panning):
+    clips = kd.find_clips(clip_folder / "test")
+    assert [clip.kind for clip in clips] == ["room", "talk", "talk"]
+    frames = clips[0].frames()
+    assert len(frames) == len(panning)
+    assert all(np.array_equal(a, b) for a, b in zip(frames, panning, strict=True))
+
+
+def test_what_is_no_clip_is_named(tmp_path):
+    (tmp_path / "broken.mp4").write_bytes(b"no clip")
+    (clip,) = kd.find_clips(tmp_path)
+    with pytest.raises(kd.UserError, match=r"broken\.mp4: not a readable clip"):
+        clip.frames()
+    (tmp_path / "broken.mp4").unlink()
+    with pytest.raises(kd.UserError, match="no clips in this folder"):
+        kd.find_clips(tmp_path)
+
+
+def test_small_frames_have_even_sides():
+    assert kd.small_size(640, 360, 2) == (320, 180)
+    assert kd.small_size(512, 384, 3) == (170, 128)
+    assert kd.small_size(20, 500, 3) == (16, 166)
+
+
+@pytest.mark.parametrize("protocol", kd.CALLS)
+def test_every_call_returns_each_frame_at_its_size(panning, tmp_path, protocol):
+    call = kd.CALLS[protocol]
+    received, kilobits = kd.received_frames(panning, call, tmp_path)
+    assert [frame.shape for frame in received] == [frame.shape for frame in panning]
+    psnrs = [kd.frame_psnr(a, b) for a, b in zip(received, panning, strict=True)]
+    assert min(psnrs) > 15
+    assert max(psnrs) < 45
+    assert kilobits > 1
+
+
+def test_an_encoder_that_refuses_is_named(panning, tmp_path):
+    tiny = [frame[:32, :32] for frame in panning]
+    with pytest.raises(kd.UserError, match="libsvtav1 cannot encode 16x16 frames"):
+        kd.received_frames(tiny, kd.CALLS["call-av1"], tmp_path)
+
+
+def test_more_bits_arrive_as_better_frames(panning, tmp_path):
+    psnrs = {}
+    rates = {}
+    for bits in (0.1, 1.0):
+        call = kd.Call(1, "libx264", bits)
+        received, rates[bits] = kd.received_frames(panning, call, tmp_path)
+        psnrs[bits] = kd.frame_psnr(received[-1], panning[-1])
+    assert rates[1.0] > 2 * rates[0.1]
+    assert psnrs[1.0] > psnrs[0.1] + 1
+
+
+def test_flicker_is_the_mean_change_that_the_sharp_clip_does_not_have():
+    sharp = [np.full((4, 4, 3), level, np.uint8) for level in (0, 50, 60, 70)]
+    same_changes = [frame + 5 for frame in sharp]
+    assert kd.flicker(same_changes, sharp) == 0
+    # from the third frame on: the changes are 10 and 10 in the clip, 13 and 4 here
+    output = [np.full((4, 4, 3), level, np.uint8) for level in (9, 50, 63, 67)]
+    assert kd.flicker(output, sharp) == pytest.approx((3 + 6) / 2)
+
+
+def test_a_clips_scores_begin_with_its_third_frame(panning):
+    outputs = [np.zeros_like(panning[0])] * 2 + [frame // 2 for frame in panning[2:]]
+    scores = kd.score_clip(outputs, panning)
+    by_hand = [kd.frame_psnr(frame // 2, frame) for frame in panning[2:]]
+    assert scores["psnr"] == pytest.approx(np.mean(by_hand))
+
+
+def test_vmaf_prefers_the_sharp_clip_and_its_neg_does_not_reward_contrast(panning):
+    pytest.importorskip("imageio_ffmpeg", reason="pip install imageio-ffmpeg")
+    blurred = []
+    for frame in panning:
+        picture = kd.degrade(Image.fromarray(frame), kd.PROTOCOLS["x2"])
+        blurred.append(np.array(picture))
+    mask = kd.unsharp_mask(2, 150)
+    same = kd.vmaf_scores(panning, panning)
+    soft = kd.vmaf_scores(blurred, panning)
+    boosted = kd.vmaf_scores([mask(frame) for frame in panning], panning)
+    assert same["vmaf"] > 95
+    assert soft["vmaf"] < same["vmaf"] - 5
+    assert boosted["vmaf"] - boosted["vmaf_neg"] > same["vmaf"] - same["vmaf_neg"]
+
+
+def test_clips_average_to_kinds_and_kinds_to_all():
+    rows = []
+    for name, psnr in (("talk_01", 30.0), ("talk_02", 34.0), ("room_01", 20.0)):
+        scores = {"input": {"psnr": psnr}}
+        rows.append({"picture": name, "category": name.split("_")[0], "scores": scores})
+    table = kd.clip_table(rows, ["input"])
+    assert list(table) == ["all", "talk", "room", "talk_01", "talk_02", "room_01"]
+    assert table["talk"]["input"]["psnr"] == 32
+    assert table["all"]["input"]["psnr"] == 26
+
+
+def test_eval_scores_clips_by_a_call(clip_folder, student_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(kd, "vmaf_scores", lambda outputs, sharp: {})
+    command = ["eval", "--data-root", str(clip_folder), "--protocol", "call", "--checkpoint"]
+    command += [str(student_file), "--output-dir", str(tmp_path / "out")]
+    assert kd.main([*command, "--json", str(tmp_path / "scores.json")]) == 0
+    table = json.loads((tmp_path / "scores.json").read_text())["call"]
+    assert table["clips"] == 3
+    assert table["all"]["input"]["flicker"] == 1
+    frames = kd.find_clips(clip_folder / "test")[0].frames()
+    received, _ = kd.received_frames(frames, kd.CALLS["call"], tmp_path)
+    by_hand = kd.score_clip(received, frames)
+    assert table["room_01"]["input"]["psnr"] == pytest.approx(by_hand["psnr"])
+    sharpener = kd.load_sharpener(student_file)
+    outputs = [sharpener(frame) for frame in received]
+    ratio = kd.flicker(outputs, frames) / by_hand["flicker"]
+    assert table["room_01"]["student"]["flicker"] == pytest.approx(ratio)
+    assert "kilobits a second: room_01 " in capsys.readouterr().out
+
+
+def test_a_call_without_pyav_says_what_to_install(clip_folder, monkeypatch, capsys):
+    monkeypatch.setitem(kd.sys.modules, "av", None)
+    assert kd.main(["eval", "--data-root", str(clip_folder), "--protocol", "call"]) == 2
+    assert "--protocol call needs more packages: pip install av" in capsys.readouterr().err
