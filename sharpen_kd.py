@@ -35,8 +35,8 @@ Map of this file. The story is read from top to bottom and needs nothing from th
     Frames            a student between 8-bit frames
     Engines           PyTorch, its compiler, OpenVINO, int8
     Tiles             large frames in pieces that fit together again
-    Commands          sharpen, prepare, train, teacher, ablate, eval, export, fps
     Clips             what real encoders do to frames, and how clips are scored
+    Commands          sharpen, prepare, train, teacher, ablate, eval, export, fps
     Plots             curves, scores and speeds as pictures
     Command line      from the arguments to one of those commands
 """
@@ -162,8 +162,8 @@ class MotionBlur:
 
 Degradation = tuple[Callable[[Image.Image, Size], Image.Image], ...]
 
-# The degradations of the reported numbers. `prepare` writes pairs of the xS ones. Motion blur and
-# noise are to be left alone; they are here to see whether they are.
+# The degradations of the reported numbers. A student should not touch noise and motion blur;
+# "noise5" and "motion9" show whether it does.
 PROTOCOLS: dict[str, Degradation] = {
     "x2": (Shrink(2), Enlarge()),
     "x3": (Shrink(3), Enlarge()),
@@ -390,7 +390,7 @@ class SharpenConfig(InferenceConfig):
     strength: float = flag(
         1.0, "scale of the student's correction; 0 returns the input", at_least=0, at_most=100
     )
-    overwrite: bool = flag(False, "replace files at the outputs' names")
+    overwrite: bool = flag(False, "replace files that -o names")
     before_after: bool = flag(False, "also write NAME_before_after.png, both side by side")
 
 
@@ -434,9 +434,11 @@ class RunConfig(DeviceConfig):
         512, "side of a training crop in pixels, a multiple of 16", at_least=16, at_most=8192
     )
     batch_size: int = flag(
-        1, "crops a forward pass, in each process of torchrun", at_least=1, at_most=65536
+        1, "crops per forward pass, in each process of torchrun", at_least=1, at_most=65536
     )
-    gradient_accumulation_steps: int = flag(4, "forward passes a step", at_least=1, at_most=65536)
+    gradient_accumulation_steps: int = flag(
+        4, "forward passes per optimiser step", at_least=1, at_most=65536
+    )
     learning_rate: float = flag(2e-4, "Adam's peak learning rate", at_least=ABOVE_ZERO, at_most=10)
     restart_epochs: int = flag(
         10,
@@ -557,8 +559,8 @@ PRESETS = {
         {},
     ),
     "small": Preset(
-        "the shipped fast student goes on from its weights on sharp pictures of your own, by the"
-        " mixture of degradations, with the compact teacher; 0.1 to 0.5 s a step on two CPU cores."
+        "fine-tunes the shipped fast student on sharp pictures of your own, degraded by the"
+        " mixture, with the compact teacher; 0.1 to 0.5 s a step on two CPU cores."
         " Not the report's: a smaller network, smaller crops and no VGG19, because those need a"
         " GPU; KL weighs more and SSIM less, since at the report's weights KL does nothing",
         TWO_CORES
@@ -635,7 +637,10 @@ class AblateConfig(TrainConfig):
     """Train one student with each teacher term alone, with all and with none, and compare them."""
 
     seeds: tuple[int, ...] = flag(
-        (0, 1, 2), "one run of each variant a seed", at_least=0, at_most=LARGEST_SEED
+        (0, 1, 2),
+        "every variant is trained once with each of these seeds",
+        at_least=0,
+        at_most=LARGEST_SEED,
     )
     run_dir: Path = flag(CHECKPOINTS / "ablation", "folder for the runs and the comparison")
     # `ablate` sets these itself, so they are no flags.
@@ -676,7 +681,7 @@ class EvalConfig(InferenceConfig):
     split: str = flag("test", "which half of the dataset to read", choices=("train", "test"))
     protocol: tuple[str, ...] = flag(
         (),
-        "degrade sharp pictures by these, or for call… sharp clips; read no blurred ones",
+        "degrade sharp pictures, for call… sharp clips, instead of reading blurred ones",
         choices=(*PROTOCOLS, *CALLS),
     )
     resize: int = flag(
@@ -696,7 +701,7 @@ class EvalConfig(InferenceConfig):
 
 @dataclass
 class ExportConfig:
-    """Write a student for other programs: 8-bit frames of any size in and out."""
+    """Write a student for other programs, from 8-bit frames to 8-bit frames."""
 
     format: str = flag("onnx", "file format", choices=("onnx", "openvino"))
     checkpoint: str = same_flag(InferenceConfig, "checkpoint", "quality")
@@ -732,6 +737,7 @@ class FpsConfig(InferenceConfig):
     )
 
 
+# A new command is a class above, a row here, a function below, and a row in COMMANDS at the end.
 CONFIGS = {
     "sharpen": SharpenConfig,
     "train": TrainConfig,
@@ -751,7 +757,7 @@ CONFIGS = {
 class Parser(argparse.ArgumentParser):
     """argparse's parser, whose errors are one line like all others of this script.
 
-    A flag has one spelling: of abbreviations, --seed would be taken for ablate's --seeds.
+    Flags cannot be abbreviated: else `ablate --seed` would silently be its --seeds.
     """
 
     def __init__(self, **options) -> None:
@@ -842,7 +848,11 @@ def build_parser() -> Parser:
 
 def parse_command_line(arguments: Sequence[str] | None) -> dict[str, object]:
     """The command, and the flags that were given; UserError for what is wrong with them."""
-    given = vars(build_parser().parse_args(arguments))
+    parsed, unknown = build_parser().parse_known_args(arguments)
+    given = vars(parsed)
+    if unknown:  # argparse itself would point to the help of the whole script
+        hint = f"python sharpen_kd.py {given['command']} --help explains the flags"
+        raise UserError(f"unrecognized arguments: {' '.join(unknown)} ({hint})")
     return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
 
 
@@ -991,7 +1001,7 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def autocast_for(precision: str, device: torch.device) -> torch.autocast:
-    """bf16 arithmetic where it is wanted and native."""
+    """bf16 arithmetic if it is asked for, or for `auto` where it is native."""
     bf16 = pick_precision(precision, device) == torch.bfloat16
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
@@ -1098,7 +1108,7 @@ def even_sized(image: Image.Image | np.ndarray) -> Image.Image:
 def list_files(folder: Path) -> list[Path]:
     """Every regular file below `folder` and the folders that it links to, sorted.
 
-    Hidden files are left out, and a folder that links to itself is entered once.
+    Hidden files and folders are left out, and a folder that links to itself is entered once.
     """
     files = []
     entered = set()
@@ -1108,6 +1118,7 @@ def list_files(folder: Path) -> list[Path]:
             folders.clear()  # os.walk then goes no deeper
             continue
         entered.add((status.st_dev, status.st_ino))
+        folders[:] = [name for name in folders if not name.startswith(".")]
         files += [Path(place, name) for name in names if not name.startswith(".")]
     return sorted(file for file in files if file.is_file())
 
@@ -1165,13 +1176,18 @@ class Pair:
         return frame_array(blurred), frame_array(sharp)
 
 
-# A file's side of a pair is a folder's name, wherever it stands. The rest of the path is the key:
-# "text/a" for `blurred/text/a_blur.png`, and "GOPR0372_07_00/000047" for GoPro's
-# `GOPR0372_07_00/blur/000047.png`. GoPro's `blur_gamma` is no side. What is before the side is
-# nothing, or ends with a slash.
+# A folder named blurred, blur or sharp, anywhere in a path, says which side of a pair a file is.
+# The pair's key is the rest of the path: "text/a" for `blurred/text/a_blur.png`, and
+# "GOPR0372_07_00/000047" for GoPro's `GOPR0372_07_00/blur/000047.png`. GoPro's `blur_gamma` is no
+# side.
 PAIR_FILE = re.compile(
-    r"(?P<before>|.*?/)(?P<side>blurred|blur|sharp)/(?P<after>.*?)(_blurred|_blur|_sharp)?",
-    re.DOTALL,
+    r"""
+    (?P<before> | .*?/)              # the folders above, if any
+    (?P<side> blurred | blur | sharp) /
+    (?P<after> .*?)
+    (_blurred | _blur | _sharp)?     # a suffix of the file's name
+    """,
+    re.DOTALL | re.VERBOSE,
 )
 
 
@@ -1244,8 +1260,9 @@ def find_sharp(folder: Path, degradation: Degradation) -> list[Pair]:
     They are those on the sharp side of pairs, or all where the folder has no sides. UserError for
     no pictures, and for two of one name.
     """
-    sharp = find_sides(folder)["sharp"]
-    if not sharp:
+    sides = find_sides(folder)
+    sharp = sides["sharp"]
+    if not any(sides.values()):
         for path in list_pictures(folder):
             key = path.relative_to(folder).with_suffix("").as_posix()
             other = sharp.setdefault(key, path)
@@ -1269,8 +1286,14 @@ def embedded_pairs() -> list[Pair]:
         "people": ("astronaut.png", "camera.png"),
         "text": ("page.png", "text.png"),
         "nature": (
-            *("coffee.png", "rocket.jpg", "moon.png", "grass.png", "gravel.png", "brick.png"),
-            *("hubble_deep_field.jpg", "motorcycle_left.png"),
+            "coffee.png",
+            "rocket.jpg",
+            "moon.png",
+            "grass.png",
+            "gravel.png",
+            "brick.png",
+            "hubble_deep_field.jpg",
+            "motorcycle_left.png",
         ),
     }
     folder = Path(skimage.data.__file__).parent
@@ -1329,7 +1352,8 @@ def balanced(pairs: list[Pair]) -> list[Pair]:
 
 def training_pairs(config: RunConfig) -> tuple[list[Pair], list[Pair]]:
     """(to train on, held out)."""
-    # The mixture is scored at x2, so that its runs compare with those on x2 alone.
+    # "mixed" is scored at x2, so that its runs compare with those on x2 alone. scikit-image's
+    # pictures have no stored pairs: for "pairs" they are degraded at x2, too.
     degradation = PROTOCOLS.get(config.degradation, PROTOCOLS["x2"])
     if config.data_root is None:
         pairs = [dataclasses.replace(p, degradation=degradation) for p in embedded_pairs()]
@@ -1511,7 +1535,8 @@ class RestormerTeacherWrapper(nn.Module):
     there would be a loss term that silently is 0.
     """
 
-    # The report's names. It also hooks "encoder_level4", which Restormer has not: e4 is level 3.
+    # The keys are the report's names. The report hooks an "encoder_level4" for e4, which no
+    # Restormer has; here it is level 3.
     TAPS: typing.ClassVar = {"e2": "encoder_level2", "e4": "encoder_level3", "b": "latent"}
 
     def __init__(
@@ -1519,8 +1544,8 @@ class RestormerTeacherWrapper(nn.Module):
     ) -> None:
         super().__init__()
         self.restormer = restormer.requires_grad_(False).eval()
-        # The Restormer's sides must be multiples of this. A crop that starts at a multiple of it
-        # starts on a whole position of every tap.
+        # The sides of the Restormer's input must be multiples of this. A crop that starts at a
+        # multiple of it starts on a whole position of every tap.
         self.alignment = 8 * restormer.stem_stride
         self.tapped: dict[str, Tensor] = {}
         for name, layer in self.TAPS.items():
@@ -1784,30 +1809,27 @@ class StudentUNet(Student):
         return self.encoder[0].layers[0]
 
     def reach_in_folds(self, convolutions: Sequence[int]) -> int:
-        """`reach` in positions of the folded picture.
+        """`reach` in positions of the folded picture: the 3x3 layers on the longest path, added up.
 
-        A 3x3 convolution at scale s reaches 2^s positions further. Where a position covers several
-        of the next finer scale, some of these see up to 2^s - 1 more; so far away inputs hardly
-        matter.
+        It goes down the encoder, through the bottleneck and up the decoder. A layer at scale s
+        reaches 2^s positions. (Enlarging can add up to 2^s - 1; inputs so far away hardly matter.)
         """
         reach = 0
         for scale, count in enumerate(convolutions):
             coarsest = scale == len(convolutions) - 1
-            passes = count
-            if not coarsest:  # once on the way down, once on the way up
-                passes = 2 * count
-            if not coarsest and self.lateral:  # what comes up misses the first convolution
-                passes -= 1
-            reach += passes * 2**scale
-            if scale > 0 and self.lateral:  # the first, strided, convolution is at the finer scale
+            on_the_way_up = 0 if coarsest else count
+            if on_the_way_up and self.lateral:  # what comes up misses the first convolution
+                on_the_way_up -= 1
+            reach += (count + on_the_way_up) * 2**scale
+            if scale > 0 and self.lateral:  # a strided layer reads the finer scale: 2^(s-1) only
                 reach -= 2 ** (scale - 1)
         return reach
 
     def initialise(self) -> None:
         """`initialise`, with gates nearly open and what comes up from below near zero.
 
-        Deep stages that are heard from the start are noise, which training first silences for good;
-        so they come in as they learn (0.1 dB).
+        Untrained deep stages add noise. If they start at full strength, training switches them off
+        and they never recover. From near zero they grow as they learn (0.1 dB better).
         """
         initialise(self, self.output)
         for module in self.modules():
@@ -1844,8 +1866,8 @@ class StudentUNet(Student):
             else:
                 x = run(stage, torch.cat([below, skip], dim=1))
 
-        # Where the student has more scales than the teacher, their sizes differ; `feature_loss`
-        # brings the teacher's to the student's.
+        # The student's stem and scales need not be the teacher's, so maps of one name may differ in
+        # size; `feature_loss` resizes the teacher's.
         taps = {"e2": levels[1], "e4": levels[-2], "b": levels[-1]}
         return Features(x, taps, used)
 
@@ -1927,6 +1949,8 @@ def load_student(name: str | Path) -> tuple[Student, dict]:
     try:
         student = build_student(content["network"])
         student.load_state_dict(content["params"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         remedy = "a run's best.pth is one"
         raise UserError(f"{path}: not a student checkpoint of this script; {remedy}") from error
@@ -2085,9 +2109,10 @@ class DistillationLoss(nn.Module):
 class Expansion(nn.Module):
     """A product of two matrices that is added to a 3x3 kernel in training; zero at first.
 
-    Adam moves all values of a kernel about equally; through the product it moves the kernel along
-    its gradient (after Bhardwaj et al., MLSys 2022). A thousand steps of a small student give 27.85
-    dB with it, and 27.63 at best without. The student that is saved has only the sum.
+    Adam scales the step of each value by itself, so all values of a kernel move about equally. A
+    step of the two matrices moves it more along its gradient (after Bhardwaj et al., MLSys 2022).
+    A thousand steps of a small student give 27.85 dB with it, and 27.63 at best without. The
+    student that is saved has only the sum.
     """
 
     def __init__(self, kernel: Tensor, rank: int) -> None:
@@ -2140,16 +2165,16 @@ class Objective(nn.Module):
         features = None
         teacher_features = None
         with autocast:  # the networks only: SSIM's variances need float32
-            taught = batch
+            from_teacher = batch  # a cache's batch holds the teacher's results already
             if self.teacher and "teacher_output" not in batch:
                 teacher_output = self.teacher(blurred)
-                taught = self.teacher.tapped | {"teacher_output": teacher_output}
+                from_teacher = self.teacher.tapped | {"teacher_output": teacher_output}
             if "feature" in self.loss.weights:
-                output, features = call_network(blurred, {"taps": True})
-                teacher_features = self.teacher.project(taught)
+                output, features = call_network(blurred, kwargs={"taps": True})
+                teacher_features = self.teacher.project(from_teacher)
             else:
                 output = call_network(blurred)
-        teacher_output = taught.get("teacher_output")
+        teacher_output = from_teacher.get("teacher_output")
         return self.loss(
             Comparison(output, batch["sharp"], teacher_output, features, teacher_features)
         )
@@ -2173,7 +2198,7 @@ class CropOrder(Sampler[list[tuple[int, int]]]):
 
     def batches_in_step(self, step: int) -> int:
         """Batches of this optimiser step; the last group of an epoch may be smaller."""
-        seen = step % self.steps_per_epoch * self.group
+        seen = (step % self.steps_per_epoch) * self.group
         return min(self.group, self.batches_per_epoch - seen)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -2250,7 +2275,8 @@ def deferred_interrupts() -> Iterator[list[int]]:
 def ignore_interrupts(worker: int) -> None:
     """Loader processes leave signals to the training process, which stops them in order.
 
-    A signal to the whole process group must not reach them; one from that process must.
+    Ctrl-C goes to a whole process group, so each loader gets a group of its own. A SIGTERM from the
+    training process still ends it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgrp"):  # not on Windows
@@ -2419,7 +2445,10 @@ class TrainingRun:
         return norm
 
     def stop_at_last_good_state(self) -> typing.NoReturn:
-        """Save the state before the skipped steps, of which the last is not counted yet."""
+        """Save the state before the skipped steps.
+
+        `self.step` counts all of them but the last, since `train` counts after `take_step`.
+        """
         self.step -= MOST_SKIPPED - 1
         self.rows = self.rows[: self.step]
         if RANK == 0:
@@ -2570,8 +2599,8 @@ def frame_ssim(output: np.ndarray, sharp: np.ndarray) -> float:
 def mean_psnr(values: Sequence[float]) -> float:
     """Mean of PSNRs in dB.
 
-    A picture that equals its reference has infinitely many; then the result is the PSNR of the mean
-    squared error over the pictures.
+    A picture that equals its reference has an infinite PSNR; then the result is the PSNR of the
+    mean squared error over the pictures.
     """
     mean = statistics.fmean(values)
     error = statistics.fmean(10 ** (-value / 10) for value in values)
@@ -2592,7 +2621,7 @@ class Metric:
     digits: int
 
 
-# A row here is a figure in every table of `eval`.
+# A row here is a figure in every table of `eval` over pictures and clips.
 METRICS = {
     "psnr": Metric(frame_psnr, mean_psnr, 2),
     "ssim": Metric(frame_ssim, statistics.fmean, 4),
@@ -2605,8 +2634,12 @@ def score(output: np.ndarray, sharp: np.ndarray) -> dict[str, float]:
 
 
 def mean_scores(scores: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The mean of each metric over frames."""
-    return {name: metric.mean([s[name] for s in scores]) for name, metric in METRICS.items()}
+    """The mean over frames of each metric that all of them have; an older run may lack one."""
+    means = {}
+    for name, metric in METRICS.items():
+        if all(name in each for each in scores):
+            means[name] = metric.mean([each[name] for each in scores])
+    return means
 
 
 def score_method(method: FrameFunction, frames: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict:
@@ -2616,7 +2649,8 @@ def score_method(method: FrameFunction, frames: Sequence[tuple[np.ndarray, np.nd
 
 def format_scores(means: dict[str, float]) -> str:
     """The means in the order of METRICS, as in 29.82 / 0.9053."""
-    return " / ".join(f"{means[name]:.{metric.digits}f}" for name, metric in METRICS.items())
+    shown = {name: metric.digits for name, metric in METRICS.items() if name in means}
+    return " / ".join(f"{means[name]:.{digits}f}" for name, digits in shown.items())
 
 
 def scores_by_category(
@@ -2719,6 +2753,7 @@ class TeacherCache(Dataset):
             digest.update(tensor.cpu().numpy().tobytes())
         for pair in self.dataset.pairs:
             digest.update(pair.sharp.read_bytes())
+            digest.update(repr(pair.degradation).encode())
             if pair.blurred:
                 digest.update(pair.blurred.read_bytes())
         # What the degradations do is seen on a small picture: the mixture may have changed.
@@ -2817,7 +2852,7 @@ class FrameNetwork(nn.Module):
     def write_runs(self, layer: nn.Conv2d, scale: float) -> nn.ModuleList:
         """The last layer, in 8-bit units, as one layer for each row of a fold.
 
-        A 3x3 layer stays whole, and its result is cut instead: several would read all maps again.
+        A 3x3 layer stays whole and its result is cut: several layers would each read all maps.
         """
         pattern = "(color row column) ... -> (row column color) ..."
         weight = scale * rearrange(layer.weight.data, pattern, color=3, row=self.stride)
@@ -2895,7 +2930,7 @@ def sample_patches(frame: np.ndarray, side: int, count: int = 2) -> np.ndarray:
     if rows * columns <= count:
         return frame[None]
 
-    # Every 16th row will do. Where there are several rows of patches, 16 divides their height.
+    # Every 16th row will do. `side` is a multiple of 16: 96, rounded up to the alignment.
     green = frame[: rows * height : 16, : columns * width, 1].astype(np.int16)
     change = np.abs(np.diff(green, axis=1, prepend=green[:, :1]))
     in_rows = change.reshape(rows, -1, columns * width).sum(1, dtype=np.int32)
@@ -3118,8 +3153,8 @@ class FrameSharpener:
     def needed_overlap(student: Student, backend: str, tile: int) -> int:
         """Twice the student's reach, so that what a tile gives does not depend on its edges.
 
-        Nine tenths of that are enough: outputs differ by 1/255 at most. In int8, whose rounding can
-        make that 3/255, it is all of it.
+        Nine tenths of that are enough: outputs differ by 1/255 at most. With int8, whose rounding
+        can make that 3/255, it is the full overlap.
         """
         overlap = 2 * student.reach
         if backend != "openvino-int8":
@@ -3187,6 +3222,198 @@ def sharpener_of(config: InferenceConfig, strength: float = 1.0) -> FrameSharpen
     )
 
 
+# --- Clips: what real encoders do to frames -------------------------------------------------------
+
+CLIP_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi")
+FRAMES_A_SECOND = 25
+FIRST_SCORED = 2  # the third frame: a stream's first ones are better than those that follow
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A sharp clip; its kind is what its name begins with: "talk" for talk_03.mp4."""
+
+    path: Path
+
+    @property
+    def kind(self) -> str:
+        return self.path.stem.split("_")[0]
+
+    def frames(self) -> list[np.ndarray]:
+        """8-bit RGB (H, W, 3), as PyAV gives them; UserError if it cannot be read."""
+        return decoded_frames(self.path, self.path)
+
+
+def find_clips(folder: Path) -> list[Clip]:
+    """The clips in a folder; UserError if there are none."""
+    files = [path for path in list_files(folder) if path.suffix.lower() in CLIP_SUFFIXES]
+    require(files, f"{folder}: no clips in this folder; call protocols need sharp ones")
+    return [Clip(path) for path in files]
+
+
+def decoded_frames(file: Path | io.BytesIO, path: Path) -> list[np.ndarray]:
+    """All frames of a video file; `path` is what an error names."""
+    av = importlib.import_module("av")
+    try:
+        with av.open(file) as container:
+            return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    except (OSError, IndexError, ValueError) as error:  # PyAV's errors are of these kinds
+        raise UserError(f"{path}: not a readable clip ({error})") from error
+
+
+def small_size(width: int, height: int, factor: float) -> Size:
+    """1/factor of both sides, even as encoders want them, and at least 16."""
+    small_width = max(2 * round(width / factor / 2), 16)
+    small_height = max(2 * round(height / factor / 2), 16)
+    return small_width, small_height
+
+
+def resized(frame: np.ndarray, size: Size) -> np.ndarray:
+    """A frame at (width, height), bicubic."""
+    height, width = frame.shape[:2]
+    if (width, height) == size:
+        return frame
+    return np.array(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC))
+
+
+def encoded(frames: list[np.ndarray], call: Call) -> tuple[io.BytesIO, float]:
+    """(a stream as a live encoder makes it, its kilobits a second) of frames with even sides.
+
+    UserError if the encoder refuses, as SVT-AV1 does for small frames.
+    """
+    av = importlib.import_module("av")
+    height, width = frames[0].shape[:2]
+    file = io.BytesIO()
+    sent = 0
+    try:
+        with av.open(file, "w", format="matroska") as container:
+            options = dict(CODECS[call.codec])
+            stream = container.add_stream(call.codec, rate=FRAMES_A_SECOND, options=options)
+            stream.width = width
+            stream.height = height
+            stream.pix_fmt = "yuv420p"
+            stream.bit_rate = max(8000, int(call.bits * width * height * FRAMES_A_SECOND))
+            stream.codec_context.gop_size = 300
+            pictures = [av.VideoFrame.from_ndarray(frame, format="rgb24") for frame in frames]
+            for picture in (*pictures, None):  # None: what the encoder still holds
+                for packet in stream.encode(picture):
+                    sent += packet.size
+                    container.mux(packet)
+    except (OSError, ValueError) as error:  # PyAV's errors are of these kinds
+        raise UserError(f"{call.codec} cannot encode {width}x{height} frames ({error})") from error
+    file.seek(0)
+    seconds = len(frames) / FRAMES_A_SECOND
+    return file, sent * 8 / seconds / 1000
+
+
+def received_frames(sharp: list[np.ndarray], call: Call, path: Path) -> tuple[list, float]:
+    """(frames as they arrive in a call, at the size of the sharp ones; kilobits a second)."""
+    height, width = sharp[0].shape[:2]
+    size = small_size(width, height, call.factor)
+    file, kilobits = encoded([resized(frame, size) for frame in sharp], call)
+    arrived = decoded_frames(file, path)
+    require(len(arrived) == len(sharp), f"{path}: {call.codec} lost frames")
+    return [resized(frame, (width, height)) for frame in arrived], kilobits
+
+
+def flicker(outputs: list[np.ndarray], sharp: list[np.ndarray]) -> float:
+    """Mean of |(o_t - o_t-1) - (g_t - g_t-1)| over pixels and scored frames, in 8-bit levels."""
+    changes = []
+    for t in range(FIRST_SCORED, len(sharp)):
+        output_change = outputs[t].astype(np.int16) - outputs[t - 1]
+        sharp_change = sharp[t].astype(np.int16) - sharp[t - 1]
+        changes.append(np.abs(output_change - sharp_change).mean())
+    return float(np.mean(changes))
+
+
+def vmaf_scores(outputs: list[np.ndarray], sharp: list[np.ndarray]) -> dict[str, float]:
+    """{"vmaf", "vmaf_neg"} over the scored frames, by the FFmpeg in imageio-ffmpeg; {} without it.
+
+    VMAF-NEG does not reward mere contrast.
+    """
+    if importlib.util.find_spec("imageio_ffmpeg") is None:
+        return {}
+    ffmpeg = importlib.import_module("imageio_ffmpeg").get_ffmpeg_exe()
+    height, width = sharp[0].shape[:2]
+    # Without these flags the conversion shifts the brightness by a level.
+    convert = "scale=flags=accurate_rnd+full_chroma_int,format=yuv444p"
+    models = "version=vmaf_v0.6.1\\:name=vmaf|version=vmaf_v0.6.1neg\\:name=vmaf_neg"
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = []
+        for name, frames in (("output", outputs), ("sharp", sharp)):
+            file = Path(folder, f"{name}.rgb")
+            file.write_bytes(np.stack(frames[FIRST_SCORED:]).tobytes())
+            raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
+            inputs += [*raw, "-r", str(FRAMES_A_SECOND), "-i", str(file)]
+        log = "scores.json"  # in the folder that FFmpeg runs in: a path would need escaping
+        graph = f"[0:v]{convert}[a];[1:v]{convert}[b];"
+        graph += f"[a][b]libvmaf=model='{models}':log_fmt=json:log_path={log}"
+        command = [ffmpeg, "-hide_banner", *inputs, "-lavfi", graph, "-f", "null", "-"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        reason = done.stderr.strip().split("\n")[-1]
+        require(done.returncode == 0, f"imageio-ffmpeg: libvmaf failed ({reason})")
+        pooled = json.loads(Path(folder, log).read_text())["pooled_metrics"]
+    return {name: pooled[name]["mean"] for name in ("vmaf", "vmaf_neg")}
+
+
+# What the tables of clips show, and with how many digits. Flicker is a ratio to the input's.
+CLIP_DIGITS = {"flicker": 2, "vmaf": 1, "vmaf_neg": 1}
+
+
+def score_clip(outputs: list[np.ndarray], sharp: list[np.ndarray]) -> dict[str, float]:
+    """Scores of a clip from its third frame on; flicker in 8-bit levels."""
+    frames = zip(outputs[FIRST_SCORED:], sharp[FIRST_SCORED:], strict=True)
+    scores = mean_scores([score(output, frame) for output, frame in frames])
+    scores["flicker"] = flicker(outputs, sharp)
+    return scores | vmaf_scores(outputs, sharp)
+
+
+def evaluate_clip(clip: Clip, call: Call, methods: dict[str, FrameFunction]) -> dict:
+    """{"picture", "category", "kilobits", "scores": {method: scores}} of a clip in a call.
+
+    Flicker is the ratio to the input's; of an input without any it is not a number.
+    """
+    sharp = clip.frames()
+    long_enough = len(sharp) > FIRST_SCORED
+    require(long_enough, f"{clip.path}: a clip needs more than {FIRST_SCORED} frames")
+    received, kilobits = received_frames(sharp, call, clip.path)
+    scores = {}
+    for name, method in methods.items():
+        scores[name] = score_clip([method(frame) for frame in received], sharp)
+    level = scores["input"]["flicker"]
+    for method_scores in scores.values():
+        method_scores["flicker"] = method_scores["flicker"] / level if level else math.nan
+    row = {"picture": clip.path.stem, "category": clip.kind, "kilobits": kilobits}
+    return row | {"scores": scores}
+
+
+def mean_of_clips(rows: list[dict], methods: Iterable[str]) -> dict[str, dict[str, float]]:
+    """{method: mean scores} over clips."""
+    means = {}
+    for method in methods:
+        scores = [row["scores"][method] for row in rows]
+        means[method] = {name: statistics.fmean(s[name] for s in scores) for name in scores[0]}
+    return means
+
+
+def clip_table(rows: list[dict], methods: Iterable[str]) -> dict[str, dict[str, dict[str, float]]]:
+    """{"all", each kind, each clip: {method: means}}; clips average to kinds, kinds to all."""
+    kinds = grouped(rows, lambda row: row["category"])
+    by_kind = {kind: mean_of_clips(members, methods) for kind, members in kinds.items()}
+    total = mean_of_clips([{"scores": means} for means in by_kind.values()], methods)
+    by_clip = {row["picture"]: row["scores"] for row in rows}
+    return {"all": total} | by_kind | by_clip
+
+
+def format_clip_scores(scores: dict[str, float]) -> str:
+    """Frame metrics, then those of clips that were measured, as in 31.02 / 0.9012 / 1.05."""
+    texts = [format_scores(scores)]
+    texts += [
+        f"{scores[name]:.{digits}f}" for name, digits in CLIP_DIGITS.items() if name in scores
+    ]
+    return " / ".join(texts)
+
+
 # --- Command: sharpen -----------------------------------------------------------------------------
 
 # Formats that hold 8-bit colour, and that Pillow writes. Others (GIF, ICO, ...) become PNG.
@@ -3198,7 +3425,7 @@ OTHER_READERS = {
     ".heif": "pip install pillow-heif",
     ".svg": "export it as PNG first",
     ".pdf": "export its pages as PNG first",
-    **dict.fromkeys((".mp4", ".mov", ".mkv", ".webm", ".avi"), "clips are not read yet"),
+    **dict.fromkeys(CLIP_SUFFIXES, "clips are not sharpened yet"),
 }
 
 # EXIF tags that say what a picture shows and how it was taken. Others may describe how the input
@@ -3322,7 +3549,8 @@ def numbered(target: Path, taken: set[Path]) -> Path:
 def check_targets(config: SharpenConfig, jobs: list[Job], sources: set[Path]) -> None:
     """UserError for outputs that would replace an input, or a file that the user has named.
 
-    What stands under the default name is this input's own output of an earlier call.
+    What stands under the default name is this input's own output of an earlier call, and is
+    replaced.
     """
     for job in jobs:
         targets = [job.target]
@@ -3405,7 +3633,7 @@ def sharpen_picture(sharpener: FrameFunction, image: Image.Image) -> Image.Image
     if image.has_transparency_data:
         with_alpha = image.convert("RGBA")
         alpha = with_alpha.getchannel("A")
-        if not is_deep_grey(image):  # of whose values the conversion would cut off all above 255
+        if not is_deep_grey(image):  # the conversion to RGBA would clip deep grey at 255
             picture = with_alpha
     result = Image.fromarray(sharpener(frame_array(picture))).convert("L" if grey else "RGB")
     if alpha:
@@ -3588,10 +3816,6 @@ def train_teacher(config: TeacherConfig) -> None:
     fits = all((config.dim * 2**level) % heads == 0 for level, heads in enumerate(config.heads))
     wanted = f"--dim {config.dim}: must be even, and at level i, from 0, dim * 2^i a multiple of"
     require(config.dim % 2 == 0 and fits, f"{wanted} that level's --heads")
-    aligned = config.image_size % (8 * config.stem_stride) == 0
-    wanted = f"--image-size {config.image_size}: must be a multiple of {8 * config.stem_stride}"
-    require(aligned, f"{wanted} with --stem-stride {config.stem_stride}")
-
     last = read_last(config)
     torch.manual_seed(config.seed)
     training, held_out = training_pairs(config)
@@ -3611,6 +3835,10 @@ def train_teacher(config: TeacherConfig) -> None:
             heads=config.heads,
             ffn_expansion_factor=config.ffn_expansion_factor,
         )
+    multiple = 8 * restormer.stem_stride
+    wanted = f"--image-size {config.image_size}: must be a multiple of {multiple}"
+    aligned = config.image_size % multiple == 0
+    require(aligned, f"{wanted} with a stem stride of {restormer.stem_stride}")
     start_processes(device)
     objective = Objective(restormer, None, DistillationLoss({"reconstruction": 1.0}))
     shape = restormer_dimensions(restormer.state_dict())
@@ -3667,7 +3895,10 @@ def variant_config(config: AblateConfig, variant: Variant, epochs: int, seed: in
 
 
 def run_is_complete(run_dir: Path) -> bool:
-    """Whether log.csv, a run's last file, reaches the step of best.pth, its only validation."""
+    """Whether a run came to its end.
+
+    best.pth is written at the last step, the only one that is validated, and log.csv after it.
+    """
     best = run_dir / "best.pth"
     log = run_dir / "log.csv"
     if not (best.exists() and log.exists()):
@@ -3691,7 +3922,7 @@ def run_variant(config: AblateConfig, variant: Variant, epochs: int, test: list)
         rows = read_csv(run_config.run_dir / "log.csv")
         seconds += [float(row["seconds"]) for row in rows]
         variant.steps = len(rows)
-        variant.held_out.append({name: content["held_out"][name] for name in METRICS})
+        variant.held_out.append(mean_scores([content["held_out"]]))
         if test:
             sharpener = FrameSharpener(student, pick_device(config), precision=config.precision)
             variant.test.append(score_method(sharpener, test))
@@ -3712,8 +3943,10 @@ def ablate(config: AblateConfig) -> None:
     processes can share out the seeds, and a third print the table.
     """
     require(PROCESSES == 1, "ablate: run it without torchrun; processes may share out the --seeds")
-    own_terms = config.lambda_reconstruction or config.lambda_ssim
-    require(own_terms, "--lambda-reconstruction, --lambda-ssim: both are 0")
+    own_terms = [name for name, term in LOSS_TERMS.items() if not term.needs_teacher]
+    flags = ", ".join(f"--lambda-{name}" for name in own_terms)
+    weighted = any(getattr(config, f"lambda_{name}") for name in own_terms)
+    require(weighted, f"{flags}: all are 0, which leaves nothing to learn without a teacher")
     test = []
     if config.data_root and (config.data_root / "test").is_dir():  # a plain folder has no test half
         test = [pair.load() for pair in find_sharp(config.data_root / "test", PROTOCOLS["x2"])]
@@ -3738,189 +3971,6 @@ def ablate(config: AblateConfig) -> None:
     content = {v.name: {"held out": v.held_out, "test": v.test} for v in variants}
     write_json(content, config.run_dir / "ablation.json")
     plot_ablation(config.run_dir / "ablation.png", variants)
-
-
-# --- Clips: what real encoders do to frames -------------------------------------------------------
-
-CLIP_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi")
-FRAMES_A_SECOND = 25
-FIRST_SCORED = 2  # the third frame: a stream's first ones are better than those that follow
-
-
-@dataclass(frozen=True)
-class Clip:
-    """A sharp clip; its kind is what its name begins with: "talk" for talk_03.mp4."""
-
-    path: Path
-
-    @property
-    def kind(self) -> str:
-        return self.path.stem.split("_")[0]
-
-    def frames(self) -> list[np.ndarray]:
-        """8-bit RGB (H, W, 3), as PyAV gives them; UserError if it cannot be read."""
-        return decoded_frames(self.path, self.path)
-
-
-def find_clips(folder: Path) -> list[Clip]:
-    """The clips in a folder; UserError if there are none."""
-    files = [path for path in list_files(folder) if path.suffix.lower() in CLIP_SUFFIXES]
-    require(files, f"{folder}: no clips in this folder; call protocols need sharp ones")
-    return [Clip(path) for path in files]
-
-
-def decoded_frames(file: Path | io.BytesIO, path: Path) -> list[np.ndarray]:
-    """All frames of a video file; `path` is what an error names."""
-    av = importlib.import_module("av")
-    try:
-        with av.open(file) as container:
-            return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    except (OSError, IndexError, ValueError) as error:  # PyAV's errors are of these kinds
-        raise UserError(f"{path}: not a readable clip ({error})") from error
-
-
-def small_size(width: int, height: int, factor: float) -> Size:
-    """1/factor of both sides, even as encoders want them, and at least 16."""
-    small_width = max(2 * round(width / factor / 2), 16)
-    small_height = max(2 * round(height / factor / 2), 16)
-    return small_width, small_height
-
-
-def resized(frame: np.ndarray, size: Size) -> np.ndarray:
-    """A frame at (width, height), bicubic."""
-    height, width = frame.shape[:2]
-    if (width, height) == size:
-        return frame
-    return np.array(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC))
-
-
-def encoded(frames: list[np.ndarray], call: Call) -> tuple[io.BytesIO, float]:
-    """(a stream as a live encoder makes it, its kilobits a second) of frames with even sides.
-
-    UserError if the encoder refuses, as SVT-AV1 does for small frames.
-    """
-    av = importlib.import_module("av")
-    height, width = frames[0].shape[:2]
-    file = io.BytesIO()
-    sent = 0
-    try:
-        with av.open(file, "w", format="matroska") as container:
-            options = dict(CODECS[call.codec])
-            stream = container.add_stream(call.codec, rate=FRAMES_A_SECOND, options=options)
-            stream.width = width
-            stream.height = height
-            stream.pix_fmt = "yuv420p"
-            stream.bit_rate = max(8000, int(call.bits * width * height * FRAMES_A_SECOND))
-            stream.codec_context.gop_size = 300
-            pictures = [av.VideoFrame.from_ndarray(frame, format="rgb24") for frame in frames]
-            for picture in (*pictures, None):  # None: what the encoder still holds
-                for packet in stream.encode(picture):
-                    sent += packet.size
-                    container.mux(packet)
-    except (OSError, ValueError) as error:  # PyAV's errors are of these kinds
-        raise UserError(f"{call.codec} cannot encode {width}x{height} frames ({error})") from error
-    file.seek(0)
-    seconds = len(frames) / FRAMES_A_SECOND
-    return file, sent * 8 / seconds / 1000
-
-
-def received_frames(sharp: list[np.ndarray], call: Call, path: Path) -> tuple[list, float]:
-    """(frames as they arrive in a call, at the size of the sharp ones; kilobits a second)."""
-    height, width = sharp[0].shape[:2]
-    size = small_size(width, height, call.factor)
-    file, kilobits = encoded([resized(frame, size) for frame in sharp], call)
-    arrived = decoded_frames(file, path)
-    require(len(arrived) == len(sharp), f"{path}: {call.codec} lost frames")
-    return [resized(frame, (width, height)) for frame in arrived], kilobits
-
-
-def flicker(outputs: list[np.ndarray], sharp: list[np.ndarray]) -> float:
-    """Mean of |(o_t - o_t-1) - (g_t - g_t-1)| over pixels and scored frames, in 8-bit levels."""
-    changes = []
-    for t in range(FIRST_SCORED, len(sharp)):
-        output_change = outputs[t].astype(np.int16) - outputs[t - 1]
-        sharp_change = sharp[t].astype(np.int16) - sharp[t - 1]
-        changes.append(np.abs(output_change - sharp_change).mean())
-    return float(np.mean(changes))
-
-
-def vmaf_scores(outputs: list[np.ndarray], sharp: list[np.ndarray]) -> dict[str, float]:
-    """{"vmaf", "vmaf_neg"} over the scored frames, by the FFmpeg in imageio-ffmpeg; {} without it.
-
-    VMAF-NEG does not reward mere contrast.
-    """
-    if importlib.util.find_spec("imageio_ffmpeg") is None:
-        return {}
-    ffmpeg = importlib.import_module("imageio_ffmpeg").get_ffmpeg_exe()
-    height, width = sharp[0].shape[:2]
-    # Without these flags the conversion shifts the brightness by a level.
-    convert = "scale=flags=accurate_rnd+full_chroma_int,format=yuv444p"
-    models = "version=vmaf_v0.6.1\\:name=vmaf|version=vmaf_v0.6.1neg\\:name=vmaf_neg"
-    with tempfile.TemporaryDirectory() as folder:
-        inputs = []
-        for name, frames in (("output", outputs), ("sharp", sharp)):
-            file = Path(folder, f"{name}.rgb")
-            file.write_bytes(np.stack(frames[FIRST_SCORED:]).tobytes())
-            raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
-            inputs += [*raw, "-r", str(FRAMES_A_SECOND), "-i", str(file)]
-        log = "scores.json"  # in the folder that FFmpeg runs in: a path would need escaping
-        graph = f"[0:v]{convert}[a];[1:v]{convert}[b];"
-        graph += f"[a][b]libvmaf=model='{models}':log_fmt=json:log_path={log}"
-        command = [ffmpeg, "-hide_banner", *inputs, "-lavfi", graph, "-f", "null", "-"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-        reason = done.stderr.strip().split("\n")[-1]
-        require(done.returncode == 0, f"imageio-ffmpeg: libvmaf failed ({reason})")
-        pooled = json.loads(Path(folder, log).read_text())["pooled_metrics"]
-    return {name: pooled[name]["mean"] for name in ("vmaf", "vmaf_neg")}
-
-
-# What the tables of clips show, and with how many digits. Flicker is a ratio to the input's.
-CLIP_METRICS = {"psnr": 2, "ssim": 4, "flicker": 2, "vmaf": 1, "vmaf_neg": 1}
-
-
-def score_clip(outputs: list[np.ndarray], sharp: list[np.ndarray]) -> dict[str, float]:
-    """Scores of a clip from its third frame on; flicker in 8-bit levels."""
-    frames = zip(outputs[FIRST_SCORED:], sharp[FIRST_SCORED:], strict=True)
-    scores = mean_scores([score(output, frame) for output, frame in frames])
-    scores["flicker"] = flicker(outputs, sharp)
-    return scores | vmaf_scores(outputs, sharp)
-
-
-def evaluate_clip(clip: Clip, call: Call, methods: dict[str, FrameFunction]) -> dict:
-    """{"picture", "category", "kilobits", "scores": {method: scores}} of a clip in a call."""
-    sharp = clip.frames()
-    received, kilobits = received_frames(sharp, call, clip.path)
-    scores = {}
-    for name, method in methods.items():
-        scores[name] = score_clip([method(frame) for frame in received], sharp)
-    level = scores["input"]["flicker"]
-    for method_scores in scores.values():
-        method_scores["flicker"] /= level
-    row = {"picture": clip.path.stem, "category": clip.kind, "kilobits": kilobits}
-    return row | {"scores": scores}
-
-
-def mean_of_clips(rows: list[dict], methods: Iterable[str]) -> dict[str, dict[str, float]]:
-    """{method: mean scores} over clips."""
-    means = {}
-    for method in methods:
-        scores = [row["scores"][method] for row in rows]
-        means[method] = {name: statistics.fmean(s[name] for s in scores) for name in scores[0]}
-    return means
-
-
-def clip_table(rows: list[dict], methods: Iterable[str]) -> dict[str, dict[str, dict[str, float]]]:
-    """{"all", each kind, each clip: {method: means}}; clips average to kinds, kinds to all."""
-    kinds = grouped(rows, lambda row: row["category"])
-    by_kind = {kind: mean_of_clips(members, methods) for kind, members in kinds.items()}
-    total = mean_of_clips([{"scores": means} for means in by_kind.values()], methods)
-    by_clip = {row["picture"]: row["scores"] for row in rows}
-    return {"all": total} | by_kind | by_clip
-
-
-def format_clip_scores(scores: dict[str, float]) -> str:
-    """The scores in the order of CLIP_METRICS, as in 31.02 / 0.9012 / 1.05."""
-    return " / ".join(f"{scores[n]:.{d}f}" for n, d in CLIP_METRICS.items() if n in scores)
 
 
 # --- Command: eval --------------------------------------------------------------------------------
@@ -4088,7 +4138,7 @@ def onnx_bytes(network: FrameNetwork | GateNetwork) -> bytes:
 
 
 def export(config: ExportConfig) -> None:
-    """Write a student for other programs: 8-bit frames of any size in and out.
+    """Write a student for other programs, from 8-bit frames to 8-bit frames.
 
     A student with gates needs a second file, which makes them from patches or from the frame.
     """
@@ -4579,7 +4629,9 @@ def resumed_config(config_class: type[RunConfig], given: dict[str, object]) -> R
     """Given flags over the settings that a run was begun with, in the folder where it is now."""
     run_dir = given.get("run_dir")
     if run_dir is None:
-        settings = preset_config(TrainConfig, given) if config_class is TrainConfig else RunConfig()
+        settings = config_class()
+        if config_class is TrainConfig:  # the demo has a folder of its own
+            settings = preset_config(config_class, given)
         run_dir = settings.run_dir
     file = run_dir / "last.pth"
     last = read_checkpoint(file, RESTART)

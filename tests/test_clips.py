@@ -155,3 +155,18 @@ def test_a_call_without_pyav_says_what_to_install(clip_folder, monkeypatch, caps
     monkeypatch.setitem(kd.sys.modules, "av", None)
     assert kd.main(["eval", "--data-root", str(clip_folder), "--protocol", "call"]) == 2
     assert "--protocol call needs more packages: pip install av" in capsys.readouterr().err
+
+
+def test_a_clip_that_is_too_short_is_named(tmp_path, panning):
+    write_clip(tmp_path / "short.mkv", panning[:2])
+    (clip,) = kd.find_clips(tmp_path)
+    with pytest.raises(kd.UserError, match=r"short\.mkv: a clip needs more than 2 frames"):
+        kd.evaluate_clip(clip, kd.CALLS["call"], {"input": lambda frame: frame})
+
+
+def test_a_still_clip_has_no_ratio_of_flicker(tmp_path, monkeypatch):
+    monkeypatch.setattr(kd, "vmaf_scores", lambda outputs, sharp: {})
+    write_clip(tmp_path / "still.mkv", [np.full((64, 96, 3), 128, np.uint8)] * 4)
+    (clip,) = kd.find_clips(tmp_path)
+    row = kd.evaluate_clip(clip, kd.CALLS["call"], {"input": lambda frame: frame})
+    assert np.isnan(row["scores"]["input"]["flicker"])

@@ -367,6 +367,23 @@ def test_fps_of_an_untrained_student(tmp_path, capsys, monkeypatch, stride):
     assert read_json(tmp_path / "fps.json")["rows"][1]["macs_per_pixel"] == expected
 
 
+def test_fps_takes_the_backends_that_are_installed_and_start_quickly(monkeypatch):
+    cpu = kd.torch.device("cpu")
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    assert kd.fps_backends(kd.FpsConfig(), cpu) == ["torch", "openvino"]
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    assert kd.fps_backends(kd.FpsConfig(), cpu) == ["torch"]
+    assert kd.fps_backends(kd.FpsConfig(), kd.torch.device("cuda")) == ["torch"]
+
+
+def test_threads_are_as_many_as_is_asked_for():
+    before = kd.torch.get_num_threads()
+    for number in (1, 2):
+        kd.pick_device(kd.DeviceConfig(device="cpu", threads=number))
+        assert kd.torch.get_num_threads() == number
+    kd.torch.set_num_threads(before)
+
+
 def test_files_of_one_name_are_not_confused(tmp_path, student_file, capsys):
     files = [tmp_path / folder / "best.pth" for folder in ("a", "b")]
     for file in files:

@@ -678,3 +678,16 @@ def test_balanced_categories_are_equally_large():
     pairs = [kd.Pair(f"{name}/{i}", None) for name, count in counts.items() for i in range(count)]
     repeated = kd.balanced(pairs)
     assert [repeated.count(pair) for pair in pairs] == [1, 1, 1, 1, 1, 3, 2, 5]
+
+
+def test_blurred_pictures_alone_are_not_taken_for_sharp_ones(tmp_path):
+    save(tmp_path / "blurred/a.png")
+    with pytest.raises(kd.UserError, match="no pictures in this folder"):
+        kd.find_sharp(tmp_path, kd.PROTOCOLS["x2"])
+
+
+def test_what_an_interrupted_prepare_left_is_no_dataset(tmp_path):
+    save(tmp_path / ".train.unfinished/sharp/a.png")
+    assert kd.list_files(tmp_path) == []
+    with pytest.raises(kd.UserError, match="no pictures in this folder"):
+        kd.find_sharp(kd.split_folder(tmp_path, "train"), kd.PROTOCOLS["x2"])

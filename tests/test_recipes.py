@@ -137,7 +137,7 @@ def test_the_small_preset_trains_on_a_plain_folder_of_photos(sharp_folder, tmp_p
     command = ["train", "--data-root", str(sharp_folder), "--preset", "small", "--max-steps", "2"]
     assert kd.main([*command, "--device", "cpu", "--run-dir", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert "--preset small: the shipped fast student goes on" in printed
+    assert "--preset small: fine-tunes the shipped fast student" in printed
     assert "8 crops an epoch, 1 pictures held out" in printed  # 7, balanced
     assert "\nafter:  " in printed
     student, _ = kd.load_student(tmp_path / "best.pth")
@@ -356,7 +356,10 @@ def test_a_teachers_dimensions_fit_each_other(data_root, tmp_path, capsys):
         (["--dim", "9", "--heads", "1", "1", "1", "1"], "--dim 9: must be even"),
         (["--dim", "10", "--heads", "1", "3", "4", "8"], "a multiple of that level's --heads"),
         (["--dim", "0"], "--dim: 0 must be at least 2"),
-        (["--image-size", "48", "--stem-stride", "4"], "--image-size 48: must be a multiple of 32"),
+        (
+            ["--image-size", "48", "--stem-stride", "4"],
+            "--image-size 48: must be a multiple of 32 with",
+        ),
     )
     for extra, named in mistakes:
         assert kd.main([*command, *extra]) == 2
@@ -520,7 +523,23 @@ def test_an_ablation_without_held_out_pictures_writes_json_all_the_same(short_ab
 def test_an_ablation_needs_a_term_of_its_own_and_one_process(short_ablation, monkeypatch, capsys):
     none = ["--lambda-ssim", "0", "--lambda-reconstruction", "0"]
     assert kd.main([*short_ablation, "0", *none]) == 2
-    assert "--lambda-reconstruction, --lambda-ssim: both are 0" in capsys.readouterr().err
+    assert "--lambda-reconstruction, --lambda-ssim: all are 0" in capsys.readouterr().err
     monkeypatch.setattr(kd, "PROCESSES", 2)
     assert kd.main([*short_ablation, "0"]) == 2
     assert "ablate: run it without torchrun" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "folder"), [("teacher", "teacher_run"), ("train", "demo"), ("ablate", None)]
+)
+def test_a_run_is_resumed_where_its_command_writes_it(monkeypatch, capsys, command, folder):
+    def stop(path, remedy):
+        raise kd.UserError(f"looked for {path}")
+
+    monkeypatch.setattr(kd, "read_checkpoint", stop)
+    assert kd.main([command, "--resume"]) == 2
+    error = capsys.readouterr().err
+    if folder is None:  # it always continues what is there, and has no such flag
+        assert "unrecognized arguments: --resume" in error
+    else:
+        assert f"looked for {kd.CHECKPOINTS / folder / 'last.pth'}" in error

@@ -212,7 +212,7 @@ def test_what_a_folder_holds_beside_pictures_is_named_and_counted(
     assert "1 sharpened; 4 skipped: " in output
     assert "b.heic (pip install pillow-heif); " in output
     assert "c.svg (export it as PNG first); " in output
-    assert "d.mp4 (clips are not read yet); " in output
+    assert "d.mp4 (clips are not sharpened yet); " in output
     assert output.endswith("e.txt\n")
     assert names_in(tmp_path / "out") == ["a.png"]
 

@@ -398,3 +398,16 @@ def test_training_reads_the_cache(data_root, tiny_teacher, tmp_path):
     settings |= {"--lambda-feature": 0, "--lambda-kl": 0, "--seed": 5}
     assert train("--degradation", "mixed", "--overwrite") == 0
     assert written() == files
+
+
+def test_a_cache_of_pairs_degraded_otherwise_is_refused(tmp_path, data_root, tiny_teacher):
+    teacher = kd.RestormerTeacherWrapper(kd.load_restormer(tiny_teacher))
+    for protocol in ("x2", "x4"):
+        pairs = kd.find_sharp(data_root / "train", kd.PROTOCOLS[protocol])[:1]
+        dataset = kd.GoProSharpeningDataset(pairs, 96, blur_probability=0.0)
+        arguments = (tmp_path / "cache", dataset, teacher, 1, FLOAT32)
+        if protocol == "x2":
+            kd.TeacherCache(*arguments)
+        else:
+            with pytest.raises(kd.UserError, match="another teacher's or other data's"):
+                kd.TeacherCache(*arguments)

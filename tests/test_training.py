@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -679,6 +680,31 @@ def test_two_processes_match_one(arguments, tmp_path):
     assert not torch.allclose(first["output.weight"], start.output.weight, atol=1e-4)
     for name in first:
         assert torch.allclose(first[name], second[name], atol=2e-5), name
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(arguments, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, SCRIPT, *arguments, "--epochs", "100000", "--threads", "1"]
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    processes = []
+    for rank in (0, 1):
+        environment = os.environ | meeting | {"RANK": str(rank)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        run = [*command, "--run-dir", str(tmp_path)]
+        processes.append(subprocess.Popen(run, env=environment, **pipes))
+    try:
+        first, second = processes
+        assert any("step 1 of " in line for line in first.stdout)
+        second.send_signal(signal.SIGINT)
+        outputs = [process.communicate(timeout=60)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [130, 130], outputs
+    steps = torch.load(tmp_path / "last.pth", weights_only=True)["step"]
+    assert f"stopped after step {steps}" in outputs[0]
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
