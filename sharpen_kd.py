@@ -3762,9 +3762,9 @@ def carry_out(run: TrainingRun, last: dict | None) -> None:
     if RANK == 0:
         plot_curves(run)
     if not run.finished:
-        print(
-            f"stopped after step {run.step}; continue with --resume --run-dir {run.config.run_dir}"
-        )
+        if RANK == 0:
+            remedy = f"continue with --resume --run-dir {run.config.run_dir}"
+            print(f"stopped after step {run.step}; {remedy}")
         raise KeyboardInterrupt
 
 

@@ -14,6 +14,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
@@ -133,7 +134,7 @@ def test_evals_teacher_is_the_weight_file_that_is_named(
     command += ["--teacher-weights", str(tiny_teacher), "--device", "cpu"]
     command += ["--precision", "float32", "--output-dir", str(tmp_path)]
     assert kd.main(command) == 0
-    teacher = kd.teacher_frames(tiny_restormer, kd.torch.device("cpu"), "float32")
+    teacher = kd.teacher_frames(tiny_restormer, torch.device("cpu"), "float32")
     blurred, sharp = kd.find_pairs(data_root / "test")[5].load()
     expected = kd.score(teacher(blurred), sharp)["psnr"]
     assert float(read_csv(tmp_path / "scores.csv")[5]["teacher_psnr"]) == pytest.approx(expected)
@@ -346,13 +347,13 @@ def test_functions_take_turns_and_the_warm_up_is_not_counted():
     calls = []
     functions = {name: lambda name=name: calls.append(name) for name in ("a", "b")}
     config = kd.FpsConfig(warmup=1, frames=3)
-    timings = kd.time_in_turns(functions, kd.torch.device("cpu"), config)
+    timings = kd.time_in_turns(functions, torch.device("cpu"), config)
     assert calls == ["a", "b"] * 4
     assert all(0 < timing.median <= timing.late for timing in timings.values())
 
     waits = iter((0.2, 0.0, 0.0, 0.0))
     functions = {"slow at first": lambda: time.sleep(next(waits))}
-    timings = kd.time_in_turns(functions, kd.torch.device("cpu"), config)
+    timings = kd.time_in_turns(functions, torch.device("cpu"), config)
     assert timings["slow at first"].late < 100  # milliseconds
 
 
@@ -368,20 +369,20 @@ def test_fps_of_an_untrained_student(tmp_path, capsys, monkeypatch, stride):
 
 
 def test_fps_takes_the_backends_that_are_installed_and_start_quickly(monkeypatch):
-    cpu = kd.torch.device("cpu")
+    cpu = torch.device("cpu")
     monkeypatch.setitem(sys.modules, "nncf", None)
     assert kd.fps_backends(kd.FpsConfig(), cpu) == ["torch", "openvino"]
     monkeypatch.setitem(sys.modules, "openvino", None)
     assert kd.fps_backends(kd.FpsConfig(), cpu) == ["torch"]
-    assert kd.fps_backends(kd.FpsConfig(), kd.torch.device("cuda")) == ["torch"]
+    assert kd.fps_backends(kd.FpsConfig(), torch.device("cuda")) == ["torch"]
 
 
 def test_threads_are_as_many_as_is_asked_for():
-    before = kd.torch.get_num_threads()
+    before = torch.get_num_threads()
     for number in (1, 2):
         kd.pick_device(kd.DeviceConfig(device="cpu", threads=number))
-        assert kd.torch.get_num_threads() == number
-    kd.torch.set_num_threads(before)
+        assert torch.get_num_threads() == number
+    torch.set_num_threads(before)
 
 
 def test_files_of_one_name_are_not_confused(tmp_path, student_file, capsys):
@@ -432,8 +433,8 @@ def test_folders_of_results_are_made(tmp_path, data_root, student_file):
 
 def test_wrong_files_are_named_in_one_line(tmp_path, data_root, student_file, capsys):
     (tmp_path / "text.pth").write_text("hello")
-    kd.torch.save([1, 2], tmp_path / "list.pth")
-    kd.torch.save({"params": {}}, tmp_path / "other.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({"params": {}}, tmp_path / "other.pth")
     evaluate = ["eval", "--data-root", str(data_root)]
     mistakes = {
         ("fps", "--checkpoint", "text.pth"): "text.pth: not a PyTorch weight file",
