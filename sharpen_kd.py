@@ -230,6 +230,16 @@ def generator(key: Sequence[int], purpose: str) -> np.random.Generator:
     return np.random.default_rng((*key, zlib.crc32(purpose.encode())))
 
 
+def reseeded(degradation: Degradation, key: Sequence[int]) -> Degradation:
+    """The degradation with noise of the key's own: one pattern would be learned by heart."""
+    steps = []
+    for step in degradation:
+        if isinstance(step, Noise):
+            step = dataclasses.replace(step, seed=int(generator(key, "noise").integers(2**32)))
+        steps.append(step)
+    return tuple(steps)
+
+
 def draw_mixture(key: Sequence[int]) -> Degradation:
     """One degradation of the mixture that a student for real calls must meet.
 
@@ -1398,9 +1408,9 @@ class GoProSharpeningDataset(Dataset):
         self.blur_probability = blur_probability
         self.seed = seed
         self.degradation = degradation
-        self.decoded: dict[int, list[np.ndarray]] = {}
+        self.decoded: dict[Pair, list[np.ndarray]] = {}
         if cache:
-            self.decoded = {index: self.decode(index) for index in range(len(pairs))}
+            self.decoded = {pair: self.decode(pair) for pair in dict.fromkeys(pairs)}
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -1428,13 +1438,13 @@ class GoProSharpeningDataset(Dataset):
 
     def images(self, index: int) -> list[np.ndarray]:
         """[blurred, sharp], or [sharp] where it is degraded anew."""
-        if index in self.decoded:
-            return self.decoded[index]
-        return self.decode(index)
-
-    def decode(self, index: int) -> list[np.ndarray]:
-        """`images` from their files; enlarged where they are smaller than a crop."""
         pair = self.pairs[index]
+        if pair in self.decoded:
+            return self.decoded[pair]
+        return self.decode(pair)
+
+    def decode(self, pair: Pair) -> list[np.ndarray]:
+        """`images` from a pair's files; enlarged where they are smaller than a crop."""
         if self.degradation == "pairs":
             images = list(pair.load())
         else:
@@ -1460,7 +1470,7 @@ class GoProSharpeningDataset(Dataset):
         """How the sharp crop with this key is degraded anew."""
         if self.degradation == "mixed":
             return draw_mixture(key)
-        return PROTOCOLS[self.degradation]
+        return reseeded(PROTOCOLS[self.degradation], key)
 
     def blur_further(self, blurred: np.ndarray, key: Sequence[int]) -> np.ndarray:
         """The report's augmentation: 3x3 Gaussian blur of sigma 0.1 to 2.0."""
@@ -1484,6 +1494,10 @@ def on_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tenso
 
 
 # --- Teacher: a frozen Restormer, its features read by forward hooks ------------------------------
+#
+# A StemmedRestormer is a Restormer that sees the picture folded by its stem stride r: r x r pixels
+# of 3 colours become one position of 3 r^2 channels. Its output is unfolded again. The published
+# Restormer has r = 1.
 
 
 def load_restormer(weights: Path | None) -> StemmedRestormer:
@@ -1544,15 +1558,18 @@ class RestormerTeacherWrapper(nn.Module):
     ) -> None:
         super().__init__()
         self.restormer = restormer.requires_grad_(False).eval()
-        # The sides of the Restormer's input must be multiples of this. A crop that starts at a
-        # multiple of it starts on a whole position of every tap.
+        # The sides of the Restormer's input must be multiples of this. (The workshop's cache cuts
+        # crops out of stored taps; those start at multiples of it, too.)
         self.alignment = 8 * restormer.stem_stride
         self.tapped: dict[str, Tensor] = {}
         for name, layer in self.TAPS.items():
             module = restormer.get_submodule(layer)
             module.register_forward_hook(self.keep_as(name))
             if student_widths:
-                teacher_width = module[0].norm1.body.weight.shape[0]  # one weight a channel
+                first_block = module[
+                    0
+                ]  # of a level's transformer blocks; it begins with a LayerNorm
+                teacher_width = len(first_block.norm1.body.weight)  # one weight a channel
                 projection = nn.Conv2d(teacher_width, student_widths[name], 1)
                 self.add_module(f"proj_{name}", projection)
 
@@ -1601,9 +1618,8 @@ def teacher_frames(
 
 # --- Student: what a student must have; the report's U-Net; a plain stack -------------------------
 #
-# A student sees the picture folded by its stem stride r: r x r pixels of 3 colours become one
-# position of 3 r^2 channels, in a map of 1/r of the sides. Most arithmetic is then done on a map of
-# 1/r^2 of the positions.
+# A student, too, sees the picture folded by its stem stride r, as a map of 1/r of the sides with
+# 3 r^2 channels. All arithmetic is then done on 1/r^2 as many positions.
 #
 # It may have gates: factors of its channels that SE blocks make of the whole map. A frame that is
 # computed in tiles hands them in, so that all its tiles have the same.
@@ -1631,7 +1647,7 @@ class Student(nn.Module, abc.ABC):
     reach: int  # about how many pixels away an input can change an output, but for gates
     feature_widths: dict[str, int]  # channels of each tap; {} if there is nothing to compare
     gate_widths: Sequence[int]  # channels of each SE block in order; () if there are no gates
-    output: nn.Conv2d  # the last layer, which writes 3 r^2 channels of folded pixels
+    output: nn.Conv2d  # the last layer, 1x1 or 3x3, which writes 3 r^2 channels of folded pixels
 
     @classmethod
     @abc.abstractmethod
@@ -1641,7 +1657,12 @@ class Student(nn.Module, abc.ABC):
     @property
     @abc.abstractmethod
     def first_layer(self) -> nn.Conv2d:
-        """The layer that reads 3 r^2 channels of folded pixels."""
+        """The layer that reads 3 r^2 channels of folded pixels; 3x3, padded by 1, not dilated."""
+
+    @property
+    def overlap(self) -> int:
+        """Pixels that tiles must share to agree with the whole frame within 1/255."""
+        return 2 * self.reach
 
     @abc.abstractmethod
     def features(self, folded: Tensor, gates: Sequence[Tensor] = ()) -> Features:
@@ -1807,6 +1828,11 @@ class StudentUNet(Student):
     @property
     def first_layer(self) -> nn.Conv2d:
         return self.encoder[0].layers[0]
+
+    @property
+    def overlap(self) -> int:
+        """Nine tenths of twice the reach were enough for the shipped students."""
+        return 2 * self.reach * 9 // 10
 
     def reach_in_folds(self, convolutions: Sequence[int]) -> int:
         """`reach` in positions of the folded picture: the 3x3 layers on the longest path, added up.
@@ -2007,9 +2033,9 @@ def feature_loss(student: dict[str, Tensor], teacher: dict[str, Tensor]) -> Tens
     """L1 between student features and projected teacher features, (B, C, H, W); mean over taps.
 
     The projections train too, so a plain L1 would be smallest with both sides at zero. Here each
-    teacher channel is standardised, so that no projection can shrink it; the student's is only
-    centred and has to come to that size. (Standardising both left plain ReLU channels free to die:
-    13 of 24 in e2 after 120 steps, against 4.)
+    teacher channel is standardised to variance 1, so that no projection can shrink it; the
+    student's is only centred, and has to reach that variance itself. (With both standardised, 13 of
+    24 plain ReLU channels of e2 were dead after 120 steps; with the student's only centred, 4.)
     """
     losses = []
     for name, features in student.items():
@@ -2547,7 +2573,7 @@ class TrainingRun:
         """Make the run's folder, and remove what a run before left, which --overwrite gives up."""
         require_writable(self.config.run_dir / "last.pth")
         if RANK == 0:
-            for name in ("last.pth", "best.pth"):
+            for name in ("last.pth", "best.pth", "log.csv", "curves.png"):
                 (self.config.run_dir / name).unlink(missing_ok=True)
 
     def finish(self) -> None:
@@ -2575,7 +2601,9 @@ def make_objective(config: TrainConfig, resumed: bool) -> Objective:
     comparable = student.feature_widths or not with_features
     require(comparable, f"--network {config.network}: has no features; add --lambda-feature 0")
     teacher = None
-    if needs_teacher(weights) or config.teacher_cache:  # a cache belongs to a teacher in any case
+    # A cache is checked against its teacher, and gives other crops than no cache: so that runs with
+    # and without a term compare, one without any loads the teacher, too.
+    if needs_teacher(weights) or config.teacher_cache:
         widths = student.feature_widths if with_features else None
         teacher = RestormerTeacherWrapper(load_restormer(config.teacher_weights), widths)
     loss = DistillationLoss(weights, config.temperature)  # last, since it may download VGG19
@@ -2634,7 +2662,10 @@ def score(output: np.ndarray, sharp: np.ndarray) -> dict[str, float]:
 
 
 def mean_scores(scores: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The mean over frames of each metric that all of them have; an older run may lack one."""
+    """The mean over frames of each metric that all of them have.
+
+    Scores that are read out of a run's best.pth may be older than a metric.
+    """
     means = {}
     for name, metric in METRICS.items():
         if all(name in each for each in scores):
@@ -2843,6 +2874,11 @@ class FrameNetwork(nn.Module):
 
         `pixel_unshuffle` orders the channels of a fold by colour, row and column.
         """
+        shape = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+        plain = shape == ((3, 3), (1, 1), (1, 1), (1, 1))
+        require(
+            plain, "a student's first layer must be 3x3, padded by 1, without stride or dilation"
+        )
         pattern = "out (color row column) y x -> out (column color) (y row) x"
         kernel = rearrange(layer.weight.data, pattern, color=3, row=self.stride)
         layer.weight.data = kernel / 255
@@ -3151,14 +3187,10 @@ class FrameSharpener:
 
     @staticmethod
     def needed_overlap(student: Student, backend: str, tile: int) -> int:
-        """Twice the student's reach, so that what a tile gives does not depend on its edges.
-
-        Nine tenths of that are enough: outputs differ by 1/255 at most. With int8, whose rounding
-        can make that 3/255, it is the full overlap.
-        """
-        overlap = 2 * student.reach
-        if backend != "openvino-int8":
-            overlap = overlap * 9 // 10
+        """What the student needs; in int8, whose rounding enlarges small errors, its full reach."""
+        overlap = student.overlap
+        if backend == "openvino-int8":
+            overlap = 2 * student.reach
         return min(overlap, tile // 2)
 
     def __call__(self, frame: np.ndarray) -> np.ndarray:
@@ -3393,6 +3425,7 @@ def mean_of_clips(rows: list[dict], methods: Iterable[str]) -> dict[str, dict[st
     for method in methods:
         scores = [row["scores"][method] for row in rows]
         means[method] = {name: statistics.fmean(s[name] for s in scores) for name in scores[0]}
+        means[method] |= mean_scores(scores)  # PSNR has a mean of its own
     return means
 
 

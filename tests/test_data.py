@@ -691,3 +691,24 @@ def test_what_an_interrupted_prepare_left_is_no_dataset(tmp_path):
     assert kd.list_files(tmp_path) == []
     with pytest.raises(kd.UserError, match="no pictures in this folder"):
         kd.find_sharp(kd.split_folder(tmp_path, "train"), kd.PROTOCOLS["x2"])
+
+
+def test_every_crop_has_noise_of_its_own(tmp_path):
+    save(tmp_path / "grey.png", (32, 32))
+    pairs = kd.find_sharp(tmp_path, kd.PROTOCOLS["noise5"])
+    dataset = kd.GoProSharpeningDataset(pairs, 32, degradation="noise5")
+    first, second, again = (dataset.crop(epoch, 0)["blurred"] for epoch in (0, 1, 0))
+    assert np.array_equal(first, again)
+    assert (first == second).mean() < 0.2
+    assert np.std(second.astype(float)) == pytest.approx(5, rel=0.1)
+
+
+def test_a_repeated_picture_is_decoded_once(tmp_path, monkeypatch):
+    save(tmp_path / "a.png", (32, 32))
+    pairs = kd.find_sharp(tmp_path, kd.PROTOCOLS["x2"]) * 3
+    opened = []
+    open_picture = kd.open_picture
+    monkeypatch.setattr(kd, "open_picture", lambda path: opened.append(path) or open_picture(path))
+    dataset = kd.GoProSharpeningDataset(pairs, 16, cache=True, degradation="x2")
+    assert [len(dataset.images(index)) for index in range(3)] == [1, 1, 1]
+    assert len(opened) == 1

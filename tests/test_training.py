@@ -521,14 +521,14 @@ def test_overwrite_leaves_nothing_of_the_run_before(arguments, tmp_path, monkeyp
     found = []
 
     def stop(run, batches):
-        found.append(sorted(path.name for path in tmp_path.glob("*.pth")))
+        found.append(sorted(path.name for path in tmp_path.iterdir()))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(kd.TrainingRun, "accumulate_gradients", stop)
     again = ["train", "--resume", "--run-dir", str(tmp_path), "--max-steps", "3"]
     assert kd.main(again) == 130
     assert kd.main([*command, "--overwrite"]) == 130
-    assert found == [["best.pth", "last.pth"], []]
+    assert found == [["best.pth", "curves.png", "last.pth", "log.csv"], []]
 
 
 def test_a_run_is_kept_without_its_last_state_and_continues_where_it_was_moved(
