@@ -1,7 +1,7 @@
 """sharpen_kd: distil a Restormer teacher into a student that sharpens video-call frames.
 
-    python sharpen_kd.py sharpen input.png           # also folders; any size, any Pillow format
-    python sharpen_kd.py train                       # GoPro_dataset/, or scikit-image's pictures
+    python sharpen_kd.py sharpen input.png           # also clips, and folders with both
+    python sharpen_kd.py train                       # on GoPro_dataset/, or a small demonstration
     python sharpen_kd.py eval --checkpoint CK        # PSNR and SSIM, for each category
     python sharpen_kd.py fps                         # milliseconds a frame, 512x512 to 1080p
 
@@ -57,6 +57,7 @@ import itertools
 import json
 import math
 import os
+import queue
 import re
 import shutil
 import signal
@@ -69,7 +70,7 @@ import time
 import typing
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -191,7 +192,8 @@ class Call:
     bits: float  # aimed at, for each pixel of a small frame
 
 
-# What FFmpeg's encoders are told, to work as they do in a call.
+# What FFmpeg's encoders are told, to work as they do in a call: fast, without looking ahead, and
+# for SVT-AV1 with references to the past only (pred-struct) at a constant bit rate (rc).
 CODECS = {
     "libx264": {"preset": "veryfast", "tune": "zerolatency"},
     "libvpx-vp9": {"deadline": "realtime", "cpu-used": "7", "lag-in-frames": "0"},
@@ -241,14 +243,25 @@ def reseeded(degradation: Degradation, key: Sequence[int]) -> Degradation:
 
 
 def draw_mixture(key: Sequence[int]) -> Degradation:
-    """One degradation of the mixture that a student for real calls must meet.
+    """One degradation of the mixture that a student for pictures must meet.
 
-    A student trained on x2 alone ruins pictures that are sharp already. So 8 % stay untouched. Of
-    the rest one half is shrunk by 2, the other by a factor drawn from 1.5 to 4; 10 % are blurred as
-    well, and 20 % compressed.
+    A student trained on x2 alone ruins what is sharp already, and what was damaged in other ways.
+    So 8 % stay untouched, 8 % are compressed only, 4 % get noise and 4 % motion blur. Of the rest
+    two thirds are shrunk by 2, the others by a factor drawn from 1.2 to 4; a tenth of them is
+    blurred as well, a fifth compressed, and a fifth enlarged by another filter than bicubic.
     """
-    if generator(key, "untouched").random() < 0.08:
+    kind = generator(key, "kind").random()
+    compressing = generator(key, "jpeg")
+    jpeg = Jpeg(int(compressing.integers(15, 96)))
+    if kind < 0.08:
         return ()
+    if kind < 0.16:
+        return (jpeg,)
+    if kind < 0.20:
+        noise = generator(key, "noise")
+        return (Noise(noise.uniform(1, 8), int(noise.integers(2**32))),)
+    if kind < 0.24:
+        return (MotionBlur(2 * int(generator(key, "motion").integers(2, 8)) + 1),)
 
     at_the_camera = []
     while_small = []
@@ -256,22 +269,48 @@ def draw_mixture(key: Sequence[int]) -> Degradation:
 
     shrinking = generator(key, "shrink")
     factor = 2.0
-    if shrinking.random() < 0.5:
-        factor = shrinking.uniform(1.5, 4)
+    if shrinking.random() < 1 / 3:
+        factor = shrinking.uniform(1.2, 4)
 
     blurring = generator(key, "blur")
     if blurring.random() < 0.1:
         at_the_camera.append(GaussianBlur(blurring.uniform(0.3, 1.2)))
 
-    compressing = generator(key, "jpeg")
     if compressing.random() < 0.2:
-        jpeg = Jpeg(int(compressing.integers(30, 96)))
         if compressing.random() < 0.5:
             while_small.append(jpeg)
         else:
             at_the_receiver.append(jpeg)
 
-    return (*at_the_camera, Shrink(factor), *while_small, Enlarge(), *at_the_receiver)
+    enlarging = generator(key, "enlarge").random()
+    enlarge = Enlarge()
+    if enlarging < 0.12:
+        enlarge = Enlarge("bilinear")
+    elif enlarging < 0.2:
+        enlarge = Enlarge("nearest")
+
+    return (*at_the_camera, Shrink(factor), *while_small, enlarge, *at_the_receiver)
+
+
+def draw_call(key: Sequence[int]) -> Call:
+    """One call of the mixture that a student for calls must meet.
+
+    Half are H.264, as most calls are. A quarter arrive unshrunk, since a student that never met
+    them sharpens what the encoder left; the others by 2, or by a factor drawn from 1 to 3.
+    """
+    encoding = generator(key, "codec")
+    codec = encoding.choice(list(CODECS), p=(0.5, 0.25, 0.13, 0.12))
+
+    shrinking = generator(key, "shrink")
+    usual = shrinking.random()
+    factor = shrinking.uniform(1, 3)
+    if usual < 0.25:
+        factor = 1.0
+    elif usual < 0.6:
+        factor = 2.0
+
+    bits = math.exp(generator(key, "bits").uniform(math.log(0.03), math.log(0.4)))
+    return Call(factor, str(codec), bits)
 
 
 # --- Settings: every command's flags, as plain data -----------------------------------------------
@@ -282,7 +321,14 @@ SAMPLES = HERE / "inference_samples"
 CHECKPOINTS = HERE / "model_checkpoints"
 OFFICIAL_TEACHER = HERE / "Restormer/Motion_Deblurring/pretrained_models/motion_deblurring.pth"
 COMPACT_TEACHER = CHECKPOINTS / "teacher.pth"
-SHIPPED = {"quality": CHECKPOINTS / "student.pth", "fast": CHECKPOINTS / "student_fast.pth"}
+SHIPPED = {
+    "quality": CHECKPOINTS / "student.pth",
+    "fast": CHECKPOINTS / "student_fast.pth",
+    "call": CHECKPOINTS / "student_call.pth",
+    "call-fast": CHECKPOINTS / "student_call_fast.pth",
+}
+FOR_PICTURES = "quality"
+FOR_CLIPS = "call"
 
 # The backends of inference, and the packages that each one needs beyond requirements.txt.
 BACKENDS = {
@@ -373,11 +419,15 @@ class DeviceConfig:
 class InferenceConfig(DeviceConfig):
     """Which student to run, and how."""
 
-    checkpoint: str = flag("quality", f"{', '.join(SHIPPED)}, or a student checkpoint's file")
+    checkpoint: str = flag(
+        "auto",
+        f"{', '.join(SHIPPED)}, or a student checkpoint's file; auto: {FOR_PICTURES} for pictures,"
+        f" {FOR_CLIPS} for clips",
+    )
     backend: str = flag("torch", "what runs the student", choices=tuple(BACKENDS))
     tile: int = flag(
         2048,
-        "about the side of the tiles in pixels; 0 takes a picture whole",
+        "approximate side of a tile in pixels; 0 takes a picture whole",
         at_least=0,
         at_most=LARGEST_COUNT,
     )
@@ -391,9 +441,9 @@ class InferenceConfig(DeviceConfig):
 
 @dataclass
 class SharpenConfig(InferenceConfig):
-    """Sharpen pictures: files, or folders with everything in them."""
+    """Sharpen pictures and clips: files, or folders with everything in them."""
 
-    inputs: tuple[Path, ...] = flag((), "pictures or folders", positional=True, nargs="+")
+    inputs: tuple[Path, ...] = flag((), "pictures, clips or folders", positional=True, nargs="+")
     output: Path | None = flag(
         None, "file or folder (default: NAME_sharpened beside each input)", short="-o"
     )
@@ -401,16 +451,37 @@ class SharpenConfig(InferenceConfig):
         1.0, "scale of the student's correction; 0 returns the input", at_least=0, at_most=100
     )
     overwrite: bool = flag(False, "replace files that -o names")
-    before_after: bool = flag(False, "also write NAME_before_after.png, both side by side")
+    before_after: bool = flag(False, "pictures: also write NAME_before_after.png, side by side")
+    size: str = flag("", "clips: enlarge frames to WIDTHxHEIGHT first, as a call's window does")
+    lossless: bool = flag(False, "clips: store them without loss (FFV1 in .mkv)")
+
+
+# What `prepare --protocol` and `train --degradation` take beside the protocols.
+MIXED = "mixed"
+CALL_MIXTURE = "calls"
+ENCODED_PAIRS = "low"
+CLIP_PROTOCOLS = (*CALLS, ENCODED_PAIRS)
 
 
 @dataclass
 class PrepareConfig:
-    """Write blurred/sharp pairs: each picture shrunk and enlarged again, both bicubic."""
+    """Write blurred/sharp pairs of pictures; with --protocol training crops of pictures and clips.
+
+    Without --protocol each picture is shrunk and enlarged again, both bicubic.
+    """
 
     sharp_dir: Path = flag(
-        Path(), "folder of sharp pictures; its sub-folders are categories", positional=True
+        Path(), "folder of sharp pictures or clips; sub-folders are categories", positional=True
     )
+    protocol: tuple[str, ...] = flag(
+        (),
+        f"write crops for `train --degradation crops`, degraded by one of these each: {MIXED}"
+        f" (pictures), {CALL_MIXTURE} (real encoders; needs PyAV), {ENCODED_PAIRS} (your own clips"
+        " in low/ beside sharp/), or a protocol of `eval`",
+        choices=(MIXED, CALL_MIXTURE, ENCODED_PAIRS, *PROTOCOLS, *CALLS), metavar="PROTOCOL",
+    )  # fmt: skip
+    crops: int = flag(24000, "--protocol: crops to write", at_least=1, at_most=10**7)
+    crop_size: int = flag(128, "--protocol: side of the crops in pixels", at_least=16, at_most=2048)
     split: str = flag("train", "which half of the dataset to write", choices=("train", "test"))
     data_root: Path = flag(DATASET, "dataset folder to write into")
     scale: tuple[float, ...] = flag(
@@ -469,8 +540,9 @@ class RunConfig(DeviceConfig):
     )
     degradation: str = flag(
         "pairs",
-        "stored pairs, or sharp crops degraded anew by a protocol or by the mixture",
-        choices=("pairs", "mixed", *PROTOCOLS),
+        "stored pairs, crops that `prepare --protocol` wrote, or sharp crops degraded anew by a"
+        " protocol or by the mixture",
+        choices=("pairs", "crops", MIXED, *PROTOCOLS),
     )
     blur_probability: float = flag(
         1.0, "pairs: share of crops blurred further (3x3, sigma 0.1 to 2)", at_least=0, at_most=1
@@ -500,7 +572,13 @@ class StudentConfig:
     """The student's shape."""
 
     # No choices here: the names are those of the classes in STUDENTS, which need PyTorch.
-    network: str = flag("unet", "unet: the report's; plain: 3x3 layers at one scale")
+    network: str = flag(
+        "unet",
+        "unet: the report's; plain: 3x3 layers at one scale; guided: such layers on the luma, and"
+        " a map of where their correction is wanted",
+    )
+    guide_width: int = flag(16, "guided: width of what makes the map", at_least=1, at_most=4096)
+    colours: bool = flag(True, "guided: correct colours, too")
     stem_stride: int = flag(
         4,
         "space-to-depth factor before the first layer; 1 is the report's network",
@@ -513,7 +591,8 @@ class StudentConfig:
         (), "unet: a width for each scale instead; plain: one width", at_least=1, at_most=4096
     )
     convolutions: tuple[int, ...] = flag(
-        (), "unet: 3x3 layers a stage, one number or one for each scale; plain: layers",
+        (), "number of 3x3 layers; unet: in each stage, one number or one for each scale (default:"
+        " 2); plain, guided: in all (default: 6, 4)",
         at_least=1, at_most=64,
     )  # fmt: skip
     skips: str = flag(
@@ -522,7 +601,7 @@ class StudentConfig:
     )  # fmt: skip
 
 
-# One field a row of LOSS_TERMS: lambda_reconstruction, lambda_perceptual and so on.
+# One field for each row of LOSS_TERMS: lambda_reconstruction, lambda_perceptual and so on.
 LossConfig = dataclasses.make_dataclass(
     "LossConfig",
     [
@@ -622,7 +701,8 @@ class TrainConfig(RunConfig, StudentConfig, LossConfig):
     )  # fmt: skip
     expansion: int = flag(
         0,
-        "rank of a matrix product added to each 3x3 kernel while it learns; see Expansion",
+        "lets 3x3 kernels learn faster: the rank of a matrix product that is added to each (64 is"
+        " good; 0: none); the student that is saved has only the sum",
         at_least=0,
         at_most=4096,
     )
@@ -632,7 +712,10 @@ class TrainConfig(RunConfig, StudentConfig, LossConfig):
         None, "folder for the teacher's results: computed once, then read"
     )
     cache_variants: int = flag(
-        4, "flips and degradations of each picture in the cache", at_least=1, at_most=1000
+        4,
+        "how many differently flipped and degraded versions of each picture",
+        at_least=1,
+        at_most=1000,
     )
     log_gradients: int = flag(
         0,
@@ -691,8 +774,9 @@ class EvalConfig(InferenceConfig):
     split: str = flag("test", "which half of the dataset to read", choices=("train", "test"))
     protocol: tuple[str, ...] = flag(
         (),
-        "degrade sharp pictures, for call… sharp clips, instead of reading blurred ones",
-        choices=(*PROTOCOLS, *CALLS),
+        "degrade sharp pictures (call…: sharp clips) instead of reading blurred ones;"
+        f" {ENCODED_PAIRS}: your own clips in low/ beside sharp/",
+        choices=(*PROTOCOLS, *CLIP_PROTOCOLS),
     )
     resize: int = flag(
         0,
@@ -816,7 +900,8 @@ def flag_of(item: dataclasses.Field) -> str:
 def add_flag(parser: Parser, item: dataclasses.Field) -> None:
     """Add one setting's argument; its type comes from the annotation, the rest from `flag`."""
     options = dict(item.metadata["options"])
-    kind = (typing.get_args(item.type) or (item.type,))[0]  # Path of `Path | None`
+    parts = typing.get_args(item.type)  # (Path, NoneType) of `Path | None`
+    kind = parts[0] if parts else item.type  # of a tuple, what it holds
     read = bounded(kind, item.metadata["bounds"])
     if item.metadata["positional"]:
         parser.add_argument(item.name, type=read, help=item.metadata["about"], **options)
@@ -1383,6 +1468,10 @@ def training_pairs(config: RunConfig) -> tuple[list[Pair], list[Pair]]:
 
 # --- Crops: what training draws from the pairs ----------------------------------------------------
 
+# The files that `prepare --protocol` writes.
+PREPARED_PIXELS = "crops.npy"  # 8-bit (N, 2, S, S, 3): blurred and sharp
+PREPARED_ABOUT = "crops.json"
+
 
 class GoProSharpeningDataset(Dataset):
     """Blurred/sharp training crops: 8-bit RGB (image_size, image_size, 3) for the loader.
@@ -1391,7 +1480,7 @@ class GoProSharpeningDataset(Dataset):
     even pixels, where the pattern of a frame enlarged by 2 begins. "pairs" blurs the pair's own
     blur further, as the report does; a protocol or "mixed" degrades the sharp crop anew.
 
-    For users: train a student from scratch on "x2" first; from "mixed" it learns to do nothing.
+    For users: train a student from scratch on "x2" first; begun on "mixed" it learns to do nothing.
     """
 
     def __init__(
@@ -1416,7 +1505,10 @@ class GoProSharpeningDataset(Dataset):
         return len(self.pairs)
 
     def __getitem__(self, item: tuple[int, int]) -> dict[str, Tensor]:
-        """One crop, item (epoch, index), to look at: {"blurred", "sharp"}, float (3, H, W)."""
+        """Crop (epoch, index) as floats (3, H, W): {"blurred", "sharp"}.
+
+        It is for people to look at; the loader asks for whole batches, by `__getitems__`.
+        """
         to_tensor = CustomToTensor()
         return {name: to_tensor(image) for name, image in self.crop(*item).items()}
 
@@ -1468,7 +1560,7 @@ class GoProSharpeningDataset(Dataset):
 
     def degradation_of(self, key: Sequence[int]) -> Degradation:
         """How the sharp crop with this key is degraded anew."""
-        if self.degradation == "mixed":
+        if self.degradation == MIXED:
             return draw_mixture(key)
         return reseeded(PROTOCOLS[self.degradation], key)
 
@@ -1479,6 +1571,77 @@ class GoProSharpeningDataset(Dataset):
             return blurred
         planes = torch.from_numpy(blurred).permute(2, 0, 1)
         return TF.gaussian_blur(planes, 3, draw.uniform(0.1, 2.0)).permute(1, 2, 0).numpy()
+
+
+class PreparedCrops(Dataset):
+    """Training crops that `prepare --protocol` wrote, from a file that is mapped into memory.
+
+    What a video encoder does to a frame takes longer than a training step, so it is done once. A
+    crop is a window of a stored one, mirrored and turned at random; it is drawn from
+    (seed, epoch, index) alone. UserError for a folder that holds no finished crops.
+    """
+
+    def __init__(self, folder: Path, image_size: int, seed: int = 0) -> None:
+        self.image_size = image_size
+        self.seed = seed
+        remedy = f"`prepare SHARP --protocol calls --data-root {folder.parent}` writes them"
+        try:
+            about = json.loads((folder / PREPARED_ABOUT).read_text())
+            self.pixels = np.load(folder / PREPARED_PIXELS, mmap_mode="r")  # (N, 2, S, S, 3)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder}: holds no prepared crops ({error}); {remedy}") from error
+        unfinished = f"{folder}: its crops are not all written; run the same `prepare` again"
+        require(about["written"] == len(self.pixels), unfinished)
+        stored = self.pixels.shape[2]
+        fits = image_size <= stored
+        require(fits, f"--image-size {image_size}: the prepared crops have {stored} pixels a side")
+        self.sources: list[str] = about["sources"]  # of each crop: the clip or picture it shows
+        self.used = range(len(self.pixels))
+
+    def __len__(self) -> int:
+        return len(self.used)
+
+    def __getitem__(self, item: tuple[int, int]) -> dict[str, np.ndarray]:
+        """{"blurred", "sharp"} of 8-bit RGB (image_size, image_size, 3) each; item (epoch, index).
+
+        The window starts at even pixels, where the pattern of a frame enlarged by 2 begins.
+        """
+        epoch, index = item
+        draw = generator((self.seed, epoch, index), "prepared crop")
+        positions = (self.pixels.shape[2] - self.image_size) // 2 + 1
+        top, left = 2 * draw.integers(positions, size=2)
+        mirror, flip, turn = draw.random(3) < 0.5
+        both = self.pixels[self.used[index]]
+        both = both[:, top : top + self.image_size, left : left + self.image_size]
+        if mirror:
+            both = both[:, :, ::-1]
+        if flip:
+            both = both[:, ::-1]
+        if turn:
+            both = both.transpose(0, 2, 1, 3)
+        blurred, sharp = np.ascontiguousarray(both)
+        return {"blurred": blurred, "sharp": sharp}
+
+    def hold_out(self, fraction: float, most: int = 200) -> list["PreparedCrop"]:
+        """Leave out the crops of whole clips and pictures; at most so many of them are returned."""
+        sources = [Pair(source, Path(source)) for source in sorted(set(self.sources))]
+        held_out = {pair.key for pair in hold_out(sources, fraction)[1]}
+        left_out = [i for i in self.used if self.sources[i] in held_out]
+        self.used = [i for i in self.used if self.sources[i] not in held_out]
+        every = math.ceil(len(left_out) / most) or 1
+        return [PreparedCrop(*self.pixels[i]) for i in left_out[::every]]
+
+
+@dataclass(frozen=True)
+class PreparedCrop:
+    """A held-out crop, for `TrainingRun` to score on like a Pair."""
+
+    blurred: np.ndarray
+    sharp: np.ndarray
+
+    def load(self) -> tuple[np.ndarray, np.ndarray]:
+        """(blurred, sharp), 8-bit RGB (H, W, 3)."""
+        return np.array(self.blurred), np.array(self.sharp)
 
 
 def on_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -1566,10 +1729,9 @@ class RestormerTeacherWrapper(nn.Module):
             module = restormer.get_submodule(layer)
             module.register_forward_hook(self.keep_as(name))
             if student_widths:
-                first_block = module[
-                    0
-                ]  # of a level's transformer blocks; it begins with a LayerNorm
-                teacher_width = len(first_block.norm1.body.weight)  # one weight a channel
+                # A level's first transformer block begins with a LayerNorm: one weight a channel.
+                first_block = module[0]
+                teacher_width = len(first_block.norm1.body.weight)
                 projection = nn.Conv2d(teacher_width, student_widths[name], 1)
                 self.add_module(f"proj_{name}", projection)
 
@@ -1621,8 +1783,8 @@ def teacher_frames(
 # A student, too, sees the picture folded by its stem stride r, as a map of 1/r of the sides with
 # 3 r^2 channels. All arithmetic is then done on 1/r^2 as many positions.
 #
-# It may have gates: factors of its channels that SE blocks make of the whole map. A frame that is
-# computed in tiles hands them in, so that all its tiles have the same.
+# A student may have gates: factors of its channels that SE blocks make of the whole map. All tiles
+# of one frame are given the same gates.
 
 
 @dataclass
@@ -1644,7 +1806,7 @@ class Student(nn.Module, abc.ABC):
     config: dict[str, object]  # {"kind": its name in STUDENTS, ...}: what `build_student` takes
     stem_stride: int  # r
     alignment: int  # tiles that start at multiples of it start on a whole position of every map
-    reach: int  # about how many pixels away an input can change an output, but for gates
+    reach: int  # about how far away, in pixels, an input can change an output other than by gates
     feature_widths: dict[str, int]  # channels of each tap; {} if there is nothing to compare
     gate_widths: Sequence[int]  # channels of each SE block in order; () if there are no gates
     output: nn.Conv2d  # the last layer, 1x1 or 3x3, which writes 3 r^2 channels of folded pixels
@@ -1657,7 +1819,12 @@ class Student(nn.Module, abc.ABC):
     @property
     @abc.abstractmethod
     def first_layer(self) -> nn.Conv2d:
-        """The layer that reads 3 r^2 channels of folded pixels; 3x3, padded by 1, not dilated."""
+        """The layer that reads 3 r^2 channels of folded pixels; 1x1, or 3x3 padded by 1."""
+
+    @property
+    def multiple(self) -> int:
+        """`features` takes pictures whose sides are multiples of it."""
+        return self.stem_stride
 
     @property
     def overlap(self) -> int:
@@ -1671,7 +1838,7 @@ class Student(nn.Module, abc.ABC):
     def forward(self, blurred: Tensor, taps: bool = False) -> Tensor | tuple[Tensor, dict]:
         """Restore (B, 3, H, W) in [0, 1] of any size; on request with the taps."""
         height, width = blurred.shape[-2:]
-        padded = pad_to_multiple(blurred, self.stem_stride)
+        padded = pad_to_multiple(blurred, self.multiple)
         features = self.features(F.pixel_unshuffle(padded, self.stem_stride))
         correction = F.pixel_shuffle(self.output(features.last), self.stem_stride)
         restored = blurred + correction[..., :height, :width]
@@ -1902,8 +2069,8 @@ class PlainStack(Student):
     """3x3 convolutions of one width at the stem's resolution: nothing to pool, skip or gate.
 
     With six layers of 16 channels it learns clean x2 faster than a U-Net of twice its cost, but it
-    sees few pixels around each and cannot tell an enlarged frame from one that was not. Six of 24
-    are the yardstick of `fps`.
+    sees few pixels around each and cannot tell an enlarged frame from one that was not. Six layers
+    of 24 channels are the yardstick of `fps`.
     """
 
     def __init__(self, stem_stride: int = 2, width: int = 16, layers: int = 6) -> None:
@@ -1949,7 +2116,162 @@ class PlainStack(Student):
         return Features(x, {}, [])
 
 
-STUDENTS: dict[str, type[Student]] = {"unet": StudentUNet, "plain": PlainStack}
+class Guide(nn.Module):
+    """Says for each neighbourhood how much of the correction is wanted there, from 0 to 1.
+
+    What an enlarged frame lacks, and what an encoder has left, cannot be seen within the few pixels
+    that the 3x3 layers see. It shows in how much detail of each size there is around. So the map is
+    made from the energy of the details of three sizes, and of the first layer's features, in cells
+    of 16x16 pixels. It is local: a sharp caption stays, and what is beside it is sharpened.
+    """
+
+    CELL = 16  # pixels of the side of a cell
+    SIZES = 3  # details of 2, 4 and 8 pixels
+
+    def __init__(self, features: int, width: int, planes: int) -> None:
+        super().__init__()
+        energies = 3 * self.SIZES + features
+        self.layers = nn.ModuleList(
+            [
+                nn.Conv2d(energies, width, 1),
+                nn.Conv2d(width, width, 3, padding=1),
+                nn.Conv2d(width, width, 3, padding=1),
+            ]
+        )
+        self.last = nn.Conv2d(width, planes, 1)
+        # The mean of four pixels and their three differences (Haar), orthonormal.
+        signs = [[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]
+        haar = torch.tensor(signs, dtype=torch.float32) / 2
+        self.register_buffer("haar", haar[:, :, None, None], persistent=False)
+
+    def energies(self, luma: Tensor) -> Tensor:
+        """(B, 9, H/16, W/16): log mean squares of the details in a folded luma (B, 4, H/2, W/2)."""
+        levels = []
+        fold = luma
+        for size in range(self.SIZES):
+            parts = F.conv2d(fold, self.haar.to(fold.dtype))
+            cell = self.CELL // 2 ** (size + 1)
+            levels.append(F.avg_pool2d(parts[:, 1:].square(), cell))
+            if size < self.SIZES - 1:
+                fold = F.pixel_unshuffle(parts[:, :1] / 2, 2)
+        return (torch.log(torch.cat(levels, 1) + 1e-6) + 9) / 3  # about from -1 to 2
+
+    def forward(self, planes: Tensor, features: Tensor) -> Tensor:
+        """The map (B, planes, H/2, W/2) for 4 planes of luma, and perhaps 2 colour differences."""
+        of_features = F.avg_pool2d(features.square(), self.CELL // 2)
+        of_features = (torch.log(of_features + 1e-4) + 5) / 3
+        x = torch.cat([self.energies(planes[:, :4]), of_features], 1)
+        for layer in self.layers:
+            x = F.leaky_relu(layer(x), LEAK)
+        wanted = torch.sigmoid(self.last(x))
+        if planes.shape[1] > 4:
+            # Where there is no colour none may appear: grey stays grey.
+            strength = F.avg_pool2d(planes[:, 4:].square(), self.CELL // 2).sum(1, keepdim=True)
+            colourful = strength / (strength + 1e-4)  # 0.5 at 2.5 levels of 255
+            wanted = torch.cat([wanted[:, :4], wanted[:, 4:] * colourful], 1)
+        return F.interpolate(wanted, scale_factor=self.CELL // 2, mode="bilinear")
+
+
+class GuidedStack(Student):
+    """3x3 layers on the luma at half resolution, whose correction a map scales: see Guide.
+
+    The layers see the luma of each pixel and the two colour differences, averaged over 2x2 pixels,
+    as video has them: half the planes of RGB, and most of the arithmetic goes where most of the
+    error is. Without `colours` they see and change the luma alone.
+    """
+
+    def __init__(
+        self, width: int = 16, layers: int = 4, guide_width: int = 16, colours: bool = True
+    ) -> None:
+        super().__init__()
+        require(layers > 1, f"--convolutions {layers}: a guided stack has two layers or more")
+        self.config = {
+            "kind": "guided",
+            "width": width,
+            "layers": layers,
+            "guide_width": guide_width,
+            "colours": colours,
+        }
+        self.stem_stride = 2
+        self.alignment = Guide.CELL
+        # A cell's value depends on the two cells around it, and is blended with its neighbours'.
+        self.reach = max(2 * layers, 4 * Guide.CELL)
+        self.feature_widths = {}
+        self.gate_widths = ()
+        planes = 6 if colours else 4
+        self.planes = nn.Conv2d(12, planes, 1)
+        self.layers = nn.ModuleList([nn.Conv2d(planes, width, 3, padding=1)])
+        for _ in range(layers - 2):
+            self.layers.append(nn.Conv2d(width, width, 3, padding=1))
+        self.layers.append(nn.Conv2d(width, planes, 3, padding=1))
+        self.guide = Guide(width, guide_width, planes)
+        self.output = nn.Conv2d(planes, 12, 1)
+        self.initialise(planes)
+
+    def initialise(self, planes: int) -> None:
+        """`initialise`, with an open map, and with fixed layers from colours to luma and back.
+
+        While the correction is near zero the map has no reason to close. Once it had ten times as
+        much to begin with: the map closed within a few steps, for good, and nothing was learned.
+
+        `pixel_unshuffle` orders the 12 channels of a fold by colour and pixel.
+        """
+        initialise(self, self.layers[-1])
+        nn.init.zeros_(self.guide.last.weight)
+        nn.init.constant_(self.guide.last.bias, 2.0)
+        from_rgb = torch.tensor(  # luma, blue - luma, red - luma (ITU-R BT.601)
+            [[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]]
+        )
+        to_rgb = torch.tensor([[1, 0, 1.402], [1, -0.344, -0.714], [1, 1.772, 0]])
+        pixels = torch.eye(4)
+        mean = torch.full((1, 4), 1 / 4)
+        rows = [rearrange(from_rgb[0] * pixels[..., None], "out pixel color -> out (color pixel)")]
+        columns = [rearrange(to_rgb[:, 0, None, None] * pixels, "color pixel x -> (color pixel) x")]
+        for difference in range(1, planes - 3):
+            row = rearrange(from_rgb[difference] * mean[..., None], "o p color -> o (color p)")
+            rows.append(row)
+            column = to_rgb[:, difference, None, None] * torch.ones(4, 1)
+            columns.append(rearrange(column, "color pixel x -> (color pixel) x"))
+        self.planes.weight.data = torch.cat(rows)[:, :, None, None]
+        self.output.weight.data = torch.cat(columns, 1)[:, :, None, None]
+        self.planes.requires_grad_(False)
+        self.output.weight.requires_grad_(False)
+
+    @classmethod
+    def from_flags(cls, config: StudentConfig) -> "GuidedStack":
+        one_each = len(config.widths) < 2 and len(config.convolutions) < 2
+        require(one_each, "--widths, --convolutions: a guided stack takes one number of each")
+        require(config.stem_stride == 2, "--stem-stride: a guided stack has 2")
+        options = {}
+        if config.widths:
+            options["width"] = config.widths[0]
+        if config.convolutions:
+            options["layers"] = config.convolutions[0]
+        return cls(guide_width=config.guide_width, colours=config.colours, **options)
+
+    @property
+    def multiple(self) -> int:
+        return Guide.CELL
+
+    @property
+    def first_layer(self) -> nn.Conv2d:
+        return self.planes
+
+    def features(self, folded: Tensor, gates: Sequence[Tensor] = ()) -> Features:
+        planes = self.planes(folded)  # (B, 4, H/2, W/2): the luma of each pixel of a fold
+        x = F.leaky_relu(self.layers[0](planes), LEAK)
+        wanted = self.guide(planes, x.detach())
+        for layer in self.layers[1:-1]:
+            x = F.leaky_relu(layer(x), LEAK, inplace=True)
+        correction = self.layers[-1](x)
+        return Features(correction * wanted, {}, [])
+
+
+STUDENTS: dict[str, type[Student]] = {
+    "unet": StudentUNet,
+    "plain": PlainStack,
+    "guided": GuidedStack,
+}
 
 
 def student_class(kind: str) -> type[Student]:
@@ -2135,7 +2457,7 @@ class DistillationLoss(nn.Module):
 class Expansion(nn.Module):
     """A product of two matrices that is added to a 3x3 kernel in training; zero at first.
 
-    Adam scales the step of each value by itself, so all values of a kernel move about equally. A
+    Adam scales the step of each value separately, so all values of a kernel move about equally. A
     step of the two matrices moves it more along its gradient (after Bhardwaj et al., MLSys 2022).
     A thousand steps of a small student give 27.85 dB with it, and 27.63 at best without. The
     student that is saved has only the sum.
@@ -2209,7 +2531,8 @@ class Objective(nn.Module):
 class CropOrder(Sampler[list[tuple[int, int]]]):
     """The (epoch, index) batches of one process, from `first_step` on.
 
-    In a step N processes together see what one process with N times the accumulation would.
+    Two processes that accumulate over one batch each see in a step what one process sees that
+    accumulates over two: the same crops, shared out.
     """
 
     def __init__(self, count: int, config: RunConfig, rank: int = 0, processes: int = 1) -> None:
@@ -2353,7 +2676,7 @@ class TrainingRun:
         objective: Objective,
         network_config: dict,
         dataset: Dataset,
-        held_out: list[Pair],
+        held_out: Sequence[Pair | PreparedCrop],
         as_frame_function: Callable[[nn.Module], FrameFunction],
     ) -> None:
         self.config = config
@@ -2414,7 +2737,8 @@ class TrainingRun:
                     saved = time.monotonic()
             if RANK == 0:
                 self.finish()
-        wait_for_all_processes()  # torchrun ends all with the first, which may still be writing
+        # When one process ends, torchrun ends the others; one may still be writing its files.
+        wait_for_all_processes()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -2601,8 +2925,8 @@ def make_objective(config: TrainConfig, resumed: bool) -> Objective:
     comparable = student.feature_widths or not with_features
     require(comparable, f"--network {config.network}: has no features; add --lambda-feature 0")
     teacher = None
-    # A cache is checked against its teacher, and gives other crops than no cache: so that runs with
-    # and without a term compare, one without any loads the teacher, too.
+    # With --teacher-cache even a run without teacher terms loads the teacher: the cache is checked
+    # against it, and all runs of a comparison see the same crops.
     if needs_teacher(weights) or config.teacher_cache:
         widths = student.feature_widths if with_features else None
         teacher = RestormerTeacherWrapper(load_restormer(config.teacher_weights), widths)
@@ -2728,9 +3052,9 @@ def print_table(
 class TeacherCache(Dataset):
     """Crops like `GoProSharpeningDataset`'s, with what the teacher made of the whole picture.
 
-    A step with the teacher costs several without, so it runs once over each picture, in `variants`
-    flips and degradations. A result is a file of half-precision (H, W, C) tensors, mapped into
-    memory; crops start where the teacher's coarsest feature grid does.
+    A step with the teacher costs several without. So the teacher runs once over each picture, in
+    `variants` flips and degradations. A result is a file of half-precision (H, W, C) tensors,
+    mapped into memory; crops start where the teacher's coarsest feature grid does.
 
     UserError for the cache of another teacher or of other data.
     """
@@ -2874,16 +3198,17 @@ class FrameNetwork(nn.Module):
 
         `pixel_unshuffle` orders the channels of a fold by colour, row and column.
         """
+        around = layer.kernel_size[0] // 2  # positions on each side that the layer sees
+        side = 2 * around + 1
         shape = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-        plain = shape == ((3, 3), (1, 1), (1, 1), (1, 1))
-        require(
-            plain, "a student's first layer must be 3x3, padded by 1, without stride or dilation"
-        )
+        plain = shape == ((side, side), (1, 1), (around, around), (1, 1))
+        wanted = "a student's first layer must be 1x1, or 3x3 padded by 1, without stride"
+        require(plain and side <= 3, f"{wanted} or dilation")
         pattern = "out (color row column) y x -> out (column color) (y row) x"
         kernel = rearrange(layer.weight.data, pattern, color=3, row=self.stride)
         layer.weight.data = kernel / 255
         layer.stride = (self.stride, 1)
-        layer.padding = (self.stride, 1)
+        layer.padding = (around * self.stride, around)
 
     def write_runs(self, layer: nn.Conv2d, scale: float) -> nn.ModuleList:
         """The last layer, in 8-bit units, as one layer for each row of a fold.
@@ -2954,8 +3279,8 @@ class GateNetwork(nn.Module):
 def sample_patches(frame: np.ndarray, side: int, count: int = 2) -> np.ndarray:
     """(N, h, w, 3): a frame's most detailed patches; a small frame stands for itself.
 
-    Gates are taken from them, and not from flat patches: a training crop without detail loses
-    little, whatever its gates are, so a student has not learned good ones for it. Evenly spaced
+    Gates are taken from them, and not from flat patches: a training crop without detail has a
+    small loss, whatever its gates are, so a student has not learned good ones for it. Evenly spaced
     patches cost single pictures up to 3 dB. One patch would cost 0.01 dB; three, or larger ones,
     gain nothing.
     """
@@ -3041,8 +3366,8 @@ class OpenVinoEngine:
 
 @functools.cache
 def openvino_core():
-    """The process's one Core: with a second, whichever goes last restores a signal stack that is
-    gone, which is a crash."""
+    """The process's one Core: of two, the one destroyed last restores a signal stack that is
+    gone, and the process crashes."""
     return importlib.import_module("openvino").Core()
 
 
@@ -3073,7 +3398,7 @@ def quantized(model, gate_network: GateNetwork | None):
         samples.append(sample)
 
     # By default a range ends at the pictures' mean extremes, and black and white are cut off, which
-    # costs 0.1 to 0.2 dB. Sums would take longer in int8.
+    # costs 0.1 to 0.2 dB.
     estimators = importlib.import_module("nncf.quantization.range_estimator")
     extremes = estimators.RangeEstimatorParametersSet.MINMAX
     with contextlib.redirect_stdout(sys.stderr):  # its progress bars
@@ -3082,7 +3407,7 @@ def quantized(model, gate_network: GateNetwork | None):
             nncf.Dataset(samples),
             preset=nncf.QuantizationPreset.MIXED,
             subset_size=len(samples),
-            ignored_scope=nncf.IgnoredScope(types=["Add"]),
+            ignored_scope=nncf.IgnoredScope(types=["Add"]),  # sums would take longer in int8
             advanced_parameters=nncf.AdvancedQuantizationParameters(
                 activations_range_estimator_params=extremes
             ),
@@ -3122,37 +3447,62 @@ class Span:
 
     taken: slice  # what it sees of the padded frame
     given: slice  # what it contributes to the result
-    inner: slice  # where in the tile that is
+    inner: slice  # the same pixels, counted from the tile's start
 
 
 def round_up(value: float, multiple: int) -> int:
     return math.ceil(value / multiple) * multiple
 
 
-def cut_side(length: int, tile: int, overlap: int, alignment: int) -> list[Span]:
+MARGIN = 8  # pixels by which a frame is continued on each side, an even number
+
+
+def cut_side(length: int, phase: int = 0, *, tile: int, overlap: int, alignment: int) -> list[Span]:
     """How equal tiles of about `tile` pixels cover one side of a frame; 0 takes it whole.
 
-    Tiles start on the whole frame's pooling grid and share `overlap` pixels or more. Each gives
-    what lies between the middles of what it shares, so that its own edges are never seen.
+    The side is continued by MARGIN at both ends, and by `phase` more at the first. Tiles start on
+    the whole side's pooling grid and share `overlap` pixels or more. Each gives what lies between
+    the middles of what it shares, so that its own edges are never seen.
     """
-    padded = round_up(length, alignment)
+    before = MARGIN + phase
+    after = before + length
+    padded = round_up(after + MARGIN, alignment)
     count = 1
     if tile:
         tile = round_up(tile, alignment)
         overlap = round_up(overlap, alignment)
         count = round((padded - overlap) / max(tile - overlap, alignment))
     if count <= 1:
-        return [Span(slice(0, padded), slice(0, length), slice(0, length))]
+        return [Span(slice(0, padded), slice(0, length), slice(before, after))]
 
     size = round_up((padded - overlap) / count + overlap, alignment)
     starts = sorted({min(i * (size - overlap), padded - size) for i in range(count)})
     middles = [(left + size + right) // 2 for left, right in itertools.pairwise(starts)]
-    borders = [0, *middles, length]
+    borders = [before, *middles, after]
     spans = []
     for start, (begin, end) in zip(starts, itertools.pairwise(borders), strict=True):
         taken = slice(start, start + size)
-        spans.append(Span(taken, slice(begin, end), slice(begin - start, end - start)))
+        given = slice(begin - before, end - before)
+        spans.append(Span(taken, given, slice(begin - start, end - start)))
     return spans
+
+
+def grid_phase(frame: np.ndarray) -> tuple[int, int]:
+    """(row, column), 0 or 1 each, at which the pattern of a frame enlarged by 2 begins.
+
+    Enlarging by 2 makes two pixels of one, and two that come from one differ less than neighbours
+    that do not: their squared differences are smaller by a third or more, on every picture that was
+    tried. Of other frames both are alike within a tenth, and 0 is returned. A student has learned
+    from crops that begin with the pattern, and gains half as much on a frame that does not.
+    """
+    green = frame[..., 1]
+    phases = []
+    for lines in (green[:, ::8], green[::8].T):  # every 8th column or row says enough
+        changes = np.square(np.diff(lines.astype(np.int32), axis=0))
+        within = changes[0::2].mean() if len(changes) > 1 else 0.0
+        between = changes[1::2].mean() if len(changes) > 1 else 0.0
+        phases.append(int(within > 1.25 * between))
+    return phases[0], phases[1]
 
 
 class FrameSharpener:
@@ -3187,7 +3537,7 @@ class FrameSharpener:
 
     @staticmethod
     def needed_overlap(student: Student, backend: str, tile: int) -> int:
-        """What the student needs; in int8, whose rounding enlarges small errors, its full reach."""
+        """What the student needs; in int8, whose rounding enlarges errors, twice its reach."""
         overlap = student.overlap
         if backend == "openvino-int8":
             overlap = 2 * student.reach
@@ -3197,9 +3547,9 @@ class FrameSharpener:
         self.check(frame)
         result = np.empty_like(frame)
         with self.lock:
-            padded = self.padded(frame)
+            padded, tiles = self.cut(frame)
             gates = self.gates(padded)
-            for row, column in self.tiles(frame):
+            for row, column in tiles:
                 tile = padded[None, row.taken, column.taken]
                 restored = self.engine(tile, *gates)[0]
                 result[row.given, column.given] = restored[row.inner, column.inner]
@@ -3213,12 +3563,21 @@ class FrameSharpener:
         is_frame = frame.dtype == np.uint8 and frame.ndim == 3 and frame.shape[2] == 3
         require(is_frame and frame.size, f"{wanted}, not {frame.dtype} {frame.shape}")
 
-    def padded(self, frame: np.ndarray) -> np.ndarray:
-        """The frame reflected to where its tiles end, contiguous and writable for PyTorch."""
-        padding = [(0, self.spans(side)[-1].taken.stop - side) for side in frame.shape[:2]]
-        if np.any(padding):
-            return np.pad(frame, (*padding, (0, 0)), "reflect")
-        return np.require(frame, requirements=["C", "W"])
+    def cut(self, frame: np.ndarray) -> tuple[np.ndarray, list[tuple[Span, Span]]]:
+        """(the frame continued by its mirror image to where its tiles end, each tile's spans).
+
+        Continued, a frame is as good at its borders as inside. The mirror image begins with the
+        last pixel, which keeps the pattern of a frame enlarged by 2.
+        """
+        sides = []
+        padding = []
+        for length, phase in zip(frame.shape[:2], grid_phase(frame), strict=True):
+            spans = self.spans(length, phase)
+            before = MARGIN + phase
+            sides.append(spans)
+            padding.append((before, spans[-1].taken.stop - length - before))
+        padded = np.pad(frame, (*padding, (0, 0)), "symmetric")
+        return padded, list(itertools.product(*sides))
 
     def gates(self, padded: np.ndarray) -> tuple[np.ndarray, ...]:
         """The frame's gates as the engine's further inputs: one vector, or nothing."""
@@ -3226,14 +3585,9 @@ class FrameSharpener:
             return ()
         return (self.gate_engine(sample_patches(padded, self.patch)),)
 
-    def tiles(self, frame: np.ndarray) -> Iterator[tuple[Span, Span]]:
-        """(row, column) of each tile."""
-        height, width = frame.shape[:2]
-        return itertools.product(self.spans(height), self.spans(width))
 
-
-def load_sharpener(name: str | Path = "quality", **options) -> FrameSharpener:
-    """A FrameSharpener of a shipped student ("quality", "fast") or a checkpoint file.
+def load_sharpener(name: str | Path = FOR_PICTURES, **options) -> FrameSharpener:
+    """A FrameSharpener of a shipped student ("quality", "call", ...) or a checkpoint file.
 
     Options are FrameSharpener's: `backend="openvino"`, `strength=0.5` and so on.
     """
@@ -3241,10 +3595,15 @@ def load_sharpener(name: str | Path = "quality", **options) -> FrameSharpener:
     return FrameSharpener(student, **options)
 
 
-def sharpener_of(config: InferenceConfig, strength: float = 1.0) -> FrameSharpener:
-    """The student that a command's flags name, run as they say."""
+def sharpener_of(
+    config: InferenceConfig, strength: float = 1.0, for_clips: bool = False
+) -> FrameSharpener:
+    """The student that a command's flags name, or its own for pictures or clips, as they say."""
+    name = config.checkpoint
+    if name == "auto":
+        name = FOR_CLIPS if for_clips else FOR_PICTURES
     return load_sharpener(
-        config.checkpoint,
+        name,
         device=pick_device(config),
         tile=config.tile,
         overlap=config.overlap,
@@ -3258,37 +3617,124 @@ def sharpener_of(config: InferenceConfig, strength: float = 1.0) -> FrameSharpen
 
 CLIP_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi")
 FRAMES_A_SECOND = 25
+ALL_FRAMES = slice(None)
 FIRST_SCORED = 2  # the third frame: a stream's first ones are better than those that follow
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A sharp clip; its kind is what its name begins with: "talk" for talk_03.mp4."""
+    """A clip: a video file, or a folder of pictures with numbers for names (000001.png, ...).
+
+    Its kind is what its name begins with: "talk" for talk_03.mp4.
+    """
 
     path: Path
+    low: Path | None = None  # the same clip as it arrived, where the user has it
 
     @property
     def kind(self) -> str:
         return self.path.stem.split("_")[0]
 
-    def frames(self) -> list[np.ndarray]:
+    def frames(self, wanted: slice = ALL_FRAMES) -> list[np.ndarray]:
         """8-bit RGB (H, W, 3), as PyAV gives them; UserError if it cannot be read."""
-        return decoded_frames(self.path, self.path)
+        return clip_frames(self.path, wanted)
+
+    def count(self) -> int:
+        """How many frames it has."""
+        return frame_count(self.path)
+
+
+@functools.cache
+def frame_count(path: Path) -> int:
+    """The frames of a video file, whose packets are counted, or of a folder of pictures."""
+    if path.is_dir():
+        return len(numbered_pictures(path))
+    av = importlib.import_module("av")
+    try:
+        with av.open(path) as container:
+            return sum(packet.size > 0 for packet in container.demux(video=0))
+    except (OSError, IndexError, ValueError) as error:  # PyAV's errors are of these kinds
+        raise UserError(f"{path}: not a readable clip ({error})") from error
+
+
+def clip_frames(path: Path, wanted: slice = ALL_FRAMES) -> list[np.ndarray]:
+    """Frames of a video file or of a folder of numbered pictures.
+
+    UserError for pictures of several sizes.
+    """
+    if not path.is_dir():
+        return decoded_frames(path, path, wanted)
+    frames = [frame_array(open_picture(file)) for file in numbered_pictures(path)[wanted]]
+    sizes = {frame.shape for frame in frames}
+    require(len(sizes) == 1, f"{path}: its pictures have several sizes; a clip has one")
+    return frames
+
+
+def numbered_pictures(folder: Path) -> list[Path]:
+    """The pictures in a folder whose names are numbers, in their order."""
+    files = [path for path in folder.iterdir() if path.stem.isdecimal()]
+    files = [path for path in files if path.suffix.lower() in picture_formats()]
+    return sorted(files, key=lambda path: int(path.stem))
+
+
+def list_clips(folder: Path) -> list[Path]:
+    """The video files in a folder, and the folders in it that hold numbered pictures."""
+    found = set()
+    for path in list_files(folder):
+        if path.suffix.lower() in CLIP_SUFFIXES:
+            found.add(path)
+        elif path.stem.isdecimal() and path.suffix.lower() in picture_formats():
+            found.add(path.parent)
+    return sorted(found)
 
 
 def find_clips(folder: Path) -> list[Clip]:
-    """The clips in a folder; UserError if there are none."""
-    files = [path for path in list_files(folder) if path.suffix.lower() in CLIP_SUFFIXES]
-    require(files, f"{folder}: no clips in this folder; call protocols need sharp ones")
-    return [Clip(path) for path in files]
+    """The sharp clips in a folder; UserError if there are none."""
+    paths = list_clips(folder)
+    require(paths, f"{folder}: no clips in this folder; call protocols need sharp ones")
+    return [Clip(path) for path in paths]
 
 
-def decoded_frames(file: Path | io.BytesIO, path: Path) -> list[np.ndarray]:
-    """All frames of a video file; `path` is what an error names."""
+def find_encoded_pairs(folder: Path) -> list[Clip]:
+    """The clips in folder/sharp, each with the one of its name in folder/low.
+
+    UserError for a clip without partner; `encoded_pair` compares their frames.
+    """
+    sides = {}
+    for side in ("low", "sharp"):
+        place = folder / side
+        require(place.is_dir(), f"{place}: no such folder; encoded pairs are in low/ and sharp/")
+        sides[side] = {path.relative_to(place).with_suffix(""): path for path in list_clips(place)}
+    for name in sorted(sides["low"].keys() ^ sides["sharp"].keys()):
+        have, lack = ("low", "sharp") if name in sides["low"] else ("sharp", "low")
+        raise UserError(f"{sides[have][name]}: has no partner in {folder / lack}; add or remove it")
+    require(sides["sharp"], f"{folder / 'sharp'}: no clips in this folder")
+    return [Clip(path, sides["low"][name]) for name, path in sorted(sides["sharp"].items())]
+
+
+def encoded_pair(clip: Clip) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """(frames as they arrived, sharp frames), matched in order; UserError if they do not match."""
+    low = clip_frames(clip.low)
+    sharp = clip.frames()
+    counts = f"{clip.low} has {len(low)} frames, {clip.path} has {len(sharp)}"
+    require(len(low) == len(sharp), f"{counts}; cut them to the same frames")
+    height, width = sharp[0].shape[:2]
+    low_height, low_width = low[0].shape[:2]
+    sizes = f"{clip.low} has {low_width}x{low_height} pixels, {clip.path} has {width}x{height}"
+    require(low[0].shape == sharp[0].shape, f"{sizes}; enlarge the first as your call does")
+    return low, sharp
+
+
+def decoded_frames(
+    file: Path | io.BytesIO, path: Path, wanted: slice = ALL_FRAMES
+) -> list[np.ndarray]:
+    """Frames of a video file; `path` is what an error names."""
     av = importlib.import_module("av")
     try:
         with av.open(file) as container:
-            return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            decoded = container.decode(video=0)
+            frames = itertools.islice(decoded, wanted.start, wanted.stop, wanted.step)
+            return [frame.to_ndarray(format="rgb24") for frame in frames]
     except (OSError, IndexError, ValueError) as error:  # PyAV's errors are of these kinds
         raise UserError(f"{path}: not a readable clip ({error})") from error
 
@@ -3313,6 +3759,7 @@ def encoded(frames: list[np.ndarray], call: Call) -> tuple[io.BytesIO, float]:
 
     UserError if the encoder refuses, as SVT-AV1 does for small frames.
     """
+    os.environ.setdefault("SVT_LOG", "1")  # SVT-AV1 would print its settings for every stream
     av = importlib.import_module("av")
     height, width = frames[0].shape[:2]
     file = io.BytesIO()
@@ -3326,6 +3773,8 @@ def encoded(frames: list[np.ndarray], call: Call) -> tuple[io.BytesIO, float]:
             stream.pix_fmt = "yuv420p"
             stream.bit_rate = max(8000, int(call.bits * width * height * FRAMES_A_SECOND))
             stream.codec_context.gop_size = 300
+            if call.codec == "libvpx":
+                stream.codec_context.thread_count = 1  # with more it sometimes waits for ever
             pictures = [av.VideoFrame.from_ndarray(frame, format="rgb24") for frame in frames]
             for picture in (*pictures, None):  # None: what the encoder still holds
                 for packet in stream.encode(picture):
@@ -3400,15 +3849,21 @@ def score_clip(outputs: list[np.ndarray], sharp: list[np.ndarray]) -> dict[str, 
     return scores | vmaf_scores(outputs, sharp)
 
 
-def evaluate_clip(clip: Clip, call: Call, methods: dict[str, FrameFunction]) -> dict:
+def evaluate_clip(clip: Clip, call: Call | None, methods: dict[str, FrameFunction]) -> dict:
     """{"picture", "category", "kilobits", "scores": {method: scores}} of a clip in a call.
 
-    Flicker is the ratio to the input's; of an input without any it is not a number.
+    Without a call the clip has a received side of its own. Flicker is the ratio to the input's; of
+    an input without any it is not a number.
     """
-    sharp = clip.frames()
+    if call is None:
+        received, sharp = encoded_pair(clip)
+        kilobits = math.nan
+    else:
+        sharp = clip.frames()
     long_enough = len(sharp) > FIRST_SCORED
     require(long_enough, f"{clip.path}: a clip needs more than {FIRST_SCORED} frames")
-    received, kilobits = received_frames(sharp, call, clip.path)
+    if call is not None:
+        received, kilobits = received_frames(sharp, call, clip.path)
     scores = {}
     for name, method in methods.items():
         scores[name] = score_clip([method(frame) for frame in received], sharp)
@@ -3447,6 +3902,469 @@ def format_clip_scores(scores: dict[str, float]) -> str:
     return " / ".join(texts)
 
 
+# --- Prepared crops: what training on calls reads -------------------------------------------------
+
+STREAM_FRAMES = 20  # frames that are encoded for a few crops; 2 of them are the stream's beginning
+CROPS_A_STREAM = 12
+WINDOW = (416, 288)  # the largest part of a still picture that moves through a stream
+
+
+def moving_still(picture: np.ndarray, key: Sequence[int]) -> list[np.ndarray]:
+    """A still picture as a clip: a window of it that rests, pans, zooms or scrolls.
+
+    Windows move by whole pixels, since a fraction of one would blur what is to be sharp.
+    """
+    draw = generator(key, "motion")
+    height, width = picture.shape[:2]
+    view_width = min(WINDOW[0], width) // 16 * 16
+    view_height = min(WINDOW[1], height) // 16 * 16
+    kind = draw.choice(["pan", "zoom", "rest", "scroll"], p=(0.45, 0.2, 0.15, 0.2))
+    spare_x = width - view_width
+    spare_y = height - view_height
+    x = draw.integers(spare_x + 1)
+    y = draw.integers(spare_y + 1)
+    step_x, step_y = draw.integers(-5, 6, size=2)
+    zoom = draw.uniform(1.0, 1.02)  # from frame to frame
+    frames = []
+    for number in range(STREAM_FRAMES):
+        if kind == "pan":
+            x = int(np.clip(x + step_x, 0, spare_x))
+            y = int(np.clip(y + step_y, 0, spare_y))
+        elif kind == "scroll" and number % 6 < 3:  # and rests in between
+            y = int(np.clip(y + 4 * step_y, 0, spare_y))
+        scale = zoom**number if kind == "zoom" else 1.0
+        right = min(x + round(view_width * scale), width)
+        bottom = min(y + round(view_height * scale), height)
+        view = picture[y:bottom, x:right]
+        frames.append(resized(view, (view_width, view_height)))
+    return frames
+
+
+def part_of_clip(clip: Clip, key: Sequence[int]) -> list[np.ndarray]:
+    """Some frames of a clip; a fifth of the senders drops every second frame."""
+    draw = generator(key, "part of clip")
+    every = 2 if draw.random() < 0.2 else 1
+    length = every * STREAM_FRAMES
+    start = int(draw.integers(max(clip.count() - length, 0) + 1))
+    frames = clip.frames(slice(start, start + length, every))
+    height, width = frames[0].shape[:2]
+    even = (slice(height // 2 * 2), slice(width // 2 * 2))
+    return [frame[even] for frame in frames]
+
+
+def draw_source(sources: Sequence[Pair | Clip], key: Sequence[int]) -> Pair | Clip:
+    """Half clips, half pictures, of whichever there are; each kind and category as often."""
+    draw = generator(key, "source")
+    by_type = list(grouped(sources, lambda source: type(source).__name__).values())
+    of_type = by_type[draw.integers(len(by_type))]
+    by_kind = list(grouped(of_type, source_kind).values())
+    of_kind = by_kind[draw.integers(len(by_kind))]
+    return of_kind[draw.integers(len(of_kind))]
+
+
+def source_kind(source: Pair | Clip) -> str:
+    return source.kind if isinstance(source, Clip) else source.category
+
+
+class Streams(Dataset):
+    """The crops of short streams, for `write_crops`.
+
+    Each stream is drawn from (seed, its number) alone.
+    """
+
+    def __init__(self, config: PrepareConfig) -> None:
+        self.config = config
+        self.sources = self.find_sources()
+
+    def find_sources(self) -> dict[str, list[Pair | Clip]]:
+        """{protocol: what it can degrade}; UserError where there is nothing."""
+        place = self.config.sharp_dir
+        sources: dict[str, list[Pair | Clip]] = {}
+        for protocol in self.config.protocol:
+            if protocol == ENCODED_PAIRS:
+                sources[protocol] = find_encoded_pairs(place)
+                continue
+            sources[protocol] = []
+            if list_pictures(place):
+                sources[protocol] += find_sharp(place, ())
+            if protocol == CALL_MIXTURE or protocol in CALLS:
+                sources[protocol] += [Clip(path) for path in list_clips(place)]
+            require(sources[protocol], f"{place}: nothing to degrade by {protocol} in this folder")
+        return sources
+
+    def __len__(self) -> int:
+        return math.ceil(self.config.crops / CROPS_A_STREAM)
+
+    def key(self) -> str:
+        """A hash of all that the crops depend on."""
+        options = (self.config.protocol, len(self), self.config.crop_size, self.config.seed)
+        digest = hashlib.sha256(repr(options).encode())
+        examples = range(16)  # of the mixtures, which may have changed
+        digest.update(repr([draw_call((0, i)) for i in examples]).encode())
+        digest.update(repr([draw_mixture((0, i)) for i in examples]).encode())
+        digest.update(repr((CODECS, CALLS, PROTOCOLS)).encode())
+        files = {file for sources in self.sources.values() for s in sources for file in files_of(s)}
+        for file in sorted(files):
+            digest.update(file.read_bytes())
+        return digest.hexdigest()
+
+    def __getitem__(self, stream: int) -> tuple[str, np.ndarray]:
+        """(the name of the clip or picture, its crops).
+
+        They are 8-bit (N, 2, S, S, 3), received and sharp.
+        """
+        key = (self.config.seed, stream)
+        protocols = self.config.protocol
+        protocol = protocols[int(generator(key, "protocol").integers(len(protocols)))]
+        source = draw_source(self.sources[protocol], key)
+        if protocol == MIXED or protocol in PROTOCOLS:
+            pairs = self.degraded_crops(source, protocol, key)
+        else:
+            pairs = self.crops_of_frames(*self.stream_frames(source, protocol, key), key)
+        crops = [with_sharp_part(*pair, (*key, number)) for number, pair in enumerate(pairs)]
+        name = source.key if isinstance(source, Pair) else f"{source.kind}/{source.path.stem}"
+        return name, np.stack(crops)
+
+    def stream_frames(
+        self, source: Pair | Clip, protocol: str, key: Sequence[int]
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """(frames as they arrive, sharp frames) of a few moments."""
+        if protocol == ENCODED_PAIRS:
+            return encoded_pair(source)
+        if isinstance(source, Clip):
+            sharp = part_of_clip(source, key)
+            path = source.path
+        else:
+            sharp = moving_still(self.large_enough(source), key)
+            path = source.sharp
+        call = draw_call(key) if protocol == CALL_MIXTURE else CALLS[protocol]
+        received, _ = received_frames(sharp, call, path)
+        return received, sharp
+
+    def crops_of_frames(
+        self, received: list[np.ndarray], sharp: list[np.ndarray], key: Sequence[int]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(received, sharp) crops of frames behind the stream's first two, at even pixels."""
+        side = self.config.crop_size
+        height, width = sharp[0].shape[:2]
+        fits = min(height, width) >= side
+        require(fits, f"{width}x{height} frames: smaller than --crop-size {side}")
+        draw = generator(key, "crops")
+        for _ in range(CROPS_A_STREAM):
+            frame = draw.integers(min(FIRST_SCORED, len(sharp) - 1), len(sharp))
+            top = 2 * draw.integers((height - side) // 2 + 1)
+            left = 2 * draw.integers((width - side) // 2 + 1)
+            place = (slice(top, top + side), slice(left, left + side))
+            yield received[frame][place], sharp[frame][place]
+
+    def degraded_crops(
+        self, source: Pair, protocol: str, key: Sequence[int]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(degraded, sharp) crops of a picture, each degraded by a draw of its own."""
+        picture = self.large_enough(source)
+        for number, (_, sharp) in enumerate(self.crops_of_frames([picture], [picture], key)):
+            crop_key = (*key, number)
+            degradation = draw_mixture(crop_key)
+            if protocol != MIXED:
+                degradation = reseeded(PROTOCOLS[protocol], crop_key)
+            yield np.array(degrade(Image.fromarray(sharp), degradation)), sharp
+
+    def large_enough(self, source: Pair) -> np.ndarray:
+        """A picture, enlarged where it is smaller than a crop."""
+        picture = even_sized(upright(open_picture(source.sharp)))
+        side = round_up(self.config.crop_size, 16)
+        if min(picture.size) < side:
+            picture = ImageOps.cover(picture, (side, side))
+        return np.array(picture)
+
+
+def write_crops(streams: Streams, folder: Path) -> int:
+    """Write what `PreparedCrops` reads, or what an interrupted call has left; returns the number.
+
+    UserError for a folder that holds other crops.
+    """
+    pixels_file = folder / PREPARED_PIXELS
+    about_file = folder / PREPARED_ABOUT
+    key = streams.key()
+    names: list[str] = []  # of each crop's clip or picture
+    if about_file.exists():
+        about = json.loads(about_file.read_text())
+        other = f"{folder} holds other crops; remove it or choose another --data-root"
+        require(about["key"] == key, other)
+        names = about["sources"]
+        pixels = np.lib.format.open_memmap(pixels_file, "r+")
+    else:
+        require_writable(pixels_file)
+        side = streams.config.crop_size
+        shape = (len(streams) * CROPS_A_STREAM, 2, side, side, 3)
+        pixels = np.lib.format.open_memmap(pixels_file, "w+", np.uint8, shape)
+
+    def save() -> None:
+        pixels.flush()
+        write_json({"key": key, "written": len(names), "sources": names}, about_file)
+
+    save()
+    saved = time.monotonic()
+    threads = torch.get_num_threads()
+    loader = DataLoader(
+        streams,
+        sampler=range(len(names) // CROPS_A_STREAM, len(streams)),
+        batch_size=None,
+        collate_fn=lambda stream: stream,
+        num_workers=threads if threads > 1 else 0,
+        worker_init_fn=ignore_interrupts,
+    )
+    with progress(total=len(pixels), initial=len(names), unit="crop") as bar:
+        for name, crops in loader:
+            pixels[len(names) : len(names) + CROPS_A_STREAM] = crops
+            names += [name] * CROPS_A_STREAM
+            bar.update(CROPS_A_STREAM)
+            if time.monotonic() - saved > 10:
+                save()
+                saved = time.monotonic()
+    save()
+    return len(names)
+
+
+def files_of(source: Pair | Clip) -> list[Path]:
+    """The files that a picture or a clip consists of."""
+    if isinstance(source, Pair):
+        return [source.sharp]
+    files = []
+    for path in (source.path, source.low):
+        if path is not None:
+            files += numbered_pictures(path) if path.is_dir() else [path]
+    return files
+
+
+def with_sharp_part(
+    received: np.ndarray, sharp: np.ndarray, key: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """A crop; in 6 % a rectangle of the received side is sharp, as a caption in a call would be.
+
+    From these the student learns to leave one thing alone and to sharpen what is beside it.
+    """
+    draw = generator(key, "sharp part")
+    if draw.random() >= 0.06:
+        return received, sharp
+    side = len(sharp)
+    top, left = draw.integers(0, side * 3 // 4, size=2)
+    height, width = draw.integers(side // 4, side, size=2)
+    place = (slice(top, top + height), slice(left, left + width))
+    received = received.copy()
+    received[place] = sharp[place]
+    return received, sharp
+
+
+# --- Clips: sharpened, from one file to another ---------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How sharpened frames are stored."""
+
+    codec: str
+    pixel_format: str
+    options: dict[str, str]
+
+
+X264 = Encoder("libx264", "yuv420p", {"crf": "16", "preset": "veryfast"})
+VP9 = Encoder("libvpx-vp9", "yuv420p", {"crf": "20", "deadline": "realtime", "cpu-used": "6"})
+LOSSLESS = Encoder("ffv1", "bgr0", {})
+
+# The containers that are kept. Others (.avi) and lossless clips become .mkv.
+CLIP_ENCODERS = {".mp4": X264, ".mov": X264, ".mkv": X264, ".webm": VP9}
+
+
+def clip_suffix(path: Path, lossless: bool) -> str:
+    """The ending of a clip's output."""
+    suffix = path.suffix.lower()
+    return suffix if suffix in CLIP_ENCODERS and not lossless else ".mkv"
+
+
+def ahead(items: Generator, depth: int = 4) -> Generator:
+    """The items, made by a thread of their own, a few before they are asked for.
+
+    Decoding, sharpening and encoding then overlap, since all three let go of Python's lock. Closing
+    it closes `items` too, and waits for the thread: it may be reading a file that is closed next.
+    """
+    made: queue.Queue = queue.Queue(depth)
+    stopped = threading.Event()
+    end = object()
+
+    def put(item: object) -> None:
+        while not stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                made.put(item, timeout=0.1)
+                return
+
+    def make() -> None:
+        try:
+            with contextlib.closing(items):
+                for item in items:
+                    put(item)
+                    if stopped.is_set():
+                        return
+            put(end)
+        except BaseException as error:  # raised again where the items are used
+            put(error)
+
+    thread = threading.Thread(target=make, daemon=True)
+    thread.start()
+    try:
+        while (item := made.get()) is not end:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stopped.set()
+        thread.join()
+
+
+@dataclass
+class TimedFrame:
+    """An 8-bit RGB frame (H, W, 3), and when it is shown in units of its stream's time base."""
+
+    pixels: np.ndarray
+    pts: int
+
+
+class CopiedStreams:
+    """The sound and the subtitles of a clip, copied as they are."""
+
+    def __init__(self, given, made) -> None:
+        self.given = given
+        self.made = made
+        self.streams = {}  # of the new file, by the index of the old one's
+        for stream in given.streams:
+            if stream.type not in ("audio", "subtitle"):
+                continue
+            name = stream.codec_context.name if stream.codec_context else "unknown"
+            try:
+                self.streams[stream.index] = made.add_stream_from_template(stream)
+            except (OSError, ValueError):
+                print(f"{given.name}: its {stream.type} ({name}) does not fit here and is left out")
+        self.packets = self.read()
+        self.next = next(self.packets, None)
+
+    def read(self) -> Iterator:
+        """The packets of these streams, in the order of the file."""
+        if not self.streams:
+            return
+        for packet in self.given.demux([self.given.streams[index] for index in self.streams]):
+            if packet.dts is not None:  # else it marks the end
+                yield packet
+
+    def copy_until(self, seconds: float) -> None:
+        """Write what belongs before this moment."""
+        while self.next is not None and self.next.dts * self.next.time_base <= seconds:
+            self.next.stream = self.streams[self.next.stream.index]
+            self.made.mux(self.next)
+            self.next = next(self.packets, None)
+
+
+class ClipSharpener:
+    """Sharpens a clip file; sound, subtitles and the times of the frames stay as they are.
+
+    `size` (width, height) enlarges frames first, as a call's window does. A turned clip, such as a
+    telephone's, is stored upright. The result appears under its name only when it is whole.
+    """
+
+    def __init__(
+        self, sharpener: FrameFunction, size: Size | None = None, lossless: bool = False
+    ) -> None:
+        self.sharpener = sharpener
+        self.size = size
+        self.lossless = lossless
+
+    def __call__(self, source: Path, target: Path) -> int:
+        """Write the sharpened clip; returns its number of frames. UserError for unreadable ones."""
+        av = importlib.import_module("av")
+        encoder = LOSSLESS if self.lossless else CLIP_ENCODERS[target.suffix.lower()]
+        try:
+            # The file is opened twice: once for its pictures, once for all else.
+            with av.open(source) as given, av.open(source) as beside:
+                require(given.streams.video, f"{source}: has no pictures in it")
+                with replacing(target) as temporary, av.open(temporary, "w") as made:
+                    return self.convert(given, beside, made, encoder)
+        except UserError:
+            raise
+        except (OSError, IndexError, ValueError) as error:  # PyAV's errors are of these kinds
+            raise UserError(f"{source}: not sharpened ({error})") from error
+
+    def convert(self, given, beside, made, encoder: Encoder) -> int:
+        """Write every frame and every other stream of an open clip into another."""
+        video = given.streams.video[0]
+        count = 0
+        with contextlib.closing(ahead(self.sharpened(ahead(self.decoded(given))))) as frames:
+            first = next(frames, None)
+            require(first, f"{given.name}: has no frame that can be decoded")
+            stream = self.video_stream(made, encoder, video, first.pixels)
+            others = CopiedStreams(beside, made)
+            bar = progress(frames, "sharpen", total=video.frames or None, initial=1, unit="frame")
+            for frame in itertools.chain([first], bar):
+                made.mux(stream.encode(self.picture(frame, stream)))
+                others.copy_until(frame.pts * video.time_base)
+                count += 1
+        made.mux(stream.encode(None))
+        others.copy_until(math.inf)
+        return count
+
+    def decoded(self, given) -> Generator[TimedFrame, None, None]:
+        """The frames of an open clip, upright and at the wanted size."""
+        next_pts = 0
+        for frame in given.decode(video=0):
+            pixels = frame.to_ndarray(format="rgb24")
+            if frame.rotation:
+                pixels = np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
+            if self.size:
+                pixels = resized(pixels, self.size)
+            pts = next_pts if frame.pts is None else frame.pts
+            next_pts = pts + (frame.duration or 1)
+            yield TimedFrame(pixels, pts)
+
+    def sharpened(
+        self, frames: Generator[TimedFrame, None, None]
+    ) -> Generator[TimedFrame, None, None]:
+        with contextlib.closing(frames):
+            for frame in frames:
+                yield TimedFrame(self.sharpener(frame.pixels), frame.pts)
+
+    def video_stream(self, made, encoder: Encoder, video, first: np.ndarray):
+        """The new file's video stream: as large as the first frame, timed and coloured as `video`.
+
+        Most encoders want even sides, so an odd last row or column is left out.
+        """
+        stream = made.add_stream(encoder.codec, rate=video.average_rate or FRAMES_A_SECOND)
+        height, width = first.shape[:2]
+        stream.width = width // 2 * 2
+        stream.height = height // 2 * 2
+        stream.pix_fmt = encoder.pixel_format
+        stream.options = encoder.options
+        stream.time_base = video.time_base
+        context = stream.codec_context
+        context.time_base = video.time_base
+        if encoder is not LOSSLESS:
+            for name in ("colorspace", "color_range", "color_primaries", "color_trc"):
+                setattr(context, name, getattr(video.codec_context, name))
+        return stream
+
+    def picture(self, frame: TimedFrame, stream):
+        """A frame as the encoder takes it."""
+        av = importlib.import_module("av")
+        pixels = np.ascontiguousarray(frame.pixels[: stream.height, : stream.width])
+        picture = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+        context = stream.codec_context
+        picture = picture.reformat(
+            format=stream.pix_fmt,
+            dst_colorspace=context.colorspace,
+            dst_color_range=context.color_range,
+        )
+        picture.pts = frame.pts
+        picture.time_base = stream.codec_context.time_base
+        return picture
+
+
 # --- Command: sharpen -----------------------------------------------------------------------------
 
 # Formats that hold 8-bit colour, and that Pillow writes. Others (GIF, ICO, ...) become PNG.
@@ -3458,7 +4376,6 @@ OTHER_READERS = {
     ".heif": "pip install pillow-heif",
     ".svg": "export it as PNG first",
     ".pdf": "export its pages as PNG first",
-    **dict.fromkeys(CLIP_SUFFIXES, "clips are not sharpened yet"),
 }
 
 # EXIF tags that say what a picture shows and how it was taken. Others may describe how the input
@@ -3477,11 +4394,20 @@ EXIF_GROUPS = {0x8769: "camera settings", 0x8825: "place"}
 
 @dataclass
 class Job:
-    """A picture to sharpen, and the files that it becomes."""
+    """A picture or a clip to sharpen, and the files that it becomes."""
 
     source: Path
     target: Path
-    before_after: Path  # written on request
+    before_after: Path  # written on request, of a picture
+
+    @property
+    def is_clip(self) -> bool:
+        return is_clip(self.source)
+
+
+def is_clip(path: Path) -> bool:
+    """Whether a file is a clip by its ending."""
+    return path.suffix.lower() in CLIP_SUFFIXES
 
 
 def writable_suffix(path: Path) -> str:
@@ -3495,12 +4421,19 @@ def writable_suffix(path: Path) -> str:
 def output_is_file(config: SharpenConfig) -> bool:
     """Whether -o names a file; UserError for a format that cannot be written.
 
-    A name that ends like no picture's is a folder, which is said where one picture is to go there.
+    A name that ends like no picture's is a folder. If the input is one picture, that is said.
     """
     output = config.output
     if output is None or output.is_dir():
         return False
     one_picture = len(config.inputs) == 1 and not config.inputs[0].is_dir()
+    if one_picture and is_clip(config.inputs[0]):
+        known = output.suffix.lower() in CLIP_ENCODERS
+        endings = ", ".join(CLIP_ENCODERS)
+        require(known or not output.suffix, f"-o {output}: a clip's name ends in {endings}")
+        in_mkv = output.suffix.lower() == ".mkv" or not (config.lossless and known)
+        require(in_mkv, f"-o {output}: --lossless needs a name that ends in .mkv")
+        return known
     kind = Image.registered_extensions().get(output.suffix.lower())
     if kind is None:
         if one_picture:
@@ -3512,7 +4445,7 @@ def output_is_file(config: SharpenConfig) -> bool:
 
 
 def find_sources(given: Path) -> tuple[list[Path], list[Path]]:
-    """(pictures, other files) of an input: itself, or what a folder holds but our own outputs."""
+    """(pictures and clips, other files) of an input: itself, or a folder's, but no outputs of ours."""
     require(given.exists(), f"{given}: no such file or folder")
     if not given.is_dir():
         return [given], []
@@ -3520,7 +4453,7 @@ def find_sources(given: Path) -> tuple[list[Path], list[Path]]:
     sources = []
     others = []
     for file in files:
-        if file.suffix.lower() not in picture_formats():
+        if file.suffix.lower() not in picture_formats() and not is_clip(file):
             others.append(file)
         elif not is_own_output(file, files):
             sources.append(file)
@@ -3542,7 +4475,10 @@ def plan_jobs(config: SharpenConfig) -> tuple[list[Job], list[Path]]:
             if source.resolve() in planned:
                 continue
             planned.add(source.resolve())
-            suffix = writable_suffix(source)
+            if is_clip(source):
+                suffix = clip_suffix(source, config.lossless)
+            else:
+                suffix = writable_suffix(source)
             if config.output is None:
                 stem = source.with_suffix("")
                 target = source.with_name(f"{source.stem}_sharpened{suffix}")
@@ -3555,7 +4491,7 @@ def plan_jobs(config: SharpenConfig) -> tuple[list[Job], list[Path]]:
             target = numbered(target, taken)
             sheet = numbered(stem.with_name(f"{stem.name}_before_after.png"), taken)
             jobs.append(Job(source, target, sheet))
-    require(jobs, f"{config.inputs[0]}: no pictures in this folder")
+    require(jobs, f"{config.inputs[0]}: no pictures or clips in this folder")
     check_targets(config, jobs, planned)
     return jobs, others
 
@@ -3587,7 +4523,7 @@ def check_targets(config: SharpenConfig, jobs: list[Job], sources: set[Path]) ->
     """
     for job in jobs:
         targets = [job.target]
-        if config.before_after:
+        if config.before_after and not job.is_clip:
             targets.append(job.before_after)
         for target in targets:
             is_input = target.resolve() in sources
@@ -3638,7 +4574,7 @@ def kept_metadata(image: Image.Image) -> dict[str, object]:
 
 def converted_to_srgb(image: Image.Image, kept: dict[str, object]) -> Image.Image:
     """A CMYK or LAB picture as sRGB, where its profile fits; changes the kept profile."""
-    icc = kept.pop("icc_profile", None)  # it does not describe RGB
+    icc = kept.pop("icc_profile", None)  # it describes the picture as it is, not the RGB result
     if icc is None and image.mode == "CMYK":
         return image
     source = ImageCms.ImageCmsProfile(io.BytesIO(icc) if icc else ImageCms.createProfile("LAB"))
@@ -3687,20 +4623,47 @@ def before_and_after(image: Image.Image, result: Image.Image) -> Image.Image:
     return sheet
 
 
+def clip_size(text: str) -> Size | None:
+    """(width, height) of --size 1280x720; UserError for another form."""
+    if not text:
+        return None
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+    require(match, f"--size {text}: write it as WIDTHxHEIGHT, such as 1280x720")
+    size = (int(match[1]), int(match[2]))
+    require(min(size) >= 16, f"--size {text}: at least 16x16")
+    return size
+
+
+def sharpen_file(config: SharpenConfig, job: Job, sharpener: FrameFunction) -> None:
+    """Sharpen one picture or clip, and say what was written."""
+    if job.is_clip:
+        clips = ClipSharpener(sharpener, clip_size(config.size), config.lossless)
+        count = clips(job.source, job.target)
+        tqdm.write(f"{job.source} -> {job.target} ({count} frames)")
+        return
+    image = open_picture(job.source)
+    result = sharpen_picture(sharpener, image)
+    save_picture(result, job.target)
+    tqdm.write(f"{job.source} -> {job.target}")
+    if config.before_after:
+        save_picture(before_and_after(image, result), job.before_after)
+        tqdm.write(f"before and after: {job.before_after}")
+
+
 def sharpen(config: SharpenConfig) -> None:
-    """Sharpen pictures: files, or folders with everything in them."""
+    """Sharpen pictures and clips: files, or folders with everything in them."""
+    clip_size(config.size)  # UserError now
     jobs, others = plan_jobs(config)
-    sharpener = sharpener_of(config, config.strength)
+    clips = [job for job in jobs if job.is_clip]
+    if clips:
+        require_packages(["av"], f"{clips[0].source}: sharpening clips")
+    sharpeners = {}
+    for for_clips in {job.is_clip for job in jobs}:
+        sharpeners[for_clips] = sharpener_of(config, config.strength, for_clips)
     failed = []
     for job in progress(jobs, "sharpen"):
         try:
-            image = open_picture(job.source)
-            result = sharpen_picture(sharpener, image)
-            save_picture(result, job.target)
-            tqdm.write(f"{job.source} -> {job.target}")
-            if config.before_after:
-                save_picture(before_and_after(image, result), job.before_after)
-                tqdm.write(f"before and after: {job.before_after}")
+            sharpen_file(config, job, sharpeners[job.is_clip])
         except Exception as error:  # one picture must not stop the others; all are named at the end
             text = str(error) or type(error).__name__
             failed.append(text if str(job.source) in text else f"{job.source}: {text}")
@@ -3717,11 +4680,22 @@ def sharpen(config: SharpenConfig) -> None:
 
 
 def prepare(config: PrepareConfig) -> None:
-    """Write blurred/sharp pairs; nothing appears in the dataset until all are written."""
+    """Write blurred/sharp pairs of pictures; with --protocol training crops."""
     target = config.data_root / config.split
     require(config.sharp_dir.is_dir(), f"{config.sharp_dir}: no such folder")
     inside = config.sharp_dir.resolve() in target.resolve().parents
     require(not inside, f"--data-root {config.data_root}: is in {config.sharp_dir}; choose another")
+    if not config.protocol:
+        prepare_pairs(config, target)
+        return
+    if {CALL_MIXTURE, *CLIP_PROTOCOLS} & set(config.protocol):
+        require_packages(["av"], f"--protocol {' '.join(config.protocol)}")
+    count = write_crops(Streams(config), target)
+    print(f"{count} crops in {target}; `train --degradation crops` reads them")
+
+
+def prepare_pairs(config: PrepareConfig, target: Path) -> None:
+    """Write blurred/sharp pairs; nothing appears in the dataset until all are written."""
     held = f"{target} holds pictures already; remove them or choose another --data-root"
     require(not list_pictures(target), held)
     sources: dict[Path, Path] = {}
@@ -3780,6 +4754,17 @@ def training_crops(config: RunConfig, pairs: list[Pair]) -> GoProSharpeningDatas
     )
 
 
+def training_data(config: RunConfig) -> tuple[Dataset, Sequence[Pair | PreparedCrop]]:
+    """(the crops to train on, what is held out), as a run's flags ask for them."""
+    if config.degradation == "crops":
+        require(config.data_root, "--degradation crops: name their folder with --data-root")
+        folder = split_folder(config.data_root, "train")
+        prepared = PreparedCrops(folder, config.image_size, config.seed)
+        return prepared, prepared.hold_out(config.validation_fraction)
+    training, held_out = training_pairs(config)
+    return training_crops(config, training), held_out
+
+
 def carry_out(run: TrainingRun, last: dict | None) -> None:
     """Train, from the state of a resumed run if there is one, and draw the curves.
 
@@ -3805,15 +4790,16 @@ def train(config: TrainConfig) -> None:
     """Distil the teacher into a student; without a dataset, on scikit-image's pictures."""
     last = read_last(config)
     torch.manual_seed(config.seed)
-    training, held_out = training_pairs(config)
+    dataset, held_out = training_data(config)
     device = pick_device(config)
     objective = make_objective(config, resumed=last is not None)
     start_processes(device)
     if RANK == 0 and config.preset and not config.resume:
         print(f"--preset {config.preset}: {PRESETS[config.preset].about}.")
 
-    dataset: Dataset = training_crops(config, training)
     if config.teacher_cache:
+        from_pairs = isinstance(dataset, GoProSharpeningDataset)
+        require(from_pairs, "--teacher-cache: not with --degradation crops; leave it out")
         teacher = objective.teacher.to(device)
         autocast = autocast_for(config.precision, device)
         dataset = TeacherCache(
@@ -3851,7 +4837,7 @@ def train_teacher(config: TeacherConfig) -> None:
     require(config.dim % 2 == 0 and fits, f"{wanted} that level's --heads")
     last = read_last(config)
     torch.manual_seed(config.seed)
-    training, held_out = training_pairs(config)
+    dataset, held_out = training_data(config)
     device = pick_device(config)
     if last:
         restormer = StemmedRestormer(**last["network"])
@@ -3875,7 +4861,6 @@ def train_teacher(config: TeacherConfig) -> None:
     start_processes(device)
     objective = Objective(restormer, None, DistillationLoss({"reconstruction": 1.0}))
     shape = restormer_dimensions(restormer.state_dict())
-    dataset = training_crops(config, training)
 
     def as_frame_function(network: StemmedRestormer) -> FrameFunction:
         return teacher_frames(network, device, config.precision)
@@ -3985,7 +4970,7 @@ def ablate(config: AblateConfig) -> None:
         test = [pair.load() for pair in find_sharp(config.data_root / "test", PROTOCOLS["x2"])]
     variants = ablation_variants(config)
     by_name = {variant.name: variant for variant in variants}
-    if config.overwrite:  # all runs of these seeds now: an interrupted one is then continued
+    if config.overwrite:  # remove all runs of these seeds now; what is interrupted can be continued
         for variant, seed in itertools.product(variants, config.seeds):
             shutil.rmtree(config.run_dir / f"{variant.folder}_{seed}", ignore_errors=True)
 
@@ -4053,9 +5038,9 @@ def evaluation_data(config: EvalConfig) -> dict[str, list[Pair] | list[Clip]]:
         return {"": find_pairs(folder)}
     data: dict[str, list] = {}
     for name in protocols:
-        if name in CALLS:
+        if name in CLIP_PROTOCOLS:
             require_packages(["av"], f"--protocol {name}")
-            data[name] = find_clips(folder)
+            data[name] = find_encoded_pairs(folder) if name == ENCODED_PAIRS else find_clips(folder)
         else:
             data[name] = find_sharp(folder, PROTOCOLS[name])
     return data
@@ -4101,11 +5086,12 @@ def evaluate_clips(
     """(the table of a call, its rows), printed: PSNR, SSIM, flicker, VMAF, VMAF-NEG."""
     rows = []
     for clip in progress(clips, protocol):
-        rows.append(evaluate_clip(clip, CALLS[protocol], methods))
+        rows.append(evaluate_clip(clip, CALLS.get(protocol), methods))
     table = clip_table(rows, methods)
     print_table(protocol, table, format_clip_scores)
-    kilobits = ", ".join(f"{row['picture']} {row['kilobits']:.0f}" for row in rows)
-    print(f"kilobits a second: {kilobits}")
+    if protocol in CALLS:
+        kilobits = ", ".join(f"{row['picture']} {row['kilobits']:.0f}" for row in rows)
+        print(f"kilobits a second: {kilobits}")
     return table | {"clips": len(rows)}, rows
 
 
@@ -4118,12 +5104,16 @@ def evaluate(config: EvalConfig) -> None:
     if config.teacher or config.teacher_weights:
         restormer = load_restormer(config.teacher_weights)
         methods["teacher"] = teacher_frames(restormer, pick_device(config), config.precision)
-    methods["student"] = sharpener_of(config)
+    students = {}
+    for for_clips in {protocol in CLIP_PROTOCOLS for protocol in data}:
+        students[for_clips] = sharpener_of(config, for_clips=for_clips)
 
     tables: dict[str, dict] = {}
     lines = []
     for protocol, examples in data.items():
-        if protocol in CALLS:
+        for_clips = protocol in CLIP_PROTOCOLS
+        methods["student"] = students[for_clips]
+        if for_clips:
             table, rows = evaluate_clips(protocol, examples, methods)
         else:
             table, rows = evaluate_pairs(config, protocol, examples, methods)
@@ -4251,7 +5241,7 @@ def time_in_turns(
     functions: dict[object, Callable[[], object]], device: torch.device, config: FpsConfig
 ) -> dict[object, Timing]:
     """The timing of each function. They take turns, so that whatever else the machine does slows
-    all of them alike; on an accelerator both ends of a call wait for it."""
+    all of them alike; a call begins and ends when the accelerator is idle."""
     milliseconds = {key: [] for key in functions}
     for turn in range(config.warmup + config.frames):
         for key, function in functions.items():
@@ -4320,9 +5310,9 @@ class Contestant:
     def network_alone(self, frame: np.ndarray) -> Callable[[], None]:
         """The network on all tiles of a frame, without cutting and joining."""
         sharpener = self.sharpener
-        padded = sharpener.padded(frame)
+        padded, spans = sharpener.cut(frame)
         gates = sharpener.gates(padded)
-        tiles = [padded[None, row.taken, column.taken] for row, column in sharpener.tiles(frame)]
+        tiles = [padded[None, row.taken, column.taken] for row, column in spans]
 
         def run() -> None:
             for tile in tiles:
@@ -4332,7 +5322,7 @@ class Contestant:
 
     def is_cut(self, frame: np.ndarray) -> bool:
         """Whether this frame takes several tiles."""
-        return len(list(self.sharpener.tiles(frame))) > 1
+        return len(self.sharpener.cut(frame)[1]) > 1
 
 
 def contestants_of(
@@ -4344,7 +5334,8 @@ def contestants_of(
         tiles.append(config.tile)
     contestants = []
     for name, student in students.items():
-        for tile in tiles[:1] if name == YARDSTICK else tiles:
+        own_tiles = [0] if name == YARDSTICK else tiles
+        for tile in own_tiles:
             sharpener = FrameSharpener(
                 student, device, tile, config.overlap, 1.0, config.precision, backend
             )
@@ -4636,7 +5627,7 @@ COMMANDS: dict[str, Callable] = {
 
 
 def resolve_config(config_class: type, given: dict[str, object]) -> object:
-    """The command's settings: given flags over a resumed run's or a preset's over the defaults."""
+    """The command's settings: given flags, else a resumed run's or a preset's, else defaults."""
     if given.get("resume"):
         return resumed_config(config_class, given)
     if issubclass(config_class, TrainConfig):
@@ -4663,7 +5654,7 @@ def resumed_config(config_class: type[RunConfig], given: dict[str, object]) -> R
     run_dir = given.get("run_dir")
     if run_dir is None:
         settings = config_class()
-        if config_class is TrainConfig:  # the demo has a folder of its own
+        if config_class is TrainConfig:  # presets have folders of their own
             settings = preset_config(config_class, given)
         run_dir = settings.run_dir
     file = run_dir / "last.pth"
@@ -4680,7 +5671,7 @@ def resumed_config(config_class: type[RunConfig], given: dict[str, object]) -> R
 
 def keep_freed_memory() -> None:
     """Tell glibc to keep freed memory. It returns large blocks to the system, which clears them
-    again for the next: a tenth of a frame or a step."""
+    again for the next, which takes a tenth of a frame's or a step's time."""
     with contextlib.suppress(AttributeError, TypeError):  # another C library, or another system
         mallopt = ctypes.CDLL(None).mallopt
         m_mmap_max = -4
@@ -4703,7 +5694,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print_error(error)
         return 2
-    except ModuleNotFoundError as error:  # of a package that an extra needs in turn
+    except ModuleNotFoundError as error:  # a package that an optional package needs
         if debug:
             raise
         print_error(UserError(f"{error.name} is not installed: pip install {error.name}"))

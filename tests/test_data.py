@@ -121,40 +121,58 @@ def share(values):
 
 def test_the_mixture_has_the_shares_that_it_promises(mixture):
     drawn, damaged = mixture
-    blurs = [step_of(kd.GaussianBlur, degradation) for degradation in damaged]
-    jpegs = [step_of(kd.Jpeg, degradation) for degradation in damaged]
-    factors = [step_of(kd.Shrink, degradation).factor for degradation in damaged]
+    alone = {kd.Jpeg: 0.08, kd.Noise: 0.04, kd.MotionBlur: 0.04}
+    for kind, promised in alone.items():
+        only = share(len(d) == 1 and isinstance(d[0], kind) for d in drawn)
+        assert only == pytest.approx(promised, abs=0.01)
     assert share(degradation == () for degradation in drawn) == pytest.approx(0.08, abs=0.01)
-    assert share(factor == 2 for factor in factors) == pytest.approx(0.5, abs=0.02)
+
+    shrunk = [degradation for degradation in damaged if step_of(kd.Shrink, degradation)]
+    blurs = [step_of(kd.GaussianBlur, degradation) for degradation in shrunk]
+    jpegs = [step_of(kd.Jpeg, degradation) for degradation in shrunk]
+    factors = [step_of(kd.Shrink, degradation).factor for degradation in shrunk]
+    assert share(factor == 2 for factor in factors) == pytest.approx(2 / 3, abs=0.02)
     assert share(blurs) == pytest.approx(0.1, abs=0.01)
     assert share(jpegs) == pytest.approx(0.2, abs=0.015)
+    filters = [step_of(kd.Enlarge, degradation).filter for degradation in shrunk]
+    assert share(f == "bilinear" for f in filters) == pytest.approx(0.12, abs=0.015)
+    assert share(f == "nearest" for f in filters) == pytest.approx(0.08, abs=0.01)
 
-    compressed_ones = [degradation for degradation in damaged if step_of(kd.Jpeg, degradation)]
+    compressed_ones = [degradation for degradation in shrunk if step_of(kd.Jpeg, degradation)]
     early = share(isinstance(degradation[-1], kd.Enlarge) for degradation in compressed_ones)
     assert early == pytest.approx(0.5, abs=0.04)
 
 
 def test_the_mixture_draws_from_the_whole_of_its_ranges(mixture):
     _, damaged = mixture
-    factors = [step_of(kd.Shrink, degradation).factor for degradation in damaged]
-    others = [factor for factor in factors if factor != 2]
-    assert 1.5 <= min(others) < 1.51
-    assert 3.99 < max(others) <= 4
-    assert np.mean(others) == pytest.approx(2.75, abs=0.05)
 
-    blurs = [step_of(kd.GaussianBlur, degradation) for degradation in damaged]
-    sigmas = [blur.sigma for blur in blurs if blur]
+    def values(kind, name):
+        steps = [step_of(kind, degradation) for degradation in damaged]
+        return [getattr(step, name) for step in steps if step]
+
+    others = [factor for factor in values(kd.Shrink, "factor") if factor != 2]
+    assert 1.2 <= min(others) < 1.22
+    assert 3.98 < max(others) <= 4
+    assert np.mean(others) == pytest.approx(2.6, abs=0.06)
+
+    sigmas = values(kd.GaussianBlur, "sigma")
     assert 0.3 <= min(sigmas) < 0.32
     assert 1.18 < max(sigmas) <= 1.2
 
-    jpegs = [step_of(kd.Jpeg, degradation) for degradation in damaged]
-    assert {jpeg.quality for jpeg in jpegs if jpeg} == set(range(30, 96))
+    assert set(values(kd.Jpeg, "quality")) == set(range(15, 96))
+    assert set(values(kd.MotionBlur, "length")) == {5, 7, 9, 11, 13, 15}
+    noise = values(kd.Noise, "sigma")
+    assert 1 <= min(noise) < 1.1
+    assert 7.9 < max(noise) <= 8
 
 
 def test_the_mixture_blurs_first_and_compresses_small_or_large_pictures(mixture):
     _, damaged = mixture
     orders = {tuple(type(step).__name__ for step in degradation) for degradation in damaged}
     assert orders == {
+        ("Jpeg",),
+        ("Noise",),
+        ("MotionBlur",),
         ("Shrink", "Enlarge"),
         ("Shrink", "Jpeg", "Enlarge"),
         ("Shrink", "Enlarge", "Jpeg"),
@@ -162,6 +180,21 @@ def test_the_mixture_blurs_first_and_compresses_small_or_large_pictures(mixture)
         ("GaussianBlur", "Shrink", "Jpeg", "Enlarge"),
         ("GaussianBlur", "Shrink", "Enlarge", "Jpeg"),
     }
+
+
+# A change of these draws would be a change of every training on calls.
+def test_the_mixture_of_calls_has_the_shares_and_ranges_that_it_promises():
+    calls = [kd.draw_call((0, index)) for index in range(4000)]
+    for codec, promised in zip(kd.CODECS, (0.5, 0.25, 0.13, 0.12), strict=True):
+        assert share(call.codec == codec for call in calls) == pytest.approx(promised, abs=0.02)
+    assert share(call.factor == 1 for call in calls) == pytest.approx(0.25, abs=0.02)
+    assert share(call.factor == 2 for call in calls) == pytest.approx(0.35, abs=0.02)
+    assert all(1 <= call.factor <= 3 for call in calls)
+
+    bits = [call.bits for call in calls]
+    assert 0.03 <= min(bits) < 0.0301
+    assert 0.398 < max(bits) <= 0.4
+    assert np.median(bits) == pytest.approx((0.03 * 0.4) ** 0.5, rel=0.05)  # even in its logarithm
 
 
 # --- Files ----------------------------------------------------------------------------------------

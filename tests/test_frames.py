@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import sharpen_kd as kd
@@ -32,7 +33,9 @@ def difference(first, second):
 )
 def test_tiles_cover_a_side_once_and_share_the_overlap(tile, overlap, alignment):
     for length in (1, 31, 64, 100, 127, 129, 513, 720, 1080, 1920):
-        spans = kd.cut_side(length, tile, overlap, alignment)
+        phase = length % 2
+        before = kd.MARGIN + phase
+        spans = kd.cut_side(length, phase, tile=tile, overlap=overlap, alignment=alignment)
         taken = [span.taken for span in spans]
         size = taken[0].stop
 
@@ -40,7 +43,8 @@ def test_tiles_cover_a_side_once_and_share_the_overlap(tile, overlap, alignment)
         assert size <= max(1.5 * tile, tile + alignment) + alignment
         assert all(t.stop - t.start == size for t in taken)
         assert all(t.start % alignment == 0 for t in taken)
-        assert taken[-1].stop == -(-length // alignment) * alignment
+        assert taken[-1].stop % alignment == 0
+        assert kd.MARGIN <= taken[-1].stop - before - length < kd.MARGIN + alignment
         for left, right in itertools.pairwise(taken):
             assert left.start < right.start
             assert left.stop - right.start >= overlap
@@ -49,24 +53,28 @@ def test_tiles_cover_a_side_once_and_share_the_overlap(tile, overlap, alignment)
         given = np.concatenate([positions[span.given] for span in spans])
         assert np.array_equal(given, np.arange(length))
         for span in spans:
-            assert np.array_equal(positions[span.taken][span.inner], positions[span.given])
+            assert np.array_equal(positions[span.taken][span.inner], positions[span.given] + before)
 
 
 def test_tiles_meet_in_the_middle_of_what_they_share():
-    for left, right in itertools.pairwise(kd.cut_side(1920, 512, 64, 32)):
-        left_edge = left.taken.stop - left.given.stop
-        right_edge = right.given.start - right.taken.start
+    spans = kd.cut_side(1920, tile=512, overlap=64, alignment=32)
+    for left, right in itertools.pairwise(spans):
+        left_edge = left.taken.stop - left.taken.start - left.inner.stop
+        right_edge = right.inner.start
         assert left_edge >= 32
         assert abs(left_edge - right_edge) <= 1
 
 
 def test_a_tile_of_zero_takes_a_side_whole():
-    assert kd.cut_side(1080, 0, 64, 32) == [kd.Span(slice(0, 1088), slice(0, 1080), slice(0, 1080))]
+    spans = kd.cut_side(1080, tile=0, overlap=64, alignment=32)
+    assert spans == [kd.Span(slice(0, 1120), slice(0, 1080), slice(8, 1088))]
+    spans = kd.cut_side(1080, 1, tile=0, overlap=64, alignment=32)
+    assert spans == [kd.Span(slice(0, 1120), slice(0, 1080), slice(9, 1089))]
 
 
 def test_a_4k_frame_in_tiles_is_little_more_than_the_frame():
     sharpener = kd.load_sharpener("quality")
-    tiles = list(sharpener.tiles(np.empty((2160, 3840, 3), np.uint8)))
+    _, tiles = sharpener.cut(np.zeros((2160, 3840, 3), np.uint8))
     row, column = tiles[0]
     computed = len(tiles) * row.taken.stop * column.taken.stop
     assert len(tiles) > 1
@@ -183,26 +191,80 @@ def test_gates_are_the_mean_over_the_patches_of_what_the_student_makes(student, 
         {"stem_stride": 2, "widths": (6, 8, 8)},
         {"stem_stride": 4, "widths": (6, 8), "skips": "lateral"},
         {"stem_stride": 1, "widths": (6, 8, 8), "skips": "lateral", "convolutions": (1, 2, 1)},
+        {"kind": "guided", "width": 8, "layers": 3},
+        {"kind": "guided", "width": 8, "layers": 3, "colours": False},
     ],
-    ids=lambda shape: f"{shape.get('kind', 'unet')}, stem {shape['stem_stride']}",
+    ids=str,
 )
 def test_a_sharpened_frame_is_the_students_own_output(random_frame, shape):
     torch.manual_seed(0)
     network = kd.build_student(shape)
     nn.init.normal_(network.output.weight, std=0.05)
     nn.init.normal_(network.output.bias, std=0.05)
-    frame = random_frame(64, 96)  # small enough to be its own patch, so the gates are the same
-    if shape.get("kind") == "plain":
-        frame = frame[:-1, :-3]  # without gates the edges are compared too
-    picture = torch.from_numpy(frame).permute(2, 0, 1)[None] / 255
+    frame = random_frame(63, 93)  # small enough to be its own patch, so the gates are the same
+    sharpener = kd.FrameSharpener(network, precision="float32")
+    continued, ((row, column),) = sharpener.cut(frame)
+    assert np.array_equal(continued[row.inner, column.inner], frame)
+    picture = torch.from_numpy(continued).permute(2, 0, 1)[None] / 255
     with torch.inference_mode():
-        restored = network(picture)[0].permute(1, 2, 0)
+        restored = network(picture)[0].permute(1, 2, 0)[row.inner, column.inner]
     expected = (255 * restored).round().clamp(0, 255).numpy()
 
-    output = kd.FrameSharpener(network, precision="float32")(frame)
+    output = sharpener(frame)
     assert difference(output, expected).max() <= 1  # a half that is rounded the other way
     assert difference(output, expected).mean() < 1e-3
     assert difference(output, frame).mean() > 1
+
+
+def test_a_frame_is_continued_by_its_mirror_image(student, random_frame):
+    frame = random_frame(50, 70)
+    padded, ((row, column),) = kd.FrameSharpener(student).cut(frame)
+    assert kd.grid_phase(frame) == (0, 0)
+    assert (row.inner.start, column.inner.start) == (8, 8)
+    assert np.array_equal(padded[:8, 8:78], frame[7::-1])
+    assert np.array_equal(padded[8:58, :8], frame[:, 7::-1])
+    assert np.array_equal(
+        padded[58:, 78:], frame[::-1, ::-1][: len(padded) - 58, : padded.shape[1] - 78]
+    )
+
+
+@pytest.mark.parametrize("protocol", ["x2", "x2-bilinear", "x2-nearest", "x2-jpeg50", "jpeg50-x2"])
+def test_the_phase_of_a_frame_enlarged_by_2_is_found(photographs, protocol):
+    for name in ("astronaut", "coffee", "page"):
+        enlarged = kd.degrade(kd.even_sized(photographs[name]), kd.PROTOCOLS[protocol])
+        frame = np.array(enlarged)
+        for row, column in itertools.product((0, 1), repeat=2):
+            assert kd.grid_phase(frame[row:, column:]) == (row, column)
+        assert kd.grid_phase(frame[:, ::-1]) == (0, 0)
+        assert kd.grid_phase(frame[:-1, ::-1].transpose(1, 0, 2)) == (0, 0)
+
+
+@pytest.mark.parametrize("protocol", ["x3", "x4", "x1.3", "noise5", "sharp"])
+def test_other_frames_have_no_phase(photographs, protocol):
+    for name in ("astronaut", "coffee"):
+        degraded = kd.degrade(kd.even_sized(photographs[name]), kd.PROTOCOLS[protocol])
+        for row, column in itertools.product((0, 1), repeat=2):
+            assert kd.grid_phase(np.array(degraded)[row:, column:]) == (0, 0)
+
+
+def test_a_frame_cut_at_an_odd_pixel_gains_as_much(photographs):
+    sharp = np.array(kd.even_sized(photographs["coffee"]))
+    blurred = np.array(kd.degrade(Image.fromarray(sharp), kd.PROTOCOLS["x2"]))
+    sharpener = kd.load_sharpener("fast")
+    gains = []
+    for row, column in itertools.product((0, 1), repeat=2):
+        cut = (slice(row, None), slice(column, None))
+        before = kd.frame_psnr(blurred[cut], sharp[cut])
+        gains.append(kd.frame_psnr(sharpener(blurred[cut]), sharp[cut]) - before)
+    assert min(gains) > 1
+    assert max(gains) - min(gains) < 0.15
+
+
+@pytest.mark.parametrize("name", kd.SHIPPED)
+@pytest.mark.parametrize("color", [(0, 0, 255), (255, 255, 255), (0, 0, 0), (90, 160, 30)])
+def test_a_flat_frame_stays_flat(name, color):
+    frame = np.full((70, 90, 3), color, np.uint8)
+    assert difference(kd.load_sharpener(name)(frame), frame).max() <= 1
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (7, 5), (64, 64), (129, 257)])
@@ -318,5 +380,5 @@ def test_tiles_of_an_untrained_plain_stack_agree_with_the_whole_frame(random_fra
 def test_a_first_layer_that_cannot_read_runs_is_refused():
     student = kd.PlainStack(2, 8, 3)
     student.first_layer.dilation = (2, 2)
-    with pytest.raises(kd.UserError, match="first layer must be 3x3"):
+    with pytest.raises(kd.UserError, match="first layer must be 1x1, or 3x3"):
         kd.FrameNetwork(student)

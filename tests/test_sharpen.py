@@ -205,14 +205,14 @@ def test_what_a_folder_holds_beside_pictures_is_named_and_counted(
     without_heif = {s: f for s, f in kd.picture_formats().items() if f != "HEIF"}
     monkeypatch.setattr(kd, "picture_formats", lambda: without_heif)
     small.save(tmp_path / "a.png")
-    for name in ("b.heic", "c.svg", "d.mp4", "e.txt"):
+    for name in ("b.heic", "c.svg", "d.pdf", "e.txt"):
         (tmp_path / name).write_bytes(b"no picture")
     status, error, output = run_sharpen(tmp_path, "-o", tmp_path / "out")
     assert (status, error) == (0, "")
     assert "1 sharpened; 4 skipped: " in output
     assert "b.heic (pip install pillow-heif); " in output
     assert "c.svg (export it as PNG first); " in output
-    assert "d.mp4 (clips are not sharpened yet); " in output
+    assert "d.pdf (export its pages as PNG first); " in output
     assert output.endswith("e.txt\n")
     assert names_in(tmp_path / "out") == ["a.png"]
 
@@ -411,7 +411,7 @@ def test_mistakes_are_named_and_nothing_is_written(tmp_path, run_sharpen, small)
     before = sorted(tmp_path.iterdir())
     mistakes = {
         (tmp_path / "none.png",): "none.png: no such file or folder",
-        (tmp_path / "empty",): "empty: no pictures in this folder",
+        (tmp_path / "empty",): "empty: no pictures or clips in this folder",
         (broken, "-o", tmp_path / "b.png"): "a.jpg: not a readable picture",
         (picture, "-o", picture): "a.png: would be overwritten",
         (picture, broken, "-o", tmp_path / "b.png"): "a file can take one picture only",

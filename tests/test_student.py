@@ -17,6 +17,7 @@ STUDENTS = {
         stem_stride=stride, widths=(8, 12, 16), skips="lateral", convolutions=(2, 1, 1)
     ),
     "plain": lambda stride=2: kd.PlainStack(stem_stride=stride, width=8, layers=3),
+    "guided": lambda: kd.GuidedStack(width=8, layers=3),
 }
 
 
@@ -117,9 +118,88 @@ def test_a_students_config_builds_it_again(name):
 
 @pytest.mark.parametrize("kind", kd.STUDENTS)
 def test_the_kind_in_a_students_config_is_its_name(kind):
-    student = kd.STUDENTS[kind].from_flags(kd.StudentConfig(widths=(), base_channels=16))
+    stem = 2 if kind == "guided" else 4
+    config = kd.StudentConfig(widths=(), base_channels=16, stem_stride=stem)
+    student = kd.STUDENTS[kind].from_flags(config)
     assert student.config["kind"] == kind
-    assert student.config["stem_stride"] == student.stem_stride == 4
+    assert student.stem_stride == stem
+
+
+def test_a_guided_stack_has_one_stem_stride_and_one_width():
+    for flags in ({"stem_stride": 4}, {"widths": (8, 8)}, {"convolutions": (3, 3)}):
+        with pytest.raises(kd.UserError, match="a guided stack"):
+            kd.GuidedStack.from_flags(kd.StudentConfig(**({"stem_stride": 2} | flags)))
+    config = kd.StudentConfig(stem_stride=2, widths=(8,), convolutions=(5,), guide_width=12)
+    assert kd.GuidedStack.from_flags(config).config == {
+        "kind": "guided",
+        "width": 8,
+        "layers": 5,
+        "guide_width": 12,
+        "colours": True,
+    }
+
+
+def awake_guided(**options):
+    """A guided stack whose correction is seen, and whose map differs from place to place."""
+    torch.manual_seed(0)
+    student = kd.GuidedStack(width=8, layers=3, **options)
+    torch.nn.init.normal_(student.layers[-1].weight, std=0.1)
+    torch.nn.init.normal_(student.guide.last.weight, std=1.0)
+    return student
+
+
+def test_luma_and_colour_differences_are_those_of_bt_601():
+    student = kd.GuidedStack()
+    picture = torch.rand(1, 3, 4, 6)
+    planes = student.planes(F.pixel_unshuffle(picture, 2))
+    red, green, blue = picture[0]
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue
+    assert torch.allclose(F.pixel_shuffle(planes[:, :4], 2)[0, 0], luma, atol=1e-6)
+    cell = picture[0, :, :2, 2:4].mean((1, 2))
+    mean_luma = luma[:2, 2:4].mean()
+    assert planes[0, 4, 0, 1].item() == pytest.approx(
+        (cell[2] - mean_luma).item() / 1.772, abs=1e-3
+    )
+    assert planes[0, 5, 0, 1].item() == pytest.approx(
+        (cell[0] - mean_luma).item() / 1.402, abs=1e-3
+    )
+    flat = torch.tensor([0.3, 0.6, 0.1]).view(1, 3, 1, 1).expand(1, 3, 4, 4)
+    again = F.pixel_shuffle(student.output(student.planes(F.pixel_unshuffle(flat, 2))), 2)
+    assert torch.allclose(again, flat, atol=1e-3)
+
+
+@pytest.mark.parametrize("colours", [True, False])
+def test_what_is_grey_stays_grey(colours):
+    student = awake_guided(colours=colours)
+    grey = torch.rand(1, 1, 48, 64).expand(1, 3, 48, 64)
+    restored = student(grey)
+    assert (restored - grey).abs().mean() > 0.01
+    assert (restored - restored.mean(1, keepdim=True)).abs().max() < 1e-5
+
+
+def test_a_map_depends_on_the_neighbourhood_alone():
+    """A change more than `reach` pixels away changes nothing; a nearer one changes the map."""
+    student = awake_guided()
+    picture = torch.rand(1, 3, 64, 512)
+    changed = picture.clone()
+    changed[..., 256:] = changed[..., 256:] * 0.1
+    difference = (student(picture) - student(changed)).abs().amax((0, 1, 2))
+    assert difference[: 256 - student.reach].max() == 0
+    assert difference[256 - 2 * 16 : 256 - 2 * 3].min() > 0  # farther than the layers see
+
+
+def test_energies_are_the_mean_squares_of_haar_details():
+    guide = kd.GuidedStack().guide
+    fold = torch.rand(1, 4, 8, 8)  # a luma of 16x16 pixels: one cell
+    a, b, c, d = fold[0]
+    details = [(a - b + c - d) / 2, (a + b - c - d) / 2, (a - b - c + d) / 2]
+    mean = (a + b + c + d) / 4  # of each fold, for the next size
+    by_hand = [detail.square().mean() for detail in details]
+    a, b, c, d = mean[::2, ::2], mean[::2, 1::2], mean[1::2, ::2], mean[1::2, 1::2]
+    by_hand.append(((a - b + c - d) / 2).square().mean())
+    energies = torch.exp(3 * guide.energies(fold)[0, :, 0, 0] - 9) - 1e-6
+    assert energies.shape == (9,)
+    assert torch.allclose(energies[:4], torch.stack(by_hand), rtol=1e-3)
 
 
 def test_flags_describe_a_student():
@@ -585,21 +665,21 @@ def test_in_bf16_no_map_meets_another_type(random_frame, checkpoint):
     student, _ = kd.load_student(checkpoint)
     frame = torch.from_numpy(random_frame(32, 48)[None])
     network = kd.FrameNetwork(student)
-    gate_network = kd.GateNetwork(student)
+    networks = [network]
+    if student.gate_widths:
+        networks.append(kd.GateNetwork(student))
     types = set()
 
     def note_type(module, inputs, output):
         types.add(output.dtype)
 
     with torch.inference_mode():
-        expected = network(frame, gate_network(frame))
-        network = network.to(torch.bfloat16)
-        gate_network = gate_network.to(torch.bfloat16)
-        for module in [*network.modules(), *gate_network.modules()]:
+        expected = network(frame, *[gates(frame) for gates in networks[1:]])
+        for module in [m for each in networks for m in each.to(torch.bfloat16).modules()]:
             if isinstance(module, torch.nn.Conv2d | torch.nn.ConvTranspose2d | torch.nn.Linear):
                 module.register_forward_hook(note_type)
-        gates = gate_network(frame)
-        restored = network(frame, gates)
+        gates = [gates(frame) for gates in networks[1:]]
+        restored = network(frame, *gates)
     assert types == {torch.bfloat16}
-    assert gates.dtype == torch.float32
+    assert all(each.dtype == torch.float32 for each in gates)
     assert difference(restored, expected).mean() < 0.5

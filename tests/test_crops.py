@@ -1,0 +1,309 @@
+"""Prepared crops: what `prepare --protocol` writes, and what training reads of it."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_clips import write_clip
+
+import sharpen_kd as kd
+
+av = pytest.importorskip("av", reason="pip install av")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory, photographs):
+    """Two pictures of two categories and a clip."""
+    folder = tmp_path_factory.mktemp("sources")
+    for category, name in (("people", "astronaut"), ("text", "page")):
+        (folder / category).mkdir()
+        photographs[name].convert("RGB").save(folder / category / f"{name}.png")
+    photograph = np.array(photographs["coffee"].convert("RGB"))
+    panning = [photograph[20:180, 2 * t : 2 * t + 224] for t in range(24)]
+    write_clip(folder / "talk_01.mkv", panning)
+    return folder
+
+
+def prepare(sources, root, *more):
+    command = ["prepare", str(sources), "--crop-size", "64", "--data-root", str(root)]
+    return kd.main([*command, *map(str, more)])
+
+
+@pytest.fixture(scope="module")
+def prepared(sources, tmp_path_factory):
+    """A folder with 96 crops of calls."""
+    root = tmp_path_factory.mktemp("prepared")
+    assert prepare(sources, root, "--protocol", "calls", "--crops", 96) == 0
+    return root
+
+
+def crops_in(root):
+    return np.load(root / "train" / kd.PREPARED_PIXELS)
+
+
+def test_crops_of_calls_are_what_encoders_leave_of_the_sharp_ones(prepared):
+    crops = crops_in(prepared)
+    assert crops.shape == (96, 2, 64, 64, 3)
+    assert crops.dtype == np.uint8
+    psnrs = [kd.frame_psnr(received, sharp) for received, sharp in crops]
+    assert 20 < np.median(psnrs) < 40
+    sources = json.loads((prepared / "train" / kd.PREPARED_ABOUT).read_text())["sources"]
+    assert set(sources) == {"people/astronaut", "text/page", "talk/talk_01"}
+    assert sources.count("talk/talk_01") > 24  # half are clips
+
+
+def test_the_sharp_side_is_a_part_of_a_picture_at_even_pixels(sources, tmp_path):
+    (tmp_path / "one").mkdir()
+    with Image.open(sources / "people/astronaut.png") as picture:
+        picture.save(tmp_path / "one/a.png")
+        pixels = np.array(picture)
+    assert prepare(tmp_path / "one", tmp_path, "--protocol", "x2", "--crops", 12) == 0
+    crops = crops_in(tmp_path)
+    windows = np.lib.stride_tricks.sliding_window_view(pixels, (64, 64, 3))[::2, ::2, 0]
+    for received, sharp in crops:
+        assert (windows == sharp).all((2, 3, 4)).any()
+        expected = kd.degrade(Image.fromarray(sharp), kd.PROTOCOLS["x2"])
+        with_sharp_part = (received == sharp).mean() > 0.2
+        assert with_sharp_part or np.array_equal(received, np.array(expected))
+
+
+def test_an_interrupted_prepare_goes_on_to_the_same_crops(
+    sources, prepared, tmp_path, monkeypatch, capsys
+):
+    key = kd.Streams.key
+    seen = []
+    make = kd.Streams.__getitem__
+
+    def stops_at_the_fourth(self, stream):
+        seen.append(stream)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return make(self, stream)
+
+    monkeypatch.setattr(kd.Streams, "__getitem__", stops_at_the_fourth)
+    monkeypatch.setattr(kd.time, "monotonic", iter(range(0, 10**6, 60)).__next__)
+    arguments = ("--protocol", "calls", "--crops", 96)
+    assert prepare(sources, tmp_path, *arguments) == 130
+    about = json.loads((tmp_path / "train" / kd.PREPARED_ABOUT).read_text())
+    assert about["written"] == 36
+
+    train = ["train", "--data-root", str(tmp_path), "--degradation", "crops", "--preset", "small"]
+    assert kd.main([*train, "--run-dir", str(tmp_path / "run")]) == 2
+    assert "its crops are not all written" in capsys.readouterr().err
+
+    assert prepare(sources, tmp_path, *arguments) == 0
+    assert seen == [0, 1, 2, 3, 3, 4, 5, 6, 7]
+    assert np.array_equal(crops_in(tmp_path), crops_in(prepared))
+    assert kd.Streams.key is key
+
+
+def test_other_crops_are_not_written_over(sources, prepared, capsys):
+    before = crops_in(prepared)
+    assert prepare(sources, prepared, "--protocol", "calls", "--crops", 96, "--seed", 1) == 2
+    assert "holds other crops; remove it or choose another --data-root" in capsys.readouterr().err
+    assert np.array_equal(crops_in(prepared), before)
+
+
+def test_a_cache_of_another_mixture_is_another(sources, monkeypatch):
+    config = kd.PrepareConfig(sharp_dir=sources, protocol=("calls",))
+    key = kd.Streams(config).key()
+    assert kd.Streams(config).key() == key
+    monkeypatch.setitem(kd.CODECS, "libx264", {"preset": "slow"})
+    assert kd.Streams(config).key() != key
+    monkeypatch.undo()
+    monkeypatch.setattr(kd, "draw_mixture", lambda key: ())
+    assert kd.Streams(config).key() != key
+
+
+@pytest.mark.parametrize(
+    ("protocol", "named"), [("calls", "nothing to degrade by calls"), ("low", "low: no such fold")]
+)
+def test_an_empty_folder_is_named(tmp_path, capsys, protocol, named):
+    (tmp_path / "empty").mkdir()
+    assert prepare(tmp_path / "empty", tmp_path, "--protocol", protocol) == 2
+    assert named in capsys.readouterr().err
+    assert not (tmp_path / "train").exists()
+
+
+def test_a_still_picture_moves_by_whole_pixels(photographs):
+    picture = np.array(photographs["astronaut"].convert("RGB"))
+    zoomed = 0
+    for index in range(20):
+        frames = kd.moving_still(picture, (0, index))
+        assert len(frames) == kd.STREAM_FRAMES
+        assert {frame.shape for frame in frames} == {(288, 416, 3)}
+        windows = np.lib.stride_tricks.sliding_window_view(picture[..., 0], (288, 416))
+        inside = [(windows[:, :, :4, :4] == f[:4, :4, 0]).all((2, 3)).any() for f in frames]
+        zoomed += not all(inside)
+    assert zoomed < 10  # all others are parts of the picture as it is
+
+
+def test_a_part_of_a_clip_may_miss_every_second_frame(tmp_path):
+    frames = [np.full((64, 64, 3), 5 * t, np.uint8) for t in range(50)]
+    write_clip(tmp_path / "talk.mkv", frames)
+    clip = kd.Clip(tmp_path / "talk.mkv")
+    assert clip.count() == 50
+    steps = set()
+    for index in range(20):
+        part = kd.part_of_clip(clip, (0, index))
+        times = [int(frame[0, 0, 0]) // 5 for frame in part]
+        assert len(times) == kd.STREAM_FRAMES
+        steps.add(times[1] - times[0])
+        assert set(np.diff(times)) == {times[1] - times[0]}
+    assert steps == {1, 2}
+
+
+def test_a_few_crops_have_a_sharp_part_and_keep_the_rest():
+    received = np.zeros((64, 64, 3), np.uint8)
+    sharp = np.full((64, 64, 3), 255, np.uint8)
+    pairs = [kd.with_sharp_part(received, sharp, (0, index)) for index in range(1000)]
+    shares = [(pair[0] == pair[1]).mean() for pair in pairs]
+    assert np.mean(np.array(shares) > 0) == pytest.approx(0.06, abs=0.02)
+    assert 0 < min(share for share in shares if share) < 0.1
+    assert not received.any()
+
+
+def test_a_prepared_crop_is_a_window_mirrored_and_turned_alike_on_both_sides(prepared):
+    crops = kd.PreparedCrops(prepared / "train", image_size=48, seed=3)
+    pixels = crops_in(prepared)
+    forms = set()
+    for epoch in range(40):
+        crop = crops[epoch, 7]
+        for number, turned in enumerate(symmetries(pixels[7])):
+            for top, left in np.ndindex(9, 9):
+                window = turned[:, 2 * top : 2 * top + 48, 2 * left : 2 * left + 48]
+                if np.array_equal(window, np.stack([crop["blurred"], crop["sharp"]])):
+                    forms.add(number)
+    assert forms == set(range(8))
+    again = kd.PreparedCrops(prepared / "train", image_size=48, seed=3)[5, 7]
+    assert np.array_equal(again["blurred"], crops[5, 7]["blurred"])
+
+
+def symmetries(both):
+    """The eight ways to turn and mirror (2, S, S, 3)."""
+    for turned in (both, both.transpose(0, 2, 1, 3)):
+        for flipped in (turned, turned[:, ::-1]):
+            yield flipped
+            yield flipped[:, :, ::-1]
+
+
+def test_whole_clips_and_pictures_are_held_out(prepared):
+    crops = kd.PreparedCrops(prepared / "train", image_size=64)
+    held_out = crops.hold_out(0.2, most=5)
+    names = {crops.sources[index] for index in crops.used}
+    assert 0 < len(names) < 3
+    assert len(crops) == sum(source in names for source in crops.sources)
+    assert 0 < len(held_out) <= 5
+    blurred, sharp = held_out[0].load()
+    assert blurred.shape == sharp.shape == (64, 64, 3)
+    left_out = [i for i, source in enumerate(crops.sources) if source not in names]
+    assert np.array_equal(crops_in(prepared)[left_out[0]], np.stack([blurred, sharp]))
+
+
+def test_training_reads_prepared_crops(prepared, tmp_path, capsys):
+    command = [
+        "train",
+        "--data-root",
+        str(prepared),
+        "--degradation",
+        "crops",
+        "--stem-stride",
+        "2",
+    ]
+    command += ["--network", "guided", "--widths", "8", "--convolutions", "3", "--image-size", "48"]
+    command += ["--lambda-perceptual", "0", "--lambda-feature", "0", "--lambda-kl", "0"]
+    command += ["--batch-size", "8", "--epochs", "2", "--run-dir", str(tmp_path / "run")]
+    assert kd.main(command) == 0
+    student, content = kd.load_student(tmp_path / "run/best.pth")
+    assert student.config["kind"] == "guided"
+    assert content["held_out"]["pictures"] > 0
+    assert kd.main([*command, "--overwrite", "--image-size", "96"]) == 2
+    assert "the prepared crops have 64 pixels a side" in capsys.readouterr().err
+    assert kd.main([*command, "--overwrite", "--data-root", str(tmp_path)]) == 2
+    assert "holds no prepared crops" in capsys.readouterr().err
+
+
+def test_calls_need_pyav_before_any_work(sources, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(kd.sys.modules, "av", None)
+    assert prepare(sources, tmp_path, "--protocol", "calls") == 2
+    assert "pip install av" in capsys.readouterr().err
+    assert not (tmp_path / "train").exists()
+
+
+@pytest.fixture
+def encoded_pairs(tmp_path, photographs):
+    """A clip in low/ beside the sharp one in sharp/, as a user may have them."""
+    photograph = np.array(photographs["coffee"].convert("RGB"))
+    sharp = [photograph[20:148, 2 * t : 2 * t + 160] for t in range(6)]
+    low = [np.array(kd.degrade(Image.fromarray(f), kd.PROTOCOLS["x2"])) for f in sharp]
+    write_clip(tmp_path / "own/sharp/a.mkv", sharp)
+    (tmp_path / "own/low/a").mkdir(parents=True)
+    for number, frame in enumerate(low, start=7):
+        Image.fromarray(frame).save(tmp_path / f"own/low/a/{number:05}.png")
+    return tmp_path / "own"
+
+
+def test_encoded_pairs_are_matched_in_order(encoded_pairs, tmp_path):
+    (pair,) = kd.find_encoded_pairs(encoded_pairs)
+    low, sharp = kd.encoded_pair(pair)
+    assert len(low) == len(sharp) == 6
+    for received, frame in zip(low, sharp, strict=True):
+        expected = kd.degrade(Image.fromarray(frame), kd.PROTOCOLS["x2"])
+        assert np.array_equal(received, np.array(expected))
+    assert prepare(encoded_pairs, tmp_path, "--protocol", "low", "--crops", 12) == 0
+    assert crops_in(tmp_path).shape == (12, 2, 64, 64, 3)
+
+
+def test_eval_scores_encoded_pairs(encoded_pairs, student_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(kd, "vmaf_scores", lambda outputs, sharp: {})
+    command = ["eval", "--data-root", str(encoded_pairs), "--protocol", "low", "--checkpoint"]
+    command += [str(student_file), "--output-dir", str(tmp_path)]
+    assert kd.main([*command, "--json", str(tmp_path / "scores.json")]) == 0
+    table = json.loads((tmp_path / "scores.json").read_text())["low"]
+    (pair,) = kd.find_encoded_pairs(encoded_pairs)
+    by_hand = kd.score_clip(*kd.encoded_pair(pair))
+    assert table["a"]["input"]["psnr"] == pytest.approx(by_hand["psnr"])
+
+
+def spoil_count(folder):
+    (folder / "low/a/00012.png").unlink()
+
+
+def spoil_sizes(folder):
+    for file in (folder / "low/a").iterdir():
+        with Image.open(file) as picture:
+            small = picture.resize((80, 64))
+        small.save(file)
+
+
+def spoil_partner(folder):
+    (folder / "sharp/a.mkv").rename(folder / "sharp/b.mkv")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (spoil_count, "has 5 frames, .* has 6; cut them"),
+        (spoil_sizes, "has 80x64 pixels, .* has 160x128; enlarge"),
+        (spoil_partner, "low/a: has no partner in .*sharp"),
+    ],
+)
+def test_pairs_that_do_not_match_are_named(encoded_pairs, spoil, named):
+    spoil(encoded_pairs)
+    with pytest.raises(kd.UserError, match=named):
+        kd.encoded_pair(kd.find_encoded_pairs(encoded_pairs)[0])
+
+
+def test_a_folder_of_numbered_pictures_is_a_clip(tmp_path, photographs):
+    frames = [np.array(photographs["coffee"].convert("RGB"))[t : t + 40, :60] for t in range(11)]
+    (tmp_path / "room_02").mkdir()
+    for number, frame in enumerate(frames, start=1):
+        Image.fromarray(frame).save(tmp_path / f"room_02/{number}.png")
+    (clip,) = kd.find_clips(tmp_path)
+    assert (clip.kind, clip.count()) == ("room", 11)
+    assert all(np.array_equal(a, b) for a, b in zip(clip.frames(), frames, strict=True))
+    assert np.array_equal(clip.frames(slice(2, 7, 2))[1], frames[4])
+    photographs["coffee"].convert("RGB").save(tmp_path / "room_02/12.png")
+    with pytest.raises(kd.UserError, match="room_02: its pictures have several sizes"):
+        clip.frames()
