@@ -7,10 +7,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 
 import sharpen_kd as kd
+
+# The shipped students that decide locally where a frame is sharpened.
+GUIDED = [name for name in kd.SHIPPED if kd.load_student(name)[0].config["kind"] == "guided"]
 
 
 @pytest.fixture(scope="module")
@@ -258,6 +261,67 @@ def test_a_frame_cut_at_an_odd_pixel_gains_as_much(photographs):
         gains.append(kd.frame_psnr(sharpener(blurred[cut]), sharp[cut]) - before)
     assert min(gains) > 1
     assert max(gains) - min(gains) < 0.15
+
+
+def with_caption(frame):
+    """The frame with one sharp sentence in its lower part, and where that is."""
+    picture = Image.fromarray(frame)
+    draw = ImageDraw.Draw(picture)
+    place = (slice(600, 660), slice(200, 1080))
+    draw.rectangle((200, 600, 1079, 659), fill="black")
+    draw.text((220, 608), "One sharp caption must not change the rest", fill="white", font_size=40)
+    return np.array(picture), place
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_a_sharp_caption_stays_and_does_not_change_the_rest(photographs, name):
+    sharp = ImageOps.fit(photographs["coffee"].convert("RGB"), (1280, 720))
+    frame = np.array(kd.degrade(sharp, kd.PROTOCOLS["x2"]))
+    captioned, place = with_caption(frame)
+    sharpener = kd.load_sharpener(name, precision="float32")
+    without = sharpener(frame)
+    output = sharpener(captioned)
+    assert kd.frame_psnr(output[place], captioned[place]) >= 45
+
+    rest = np.ones(frame.shape[:2], bool)
+    rest[place] = False
+    assert difference(without, frame)[rest].mean() > 0.3  # it does something
+    sharp = np.array(sharp)
+    gains = [
+        psnr_where(rest, each, sharp) - psnr_where(rest, frame, sharp) for each in (without, output)
+    ]
+    assert abs(gains[0] - gains[1]) <= 0.1
+
+
+def psnr_where(places, output, sharp):
+    error = np.square(output[places].astype(float) - sharp[places]).mean()
+    return 10 * np.log10(255**2 / error)
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_a_grey_page_stays_grey(photographs, name):
+    page = np.array(photographs["page"].convert("RGB"))
+    frame = np.array(kd.degrade(kd.even_sized(page), kd.PROTOCOLS["x2"]))
+    output = kd.load_sharpener(name)(frame).astype(int)
+    assert difference(output.astype(np.uint8), frame).mean() > 0.5
+    assert (output.max(2) - output.min(2)).max() <= 1
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_a_border_gains_as_much_as_the_same_pixels_inside(photographs, name):
+    sharp = np.array(kd.even_sized(photographs["astronaut"]))
+    inside = (slice(64, -64), slice(64, -64))
+    cut = np.ascontiguousarray(sharp[inside])
+    sharpener = kd.load_sharpener(name)
+    border = np.ones(cut.shape[:2], bool)
+    border[8:-8, 8:-8] = False
+    gains = []
+    for picture, part in ((cut, slice(None)), (sharp, inside)):
+        frame = np.array(kd.degrade(Image.fromarray(picture), kd.PROTOCOLS["x2"]))
+        before = psnr_where(border, frame[part], picture[part])
+        gains.append(psnr_where(border, sharpener(frame)[part], picture[part]) - before)
+    assert gains[1] > 0.3
+    assert gains[0] >= 0.9 * gains[1]
 
 
 @pytest.mark.parametrize("name", kd.SHIPPED)
