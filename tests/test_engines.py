@@ -82,7 +82,8 @@ def test_openvino_agrees_with_pytorch(random_frame, shape):
     torch.manual_seed(0)
     stem = {} if shape.get("kind") == "guided" else {"stem_stride": 2}
     network = kd.build_student(stem | shape)
-    nn.init.normal_(network.output.weight, std=0.05)
+    corrects = network.layers[-1] if shape.get("kind") == "guided" else network.output
+    nn.init.normal_(corrects.weight, std=0.05)
     settings = {"tile": 96, "overlap": 32, "precision": "float32"}
     ours = kd.FrameSharpener(network, **settings)
     theirs = kd.FrameSharpener(network, **settings, backend="openvino")
@@ -307,4 +308,4 @@ def test_a_plain_stack_is_exported_to_one_file(tmp_path, random_frame):
     (restored,) = onnxruntime.InferenceSession(target).run(None, {"frames": frames})
     assert difference(restored[0][row.inner, column.inner], expected).max() <= 1
     assert difference(restored[1], restored[0]).max() > 1
-    assert difference(expected, frame).mean() > 1
+    assert difference(expected, random_frame(50, 70)).mean() > 1

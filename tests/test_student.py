@@ -17,7 +17,6 @@ STUDENTS = {
         stem_stride=stride, widths=(8, 12, 16), skips="lateral", convolutions=(2, 1, 1)
     ),
     "plain": lambda stride=2: kd.PlainStack(stem_stride=stride, width=8, layers=3),
-    "guided": lambda: kd.GuidedStack(width=8, layers=3),
 }
 
 
@@ -146,6 +145,15 @@ def awake_guided(**options):
     torch.nn.init.normal_(student.layers[-1].weight, std=0.1)
     torch.nn.init.normal_(student.guide.last.weight, std=1.0)
     return student
+
+
+def test_a_guided_stacks_config_builds_it_again():
+    student = awake_guided(guide_width=5)
+    again = kd.build_student(student.config)
+    again.load_state_dict(student.state_dict())
+    picture = torch.rand(1, 3, 35, 50)
+    assert torch.equal(again(picture), student(picture))
+    assert student(picture).shape == picture.shape
 
 
 def test_luma_and_colour_differences_are_those_of_bt_601():
