@@ -485,11 +485,14 @@ class PrepareConfig:
     split: str = flag("train", "which half of the dataset to write", choices=("train", "test"))
     data_root: Path = flag(DATASET, "dataset folder to write into")
     scale: tuple[float, ...] = flag(
-        (2.0,), "shrinking factors; each picture draws one", at_least=1, at_most=64
+        (2.0,),
+        "without --protocol: shrinking factors; each draws one",
+        at_least=1,
+        at_most=64,
     )
     extra_blur: float = flag(
         0.0,
-        "largest sigma of a blur before shrinking, drawn from 0 to this",
+        "without --protocol: largest sigma of a blur before shrinking, drawn from 0 to this",
         at_least=0,
         at_most=100,
     )
@@ -2290,7 +2293,7 @@ class GuidedStack(Student):
         return self.planes
 
     def features(self, folded: Tensor, gates: Sequence[Tensor] = ()) -> Features:
-        planes = self.planes(folded)  # (B, 4, H/2, W/2): the luma of each pixel of a fold
+        planes = self.planes(folded)  # (B, 6, H/2, W/2): luma of 4 pixels, 2 colour differences
         x = F.leaky_relu(self.layers[0](planes), LEAK)
         wanted = self.guide(planes, x.detach())
         for layer in self.layers[1:-1]:
@@ -3718,9 +3721,19 @@ def list_clips(folder: Path) -> list[Path]:
     for path in list_files(folder):
         if path.suffix.lower() in CLIP_SUFFIXES:
             found.add(path)
-        elif path.stem.isdecimal() and path.suffix.lower() in picture_formats():
+        elif path.parent not in found and holds_frames(path.parent):
             found.add(path.parent)
     return sorted(found)
+
+
+@functools.cache
+def holds_frames(folder: Path) -> bool:
+    """Whether a folder's pictures are a clip: two or more, numbered without a gap.
+
+    The names of photographs may be numbers, too.
+    """
+    numbers = [int(path.stem) for path in numbered_pictures(folder)]
+    return len(numbers) > 1 and numbers[-1] - numbers[0] == len(numbers) - 1
 
 
 def find_clips(folder: Path) -> list[Clip]:
@@ -3747,12 +3760,15 @@ def find_encoded_pairs(folder: Path) -> list[Clip]:
     return [Clip(path, sides["low"][name]) for name, path in sorted(sides["sharp"].items())]
 
 
-def encoded_pair(clip: Clip) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def encoded_pair(
+    clip: Clip, wanted: slice = ALL_FRAMES
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """(frames as they arrived, sharp frames), matched in order; UserError if they do not match."""
-    low = clip_frames(clip.low)
-    sharp = clip.frames()
-    counts = f"{clip.low} has {len(low)} frames, {clip.path} has {len(sharp)}"
-    require(len(low) == len(sharp), f"{counts}; cut them to the same frames")
+    count = frame_count(clip.low)
+    counts = f"{clip.low} has {count} frames, {clip.path} has {clip.count()}"
+    require(count == clip.count(), f"{counts}; cut them to the same frames")
+    low = clip_frames(clip.low, wanted)
+    sharp = clip.frames(wanted)
     height, width = sharp[0].shape[:2]
     low_height, low_width = low[0].shape[:2]
     sizes = f"{clip.low} has {low_width}x{low_height} pixels, {clip.path} has {width}x{height}"
@@ -3944,15 +3960,17 @@ CROPS_A_STREAM = 12
 WINDOW = (416, 288)  # the largest part of a still picture that moves through a stream
 
 
-def moving_still(picture: np.ndarray, key: Sequence[int]) -> list[np.ndarray]:
+def moving_still(picture: np.ndarray, key: Sequence[int], crop_size: int = 0) -> list[np.ndarray]:
     """A still picture as a clip: a window of it that rests, pans, zooms or scrolls.
 
+    The window is as large as WINDOW, or as `crop_size` where that is larger.
     Windows move by whole pixels, since a fraction of one would blur what is to be sharp.
     """
     draw = generator(key, "motion")
     height, width = picture.shape[:2]
-    view_width = min(WINDOW[0], width) // 16 * 16
-    view_height = min(WINDOW[1], height) // 16 * 16
+    least = round_up(crop_size, 16)
+    view_width = min(max(WINDOW[0], least), width) // 16 * 16
+    view_height = min(max(WINDOW[1], least), height) // 16 * 16
     kind = draw.choice(["pan", "zoom", "rest", "scroll"], p=(0.45, 0.2, 0.15, 0.2))
     spare_x = width - view_width
     spare_y = height - view_height
@@ -3975,13 +3993,18 @@ def moving_still(picture: np.ndarray, key: Sequence[int]) -> list[np.ndarray]:
     return frames
 
 
+def some_frames(clip: Clip, every: int, key: Sequence[int]) -> slice:
+    """Which frames of a clip make a stream."""
+    length = every * STREAM_FRAMES
+    last_start = max(clip.count() - length, 0)
+    start = int(generator(key, "part of clip").integers(last_start + 1))
+    return slice(start, start + length, every)
+
+
 def part_of_clip(clip: Clip, key: Sequence[int]) -> list[np.ndarray]:
     """Some frames of a clip; a fifth of the senders drops every second frame."""
-    draw = generator(key, "part of clip")
-    every = 2 if draw.random() < 0.2 else 1
-    length = every * STREAM_FRAMES
-    start = int(draw.integers(max(clip.count() - length, 0) + 1))
-    frames = clip.frames(slice(start, start + length, every))
+    every = 2 if generator(key, "drops").random() < 0.2 else 1
+    frames = clip.frames(some_frames(clip, every, key))
     height, width = frames[0].shape[:2]
     even = (slice(height // 2 * 2), slice(width // 2 * 2))
     return [frame[even] for frame in frames]
@@ -4021,7 +4044,8 @@ class Streams(Dataset):
                 continue
             sources[protocol] = []
             if list_pictures(place):
-                sources[protocol] += find_sharp(place, ())
+                pairs = find_sharp(place, ())
+                sources[protocol] += [p for p in pairs if not holds_frames(p.sharp.parent)]
             if protocol == CALL_MIXTURE or protocol in CALLS:
                 sources[protocol] += [Clip(path) for path in list_clips(place)]
             require(sources[protocol], f"{place}: nothing to degrade by {protocol} in this folder")
@@ -4065,12 +4089,12 @@ class Streams(Dataset):
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """(frames as they arrive, sharp frames) of a few moments."""
         if protocol == ENCODED_PAIRS:
-            return encoded_pair(source)
+            return encoded_pair(source, some_frames(source, 1, key))
         if isinstance(source, Clip):
             sharp = part_of_clip(source, key)
             path = source.path
         else:
-            sharp = moving_still(self.large_enough(source), key)
+            sharp = moving_still(self.large_enough(source), key, self.config.crop_size)
             path = source.sharp
         call = draw_call(key) if protocol == CALL_MIXTURE else CALLS[protocol]
         received, _ = received_frames(sharp, call, path)
@@ -4123,11 +4147,14 @@ def write_crops(streams: Streams, folder: Path) -> int:
     key = streams.key()
     names: list[str] = []  # of each crop's clip or picture
     if about_file.exists():
-        about = json.loads(about_file.read_text())
-        other = f"{folder} holds other crops; remove it or choose another --data-root"
-        require(about["key"] == key, other)
+        remedy = "remove it or choose another --data-root"
+        try:
+            about = json.loads(about_file.read_text())
+            pixels = np.lib.format.open_memmap(pixels_file, "r+")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder}: its crops are damaged ({error}); {remedy}") from error
+        require(about["key"] == key, f"{folder} holds other crops; {remedy}")
         names = about["sources"]
-        pixels = np.lib.format.open_memmap(pixels_file, "r+")
     else:
         require_writable(pixels_file)
         side = streams.config.crop_size
@@ -4149,15 +4176,17 @@ def write_crops(streams: Streams, folder: Path) -> int:
         num_workers=threads if threads > 1 else 0,
         worker_init_fn=ignore_interrupts,
     )
-    with progress(total=len(pixels), initial=len(names), unit="crop") as bar:
-        for name, crops in loader:
-            pixels[len(names) : len(names) + CROPS_A_STREAM] = crops
-            names += [name] * CROPS_A_STREAM
-            bar.update(CROPS_A_STREAM)
-            if time.monotonic() - saved > 10:
-                save()
-                saved = time.monotonic()
-    save()
+    try:
+        with progress(total=len(pixels), initial=len(names), unit="crop") as bar:
+            for name, crops in loader:
+                pixels[len(names) : len(names) + CROPS_A_STREAM] = crops
+                names += [name] * CROPS_A_STREAM
+                bar.update(CROPS_A_STREAM)
+                if time.monotonic() - saved > 10:
+                    save()
+                    saved = time.monotonic()
+    finally:
+        save()
     return len(names)
 
 
@@ -4276,7 +4305,9 @@ class CopiedStreams:
                 continue
             name = stream.codec_context.name if stream.codec_context else "unknown"
             try:
-                self.streams[stream.index] = made.add_stream_from_template(stream)
+                copied = made.add_stream_from_template(stream)
+                copied.metadata.update(stream.metadata)  # its language, above all
+                self.streams[stream.index] = copied
             except (OSError, ValueError):
                 print(f"{given.name}: its {stream.type} ({name}) does not fit here and is left out")
         self.packets = self.read()
@@ -4379,6 +4410,9 @@ class ClipSharpener:
         stream.time_base = video.time_base
         context = stream.codec_context
         context.time_base = video.time_base
+        turned = height > width and video.width > video.height
+        if video.sample_aspect_ratio and not (self.size or turned):
+            context.sample_aspect_ratio = video.sample_aspect_ratio  # pixels need not be square
         if encoder is not LOSSLESS:
             for name in ("colorspace", "color_range", "color_primaries", "color_trc"):
                 setattr(context, name, getattr(video.codec_context, name))

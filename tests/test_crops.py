@@ -82,11 +82,10 @@ def test_an_interrupted_prepare_goes_on_to_the_same_crops(
         return make(self, stream)
 
     monkeypatch.setattr(kd.Streams, "__getitem__", stops_at_the_fourth)
-    monkeypatch.setattr(kd.time, "monotonic", iter(range(0, 10**6, 60)).__next__)
     arguments = ("--protocol", "calls", "--crops", 96)
     assert prepare(sources, tmp_path, *arguments) == 130
     about = json.loads((tmp_path / "train" / kd.PREPARED_ABOUT).read_text())
-    assert about["written"] == 36
+    assert about["written"] == 36  # saved when it was interrupted
 
     train = ["train", "--data-root", str(tmp_path), "--degradation", "crops", "--preset", "small"]
     assert kd.main([*train, "--run-dir", str(tmp_path / "run")]) == 2
@@ -224,6 +223,23 @@ def test_training_reads_prepared_crops(prepared, tmp_path, capsys):
     assert "holds no prepared crops" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("spoil", ["crops.json", "crops.npy"])
+def test_damaged_crops_are_named(sources, tmp_path, capsys, spoil):
+    arguments = ("--protocol", "x2", "--crops", 12)
+    assert prepare(sources, tmp_path, *arguments) == 0
+    (tmp_path / "train" / spoil).write_bytes(b"damaged")
+    assert prepare(sources, tmp_path, *arguments) == 2
+    assert "its crops are damaged" in capsys.readouterr().err
+
+
+def test_crops_may_be_larger_than_the_usual_window(sources, tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one/a.png").write_bytes((sources / "people/astronaut.png").read_bytes())
+    command = ["prepare", str(tmp_path / "one"), "--crop-size", "320", "--data-root", str(tmp_path)]
+    assert kd.main([*command, "--protocol", "calls", "--crops", "12"]) == 0
+    assert crops_in(tmp_path).shape == (12, 2, 320, 320, 3)
+
+
 def test_calls_need_pyav_before_any_work(sources, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(kd.sys.modules, "av", None)
     assert prepare(sources, tmp_path, "--protocol", "calls") == 2
@@ -300,6 +316,9 @@ def test_a_folder_of_numbered_pictures_is_a_clip(tmp_path, photographs):
     (tmp_path / "room_02").mkdir()
     for number, frame in enumerate(frames, start=1):
         Image.fromarray(frame).save(tmp_path / f"room_02/{number}.png")
+    (tmp_path / "photographs").mkdir()
+    for number in (12003, 12077):  # numbers, but not those of frames
+        Image.fromarray(frames[0]).save(tmp_path / f"photographs/{number}.png")
     (clip,) = kd.find_clips(tmp_path)
     assert (clip.kind, clip.count()) == ("room", 11)
     assert all(np.array_equal(a, b) for a, b in zip(clip.frames(), frames, strict=True))

@@ -2,6 +2,7 @@
 
 import subprocess
 import threading
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -42,6 +43,15 @@ def packets(path, kind):
     with av.open(str(path)) as container:
         (stream,) = [stream for stream in container.streams if stream.type == kind]
         return [bytes(packet) for packet in container.demux(stream) if packet.size]
+
+
+def test_pixels_that_are_not_square_and_languages_are_kept(clip, tmp_path):
+    wide = tmp_path / "wide.mp4"
+    ffmpeg("-i", clip, "-vf", "setsar=4/3", "-metadata:s:a:0", "language=ger", wide)
+    kd.ClipSharpener(lambda frame: frame)(wide, tmp_path / "out.mp4")
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        assert container.streams.video[0].sample_aspect_ratio == Fraction(4, 3)
+        assert container.streams.audio[0].metadata["language"] == "ger"
 
 
 def negative(frame):
