@@ -1359,7 +1359,8 @@ def find_pairs(folder: Path) -> list[Pair]:
     that is dropped silently would be missed by nobody.
     """
     sides = find_sides(folder)
-    blurred, sharp = sides["blurred"], sides["sharp"]
+    blurred = sides["blurred"]
+    sharp = sides["sharp"]
     problems = []
     for key in sorted(blurred.keys() - sharp.keys()):
         problems.append(f"{blurred[key]} has no sharp partner")
@@ -2101,6 +2102,18 @@ class StudentUNet(Student):
         return Features(x, taps, used)
 
 
+def stack_options(config: StudentConfig, kind: str) -> dict[str, int]:
+    """The width and the number of layers of a plain or guided stack, as far as flags name them."""
+    one_each = len(config.widths) < 2 and len(config.convolutions) < 2
+    require(one_each, f"--widths, --convolutions: a {kind} stack takes one number of each")
+    options = {}
+    if config.widths:
+        options["width"] = config.widths[0]
+    if config.convolutions:
+        options["layers"] = config.convolutions[0]
+    return options
+
+
 class PlainStack(Student):
     """3x3 convolutions of one width at the stem's resolution: nothing to pool, skip or gate.
 
@@ -2132,14 +2145,7 @@ class PlainStack(Student):
 
     @classmethod
     def from_flags(cls, config: StudentConfig) -> "PlainStack":
-        one_each = len(config.widths) < 2 and len(config.convolutions) < 2
-        require(one_each, "--widths, --convolutions: a plain stack takes one number of each")
-        options = {}
-        if config.widths:
-            options["width"] = config.widths[0]
-        if config.convolutions:
-            options["layers"] = config.convolutions[0]
-        return cls(config.stem_stride, **options)
+        return cls(config.stem_stride, **stack_options(config, "plain"))
 
     @property
     def first_layer(self) -> nn.Conv2d:
@@ -2230,7 +2236,7 @@ class GuidedStack(Student):
         }
         self.stem_stride = 2
         self.alignment = Guide.CELL
-        # A cell's value depends on the two cells around it, and is blended with its neighbours'.
+        # A cell's value depends on two cells on each side, and is blended with its neighbours'.
         self.reach = max(2 * layers, 4 * Guide.CELL)
         self.feature_widths = {}
         self.gate_widths = ()
@@ -2259,30 +2265,20 @@ class GuidedStack(Student):
             [[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]]
         )
         to_rgb = torch.tensor([[1, 0, 1.402], [1, -0.344, -0.714], [1, 1.772, 0]])
-        pixels = torch.eye(4)
-        mean = torch.full((1, 4), 1 / 4)
-        rows = [rearrange(from_rgb[0] * pixels[..., None], "out pixel color -> out (color pixel)")]
-        columns = [rearrange(to_rgb[:, 0, None, None] * pixels, "color pixel x -> (color pixel) x")]
-        for difference in range(1, planes - 3):
-            row = rearrange(from_rgb[difference] * mean[..., None], "o p color -> o (color p)")
-            rows.append(row)
-            column = to_rgb[:, difference, None, None] * torch.ones(4, 1)
-            columns.append(rearrange(column, "color pixel x -> (color pixel) x"))
-        self.planes.weight.data = torch.cat(rows)[:, :, None, None]
-        self.output.weight.data = torch.cat(columns, 1)[:, :, None, None]
+        of_each = torch.eye(4)  # a luma for each pixel of a fold
+        of_all = torch.full((1, 4), 1 / 4)  # a colour difference for their mean
+        to_each = torch.ones(4, 1)  # which all of them get
+        into = [torch.kron(from_rgb[:1], of_each), torch.kron(from_rgb[1:], of_all)]
+        back = [torch.kron(to_rgb[:, :1], of_each), torch.kron(to_rgb[:, 1:], to_each)]
+        self.planes.weight.data = torch.cat(into)[:planes, :, None, None]
+        self.output.weight.data = torch.cat(back, dim=1)[:, :planes, None, None]
         self.planes.requires_grad_(False)
         self.output.weight.requires_grad_(False)
 
     @classmethod
     def from_flags(cls, config: StudentConfig) -> "GuidedStack":
-        one_each = len(config.widths) < 2 and len(config.convolutions) < 2
-        require(one_each, "--widths, --convolutions: a guided stack takes one number of each")
         require(config.stem_stride == 2, "--stem-stride: a guided stack has 2")
-        options = {}
-        if config.widths:
-            options["width"] = config.widths[0]
-        if config.convolutions:
-            options["layers"] = config.convolutions[0]
+        options = stack_options(config, "guided")
         return cls(guide_width=config.guide_width, colours=config.colours, **options)
 
     @property
@@ -3964,8 +3960,8 @@ WINDOW = (416, 288)  # the largest part of a still picture that moves through a 
 def moving_still(picture: np.ndarray, key: Sequence[int], crop_size: int = 0) -> list[np.ndarray]:
     """A still picture as a clip: a window of it that rests, pans, zooms or scrolls.
 
-    The window is as large as WINDOW, or as `crop_size` where that is larger.
-    Windows move by whole pixels, since a fraction of one would blur what is to be sharp.
+    The window is as large as WINDOW, or as `crop_size` where that is larger. It moves by
+    whole pixels, since a fraction of one would blur what is to be sharp.
     """
     draw = generator(key, "motion")
     height, width = picture.shape[:2]
@@ -4064,8 +4060,10 @@ class Streams(Dataset):
         digest.update(repr([draw_mixture((0, i)) for i in examples]).encode())
         digest.update(repr((CODECS, CALLS, PROTOCOLS)).encode())
         files = {file for sources in self.sources.values() for s in sources for file in files_of(s)}
-        for file in sorted(files):
-            digest.update(file.read_bytes())
+        for path in sorted(files):
+            with path.open("rb") as file:
+                while block := file.read(2**20):  # clips may be larger than the memory
+                    digest.update(block)
         return digest.hexdigest()
 
     def __getitem__(self, stream: int) -> tuple[str, np.ndarray]:

@@ -182,7 +182,6 @@ def test_the_mixture_blurs_first_and_compresses_small_or_large_pictures(mixture)
     }
 
 
-# A change of these draws would be a change of every training on calls.
 def test_the_mixture_of_calls_has_the_shares_and_ranges_that_it_promises():
     calls = [kd.draw_call((0, index)) for index in range(4000)]
     for codec, promised in zip(kd.CODECS, (0.5, 0.25, 0.13, 0.12), strict=True):

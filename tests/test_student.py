@@ -125,9 +125,10 @@ def test_the_kind_in_a_students_config_is_its_name(kind):
 
 
 def test_a_guided_stack_has_one_stem_stride_and_one_width():
+    usual = {"network": "guided", "stem_stride": 2}
     for flags in ({"stem_stride": 4}, {"widths": (8, 8)}, {"convolutions": (3, 3)}):
         with pytest.raises(kd.UserError, match="a guided stack"):
-            kd.GuidedStack.from_flags(kd.StudentConfig(**({"stem_stride": 2} | flags)))
+            kd.GuidedStack.from_flags(kd.StudentConfig(**(usual | flags)))
     config = kd.StudentConfig(stem_stride=2, widths=(8,), convolutions=(5,), guide_width=12)
     assert kd.GuidedStack.from_flags(config).config == {
         "kind": "guided",
