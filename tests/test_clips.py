@@ -127,7 +127,7 @@ def test_clips_average_to_kinds_and_kinds_to_all():
         scores = {"input": {"psnr": psnr}}
         rows.append({"picture": name, "category": name.split("_")[0], "scores": scores})
     table = kd.clip_table(rows, ["input"])
-    assert list(table) == ["all", "talk", "room", "talk_01", "talk_02", "room_01"]
+    assert list(table) == ["all", "talk", "room", "talk/talk_01", "talk/talk_02", "room/room_01"]
     assert table["talk"]["input"]["psnr"] == 32
     assert table["all"]["input"]["psnr"] == 26
 
@@ -143,11 +143,11 @@ def test_eval_scores_clips_by_a_call(clip_folder, student_file, tmp_path, capsys
     frames = kd.find_clips(clip_folder / "test")[0].frames()
     received, _ = kd.received_frames(frames, kd.CALLS["call"], tmp_path)
     by_hand = kd.score_clip(received, frames)
-    assert table["room_01"]["input"]["psnr"] == pytest.approx(by_hand["psnr"])
+    assert table["room/room_01"]["input"]["psnr"] == pytest.approx(by_hand["psnr"])
     sharpener = kd.load_sharpener(student_file)
     outputs = [sharpener(frame) for frame in received]
     ratio = kd.flicker(outputs, frames) / by_hand["flicker"]
-    assert table["room_01"]["student"]["flicker"] == pytest.approx(ratio)
+    assert table["room/room_01"]["student"]["flicker"] == pytest.approx(ratio)
     assert "kilobits a second: room_01 " in capsys.readouterr().out
 
 

@@ -213,6 +213,14 @@ def test_a_folder_that_links_to_itself_is_entered_once(tmp_path):
     assert kd.list_files(tmp_path / "folder") == [inside]
 
 
+def test_of_two_links_to_a_folder_the_first_by_name_is_entered(tmp_path):
+    save(tmp_path / "elsewhere/a.png")
+    (tmp_path / "folder").mkdir()
+    for name in ("c", "b", "d"):  # made in another order than that of their names
+        (tmp_path / "folder" / name).symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    assert kd.list_files(tmp_path / "folder") == [tmp_path / "folder/b/a.png"]
+
+
 def test_a_linked_folder_is_entered(tmp_path):
     save(tmp_path / "elsewhere/a.png")
     (tmp_path / "folder").mkdir()
@@ -438,6 +446,17 @@ def test_prepare_turns_pictures_upright_and_keeps_what_else_is_there(tmp_path, p
     assert (train / "notes.txt").read_text() == "kept"
     assert {Image.open(path).size for path in train.rglob("*.png")} == {(30, 40)}
     assert not list(tmp_path.rglob(".*"))
+
+
+@pytest.mark.parametrize("in_the_way", ["blurred", "sharp/notes.txt"])
+def test_prepare_says_at_once_what_is_in_the_way(tmp_path, sharp_folder, capsys, in_the_way):
+    place = tmp_path / "data/train" / in_the_way
+    place.parent.mkdir(parents=True)
+    place.write_text("mine")
+    command = ["prepare", str(sharp_folder), "--data-root", str(tmp_path / "data")]
+    assert kd.main(command) == 2
+    assert "is in the way; remove it" in capsys.readouterr().err
+    assert [path for path in (tmp_path / "data").rglob("*") if path.is_file()] == [place]
 
 
 def test_prepare_refuses_what_would_not_be_a_dataset(tmp_path, capsys):
