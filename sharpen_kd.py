@@ -1247,7 +1247,8 @@ def list_files(folder: Path) -> list[Path]:
             folders.clear()  # os.walk then goes no deeper
             continue
         entered.add((status.st_dev, status.st_ino))
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        # Sorted, so that of two links to one folder it is always the same that is entered.
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         files += [Path(place, name) for name in names if not name.startswith(".")]
     return sorted(file for file in files if file.is_file())
 
@@ -1819,9 +1820,6 @@ def teacher_frames(
 #
 # A student, too, sees the picture folded by its stem stride r, as a map of 1/r of the sides with
 # 3 r^2 channels. All arithmetic is then done on 1/r^2 as many positions.
-#
-# A student may have gates: factors of its channels that SE blocks make of the whole map. All tiles
-# of one frame are given the same gates.
 
 
 @dataclass
@@ -1830,7 +1828,6 @@ class Features:
 
     last: Tensor  # (B, C, H/r, W/r), which `output` turns into the correction
     taps: dict[str, Tensor]  # to be compared with the teacher's taps of the same names
-    gates: list[Tensor]  # (B, C, 1, 1), one of each SE block
 
 
 class Student(nn.Module, abc.ABC):
@@ -1843,9 +1840,8 @@ class Student(nn.Module, abc.ABC):
     config: dict[str, object]  # {"kind": its name in STUDENTS, ...}: what `build_student` takes
     stem_stride: int  # r
     alignment: int  # tiles that start at multiples of it start on a whole position of every map
-    reach: int  # about how far away, in pixels, an input can change an output other than by gates
+    reach: int  # about how far away, in pixels, an input can change an output
     feature_widths: dict[str, int]  # channels of each tap; {} if there is nothing to compare
-    gate_widths: Sequence[int]  # channels of each SE block in order; () if there are no gates
     output: nn.Conv2d  # the last layer, 1x1 or 3x3, which writes 3 r^2 channels of folded pixels
 
     @classmethod
@@ -1863,14 +1859,13 @@ class Student(nn.Module, abc.ABC):
         """`features` takes pictures whose sides are multiples of it."""
         return self.stem_stride
 
-    @property
-    def overlap(self) -> int:
-        """Pixels that tiles must share to agree with the whole frame within 1/255."""
-        return 2 * self.reach
+    def for_frames(self) -> "Student":
+        """A copy that computes the same, perhaps in a shape that engines are faster at."""
+        return copy.deepcopy(self)
 
     @abc.abstractmethod
-    def features(self, folded: Tensor, gates: Sequence[Tensor] = ()) -> Features:
-        """All layers but the last, on (B, 3 r^2, H/r, W/r); with its own gates, or given ones."""
+    def features(self, folded: Tensor) -> Features:
+        """All layers but the last, on (B, 3 r^2, H/r, W/r)."""
 
     def forward(self, blurred: Tensor, taps: bool = False) -> Tensor | tuple[Tensor, dict]:
         """Restore (B, 3, H, W) in [0, 1] of any size; on request with the taps."""
@@ -1903,40 +1898,54 @@ def initialise(network: nn.Module, output: nn.Conv2d) -> None:
 
 
 class SEBlock(nn.Module):
-    """Squeeze-and-excitation gates (Hu et al., CVPR 2018); (B, C, H, W) to (B, C, 1, 1)."""
+    """Squeeze-and-excitation gates (Hu et al., CVPR 2018), one for each channel and neighbourhood.
 
-    def __init__(self, channels: int) -> None:
+    In the paper and in the report a gate comes from the mean over the whole input. Then one sharp
+    caption closes the gates of a whole frame, and the tiles of a large one differ. Here it comes
+    from the mean over 3x3 cells of `cell` positions a side, which is about as much as a training
+    crop shows, and from cell to cell it changes smoothly.
+    """
+
+    CELL = 32  # pixels of the side of a cell
+
+    def __init__(self, channels: int, cell: int) -> None:
         super().__init__()
         hidden = max(1, channels // 8)
+        self.cell = cell
         self.squeeze = nn.Linear(channels, hidden)
         self.excite = nn.Linear(hidden, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        mean = x.mean((2, 3))
-        gate = torch.sigmoid(self.excite(F.relu(self.squeeze(mean))))
-        return gate[..., None, None]
+        """Gates (B, C, H, W) in (0, 1) for features of that shape; sides are multiples of cells."""
+        means = F.avg_pool2d(x, self.cell)
+        means = F.avg_pool2d(means, 3, stride=1, padding=1, count_include_pad=False)
+        hidden = F.relu(self.squeeze(means.permute(0, 2, 3, 1)))  # channels last: layers see them
+        gates = torch.sigmoid(self.excite(hidden)).permute(0, 3, 1, 2)
+        return F.interpolate(gates, scale_factor=self.cell, mode="bilinear")
 
 
 class Stage(nn.Module):
-    """3x3 convolutions with leaky ReLUs, then a gate for each channel, from an SE block.
+    """3x3 convolutions with leaky ReLUs, then gates from an SE block, if it has one.
 
-    A given `gate` (1, C, 1, 1) is used instead of the SE block's. `from_below`, for lateral skips,
-    is what comes up from the coarser scale; it is added after the first convolution. Returns the
-    gated features and the gate, which is None without SE block.
+    `from_below`, for lateral skips, is what comes up from the coarser scale; it is added after the
+    first convolution. A stage without `cell` has no SE block.
     """
 
     def __init__(
-        self, in_channels: int, channels: int, convolutions: int, stride: int = 1, se: bool = True
+        self,
+        in_channels: int,
+        channels: int,
+        convolutions: int,
+        stride: int = 1,
+        cell: int | None = None,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList([nn.Conv2d(in_channels, channels, 3, stride, padding=1)])
         for _ in range(convolutions - 1):
             self.layers.append(nn.Conv2d(channels, channels, 3, padding=1))
-        self.se = SEBlock(channels) if se else None
+        self.se = SEBlock(channels, cell) if cell else None
 
-    def forward(
-        self, x: Tensor, gate: Tensor | None = None, from_below: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, from_below: Tensor | None = None) -> Tensor:
         x = self.layers[0](x)
         if from_below is not None:
             x = x + from_below
@@ -1944,10 +1953,8 @@ class Stage(nn.Module):
         for layer in self.layers[1:]:
             x = F.leaky_relu(layer(x), LEAK, inplace=True)
         if self.se is None:
-            return x, None
-        if gate is None:
-            gate = self.se(x)
-        return x * gate, gate
+            return x
+        return x * self.se(x)
 
 
 class StudentUNet(Student):
@@ -1994,11 +2001,15 @@ class StudentUNet(Student):
         }
         self.stem_stride = stem_stride
         self.lateral = skips == "lateral"
+        self.alignment = max(SEBlock.CELL, stem_stride * 2 ** (scales - 1))
+        # Gates see two cells more. (Those of several stages add up, but hardly matter so far away.)
+        self.reach = stem_stride * self.reach_in_folds(convolutions) + 2 * self.alignment
         folded = 3 * stem_stride**2
 
         def stage(scale: int, in_channels: int, stride: int = 1) -> Stage:
             has_gates = scale > 0 or not self.lateral
-            return Stage(in_channels, widths[scale], convolutions[scale], stride, has_gates)
+            cell = self.alignment // (stem_stride * 2**scale) if has_gates else None
+            return Stage(in_channels, widths[scale], convolutions[scale], stride, cell)
 
         down_stride = 2 if self.lateral else 1  # else max-pooling halves the size
         down = [stage(0, folded)]
@@ -2015,11 +2026,7 @@ class StudentUNet(Student):
             self.decoder.append(stage(scale, merged))
         self.output = nn.Conv2d(widths[0], folded, 1)
 
-        stages = [*self.encoder, self.bottleneck, *self.decoder]
-        self.gate_widths = [s.layers[0].out_channels for s in stages if s.se]
         self.feature_widths = {"e2": widths[1], "e4": widths[-2], "b": widths[-1]}
-        self.alignment = stem_stride * 2 ** (scales - 1)
-        self.reach = stem_stride * self.reach_in_folds(convolutions)
         self.initialise()
 
     @classmethod
@@ -2034,15 +2041,17 @@ class StudentUNet(Student):
         return self.encoder[0].layers[0]
 
     @property
-    def overlap(self) -> int:
-        """Nine tenths of twice the reach were enough for the shipped students."""
-        return 2 * self.reach * 9 // 10
+    def multiple(self) -> int:
+        return self.alignment  # a side is a whole number of cells
 
     def reach_in_folds(self, convolutions: Sequence[int]) -> int:
-        """`reach` in positions of the folded picture: the 3x3 layers on the longest path, added up.
+        """How far the layers see in the folded picture: the 3x3 ones on the longest path, added up.
 
         It goes down the encoder, through the bottleneck and up the decoder. A layer at scale s
         reaches 2^s positions. (Enlarging can add up to 2^s - 1; inputs so far away hardly matter.)
+
+        With two layers in each of three stages it is 4 x 1 (scale 0, down and up) + 4 x 2 + 2 x 4
+        (the bottleneck, passed once) = 20 positions.
         """
         reach = 0
         for scale, count in enumerate(convolutions):
@@ -2069,37 +2078,26 @@ class StudentUNet(Student):
             nn.init.normal_(up.weight, std=0.03 * up.in_channels**-0.5)
             nn.init.zeros_(up.bias)
 
-    def features(self, folded: Tensor, gates: Sequence[Tensor] = ()) -> Features:
-        used = []
-
-        def run(stage: Stage, x: Tensor, below: Tensor | None = None) -> Tensor:
-            given = gates[len(used)] if stage.se and gates else None
-            x, gate = stage(x, given, below)
-            if gate is not None:
-                used.append(gate)
-            return x
-
+    def features(self, folded: Tensor) -> Features:
         levels = []  # the encoder's results, finest first, each half as high and wide as the last
         x = folded
         for stage in (*self.encoder, self.bottleneck):
             if levels and not self.lateral:
-                x = F.max_pool2d(x, 2, ceil_mode=True)
-            x = run(stage, x)
+                x = F.max_pool2d(x, 2)
+            x = stage(x)
             levels.append(x)
 
         for up, stage, skip in zip(self.up, self.decoder, reversed(levels[:-1]), strict=True):
             below = up(x)
-            if below.shape[-2:] != skip.shape[-2:]:  # an odd side was rounded up on the way down
-                below = F.interpolate(below, skip.shape[-2:], mode="bilinear")
             if self.lateral:
-                x = run(stage, skip, below)
+                x = stage(skip, below)
             else:
-                x = run(stage, torch.cat([below, skip], dim=1))
+                x = stage(torch.cat([below, skip], dim=1))
 
         # The student's stem and scales need not be the teacher's, so maps of one name may differ in
         # size; `feature_loss` resizes the teacher's.
         taps = {"e2": levels[1], "e4": levels[-2], "b": levels[-1]}
-        return Features(x, taps, used)
+        return Features(x, taps)
 
 
 def stack_options(config: StudentConfig, kind: str) -> dict[str, int]:
@@ -2135,7 +2133,6 @@ class PlainStack(Student):
         self.alignment = stem_stride
         self.reach = stem_stride * layers
         self.feature_widths = {}
-        self.gate_widths = ()
         folded = 3 * stem_stride**2
         self.layers = nn.ModuleList([nn.Conv2d(folded, width, 3, padding=1)])
         for _ in range(layers - 2):
@@ -2151,11 +2148,17 @@ class PlainStack(Student):
     def first_layer(self) -> nn.Conv2d:
         return self.layers[0]
 
-    def features(self, folded: Tensor, gates: Sequence[Tensor] = ()) -> Features:
+    def features(self, folded: Tensor) -> Features:
         x = folded
         for layer in self.layers:
             x = F.leaky_relu(layer(x), LEAK, inplace=True)
-        return Features(x, {}, [])
+        return Features(x, {})
+
+
+def haar() -> Tensor:
+    """(4, 4): from 2x2 pixels, row by row, to their mean and three differences; its own inverse."""
+    signs = [[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]
+    return torch.tensor(signs, dtype=torch.float32) / 2
 
 
 class Guide(nn.Module):
@@ -2163,52 +2166,61 @@ class Guide(nn.Module):
 
     What an enlarged frame lacks, and what an encoder has left, cannot be seen within the few pixels
     that the 3x3 layers see. It shows in how much detail of each size there is around. So the map is
-    made from the energy of the details of three sizes, and of the first layer's features, in cells
-    of 16x16 pixels. It is local: a sharp caption stays, and what is beside it is sharpened.
+    made from the energies of the details of three sizes and of the colours, and from the means of
+    the first layer's features, all in cells of 16x16 pixels. It is local: a sharp caption stays,
+    and what is beside it is sharpened.
     """
 
     CELL = 16  # pixels of the side of a cell
     SIZES = 3  # details of 2, 4 and 8 pixels
 
-    def __init__(self, features: int, width: int, planes: int) -> None:
+    def __init__(self, planes: int, features: int, width: int) -> None:
         super().__init__()
-        energies = 3 * self.SIZES + features
+        colours = planes - 4
+        inputs = 3 * self.SIZES + colours + features
         self.layers = nn.ModuleList(
             [
-                nn.Conv2d(energies, width, 1),
+                nn.Conv2d(inputs, width, 1),
                 nn.Conv2d(width, width, 3, padding=1),
                 nn.Conv2d(width, width, 3, padding=1),
             ]
         )
         self.last = nn.Conv2d(width, planes, 1)
-        # The mean of four pixels and their three differences (Haar), orthonormal.
-        signs = [[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]
-        haar = torch.tensor(signs, dtype=torch.float32) / 2
-        self.register_buffer("haar", haar[:, :, None, None], persistent=False)
+        # Plane 0 is twice the mean luma of 2x2 pixels, and after each kernel of 4x4, then of 8x8.
+        halve = haar() / 2
+        first = torch.zeros(4, planes, 2, 2)
+        first[:, 0] = halve.unflatten(1, (2, 2))
+        second = torch.zeros(4, 4, 2, 2)
+        second[:, 0] = halve.unflatten(1, (2, 2))
+        self.register_buffer("of_four", first, persistent=False)
+        self.register_buffer("of_eight", second, persistent=False)
 
-    def energies(self, luma: Tensor) -> Tensor:
-        """(B, 9, H/16, W/16): log mean squares of the details in a folded luma (B, 4, H/2, W/2)."""
-        levels = []
-        fold = luma
-        for size in range(self.SIZES):
-            parts = F.conv2d(fold, self.haar.to(fold.dtype))
-            cell = self.CELL // 2 ** (size + 1)
-            levels.append(F.avg_pool2d(parts[:, 1:].square(), cell))
-            if size < self.SIZES - 1:
-                fold = F.pixel_unshuffle(parts[:, :1] / 2, 2)
-        return (torch.log(torch.cat(levels, 1) + 1e-6) + 9) / 3  # about from -1 to 2
+    def energies(self, planes: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean squares in cells: (B, 9, H/16, W/16) of the details, (B, 0 or 2, ...) of colours."""
+        squares = F.avg_pool2d(planes.square(), self.CELL // 2)
+        details = [squares[:, 1:4]]
+        mean_and_details = planes
+        for kernel, size in ((self.of_four, 4), (self.of_eight, 8)):
+            mean_and_details = F.conv2d(mean_and_details, kernel.to(planes.dtype), stride=2)
+            squares_of_size = F.avg_pool2d(mean_and_details.square(), self.CELL // size)
+            details.append(squares_of_size[:, 1:])
+        return torch.cat(details, 1), squares[:, 4:]
 
     def forward(self, planes: Tensor, features: Tensor) -> Tensor:
-        """The map (B, planes, H/2, W/2) for 4 planes of luma, and perhaps 2 colour differences."""
-        of_features = F.avg_pool2d(features.square(), self.CELL // 2)
-        of_features = (torch.log(of_features + 1e-4) + 5) / 3
-        x = torch.cat([self.energies(planes[:, :4]), of_features], 1)
+        """The map (B, planes, H/2, W/2) for `GuidedStack`'s planes and its first layer's result."""
+        details, colours = self.energies(planes)
+        energies = torch.cat([details, colours], 1)
+        means = F.avg_pool2d(features, self.CELL // 2)
+        # The logarithms are about from -1 to 2.
+        energies = (torch.log(energies + 1e-6) + 9) / 3
+        means = (torch.log(means.abs() + 1e-3) + 4) / 2
+        x = torch.cat([energies, means], 1)
         for layer in self.layers:
             x = F.leaky_relu(layer(x), LEAK)
         wanted = torch.sigmoid(self.last(x))
         if planes.shape[1] > 4:
             # Where there is no colour none may appear: grey stays grey.
-            strength = F.avg_pool2d(planes[:, 4:].square(), self.CELL // 2).sum(1, keepdim=True)
+            strength = colours.sum(1, keepdim=True)
             colourful = strength / (strength + 1e-4)  # 0.5 at 2.5 levels of 255
             wanted = torch.cat([wanted[:, :4], wanted[:, 4:] * colourful], 1)
         return F.interpolate(wanted, scale_factor=self.CELL // 2, mode="bilinear")
@@ -2217,9 +2229,10 @@ class Guide(nn.Module):
 class GuidedStack(Student):
     """3x3 layers on the luma at half resolution, whose correction a map scales: see Guide.
 
-    The layers see the luma of each pixel and the two colour differences, averaged over 2x2 pixels,
-    as video has them: half the planes of RGB, and most of the arithmetic goes where most of the
-    error is. Without `colours` they see and change the luma alone.
+    The layers see the luma of 2x2 pixels, as its mean and three differences (`haar`), and the two
+    colour differences averaged over them, as video has them: half the planes of RGB, and most of
+    the arithmetic goes where most of the error is. Without `colours` they see and change the luma
+    alone.
     """
 
     def __init__(
@@ -2239,14 +2252,13 @@ class GuidedStack(Student):
         # A cell's value depends on two cells on each side, and is blended with its neighbours'.
         self.reach = max(2 * layers, 4 * Guide.CELL)
         self.feature_widths = {}
-        self.gate_widths = ()
         planes = 6 if colours else 4
         self.planes = nn.Conv2d(12, planes, 1)
         self.layers = nn.ModuleList([nn.Conv2d(planes, width, 3, padding=1)])
         for _ in range(layers - 2):
             self.layers.append(nn.Conv2d(width, width, 3, padding=1))
         self.layers.append(nn.Conv2d(width, planes, 3, padding=1))
-        self.guide = Guide(width, guide_width, planes)
+        self.guide = Guide(planes, width, guide_width)
         self.output = nn.Conv2d(planes, 12, 1)
         self.initialise(planes)
 
@@ -2265,7 +2277,7 @@ class GuidedStack(Student):
             [[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]]
         )
         to_rgb = torch.tensor([[1, 0, 1.402], [1, -0.344, -0.714], [1, 1.772, 0]])
-        of_each = torch.eye(4)  # a luma for each pixel of a fold
+        of_each = haar()  # the mean and the differences of a fold's lumas
         of_all = torch.full((1, 4), 1 / 4)  # a colour difference for their mean
         to_each = torch.ones(4, 1)  # which all of them get
         into = [torch.kron(from_rgb[:1], of_each), torch.kron(from_rgb[1:], of_all)]
@@ -2285,18 +2297,33 @@ class GuidedStack(Student):
     def multiple(self) -> int:
         return Guide.CELL
 
+    def for_frames(self) -> "GuidedStack":
+        """A copy with the width rounded up to a multiple of 8 by channels that are zero.
+
+        OpenVINO takes 11 ms for a layer of 15 channels at 640x360, and 8 ms for one of 16.
+        """
+        options = dict(self.config, width=round_up(self.config["width"], 8))
+        wider = build_student(options)
+        own = self.state_dict()
+        for name, values in wider.state_dict().items():
+            values.zero_()
+            # New channels come after the old ones, as inputs and as outputs.
+            first = tuple(slice(length) for length in own[name].shape)
+            values[first] = own[name]
+        return wider.train(self.training)
+
     @property
     def first_layer(self) -> nn.Conv2d:
         return self.planes
 
-    def features(self, folded: Tensor, gates: Sequence[Tensor] = ()) -> Features:
-        planes = self.planes(folded)  # (B, 6, H/2, W/2): luma of 4 pixels, 2 colour differences
+    def features(self, folded: Tensor) -> Features:
+        planes = self.planes(folded)  # (B, 6, H/2, W/2): luma as `haar` has it, two colours
         x = F.leaky_relu(self.layers[0](planes), LEAK)
         wanted = self.guide(planes, x.detach())
         for layer in self.layers[1:-1]:
             x = F.leaky_relu(layer(x), LEAK, inplace=True)
         correction = self.layers[-1](x)
-        return Features(correction * wanted, {}, [])
+        return Features(correction * wanted, {})
 
 
 STUDENTS: dict[str, type[Student]] = {
@@ -2835,6 +2862,7 @@ class TrainingRun:
         self.rows = self.rows[: self.step]
         if RANK == 0:
             self.save_last()
+        wait_for_all_processes()  # a process that ends early would have the others killed
         raise UserError(
             f"step {self.step}: the gradients of {MOST_SKIPPED} steps in a row are not finite; the"
             f" state before them is in {self.config.run_dir / 'last.pth'}: go on with --resume and"
@@ -2956,6 +2984,10 @@ def make_objective(config: TrainConfig, resumed: bool) -> Objective:
     with_features = weights["feature"] > 0
     comparable = student.feature_widths or not with_features
     require(comparable, f"--network {config.network}: has no features; add --lambda-feature 0")
+    # Padded crops would have maps of another size than the teacher's.
+    aligned = not with_features or config.image_size % student.multiple == 0
+    wanted = f"--image-size {config.image_size}: with --lambda-feature, a multiple of"
+    require(aligned, f"{wanted} {student.multiple}")
     teacher = None
     # With --teacher-cache even a run without teacher terms loads the teacher: the cache is checked
     # against it, and all runs of a comparison see the same crops.
@@ -3200,10 +3232,6 @@ class TeacherCache(Dataset):
 class FrameNetwork(nn.Module):
     """A student between 8-bit frames (B, H, W, 3) whose sides are multiples of its alignment.
 
-    A student with gates takes the frame's as a second input: a vector of all SE blocks' gates, one
-    block after the other, which `GateNetwork` makes. SE blocks average over their input: with their
-    own gates neighbouring tiles would differ, and there would be seams.
-
     The picture is folded without being moved. Pixels of 8-bit RGB lie in memory as
 
         R G B R G B R G B R G B ...
@@ -3218,7 +3246,7 @@ class FrameNetwork(nn.Module):
 
     def __init__(self, student: Student, strength: float = 1.0) -> None:
         super().__init__()
-        self.student = copy.deepcopy(student)
+        self.student = student.for_frames()
         self.stride = student.stem_stride
         last = self.student.output
         self.student.output = nn.Identity()
@@ -3259,16 +3287,10 @@ class FrameNetwork(nn.Module):
             layers.append(part)
         return layers
 
-    def forward(self, frames: Tensor, gates: Tensor | None = None) -> Tensor:
+    def forward(self, frames: Tensor) -> Tensor:
         dtype = self.outputs[0].weight.dtype
-        gate_of_each_block = ()
-        if gates is not None:
-            widths = self.student.gate_widths
-            gate_of_each_block = gates.to(dtype).view(1, -1, 1, 1).split(widths, dim=1)
-
         runs = frames.to(dtype).flatten(2).unflatten(2, (-1, 3 * self.stride))  # (B, H, W/r, 3r)
-        features = self.student.features(runs.permute(0, 3, 1, 2), gate_of_each_block)
-        x = features.last  # (B, C, H/r, W/r)
+        x = self.student.features(runs.permute(0, 3, 1, 2)).last  # (B, C, H/r, W/r)
 
         corrections = [layer(x).permute(0, 2, 3, 1) for layer in self.outputs]
         if len(corrections) == 1:
@@ -3280,61 +3302,10 @@ class FrameNetwork(nn.Module):
             restored.append(row.round_().clamp_(0, 255).to(torch.uint8))
         return torch.stack(restored, dim=2).flatten(1, 2).unflatten(2, (-1, 3))
 
-    def example_inputs(self) -> tuple[Tensor, ...]:
-        """Inputs to trace it with."""
+    def example(self) -> Tensor:
+        """Frames to trace it with."""
         side = self.student.alignment
-        frames = torch.zeros(1, side, side, 3, dtype=torch.uint8)
-        if self.student.gate_widths:
-            return frames, torch.ones(sum(self.student.gate_widths))
-        return (frames,)
-
-
-class GateNetwork(nn.Module):
-    """A student's gates, (sum of widths,), averaged over 8-bit patches (N, h, w, 3) of a frame."""
-
-    def __init__(self, student: Student) -> None:
-        super().__init__()
-        self.student = copy.deepcopy(student)
-
-    def forward(self, patches: Tensor) -> Tensor:
-        dtype = self.student.output.weight.dtype
-        pictures = patches.permute(0, 3, 1, 2).to(dtype) / 255
-        folded = F.pixel_unshuffle(pictures, self.student.stem_stride)
-        gates = self.student.features(folded).gates
-        return torch.cat([gate.mean(0).flatten() for gate in gates]).float()
-
-    def example_inputs(self) -> tuple[Tensor, ...]:
-        side = self.student.alignment
-        return (torch.zeros(1, side, side, 3, dtype=torch.uint8),)
-
-
-def sample_patches(frame: np.ndarray, side: int, count: int = 2) -> np.ndarray:
-    """(N, h, w, 3): a frame's most detailed patches; a small frame stands for itself.
-
-    Gates are taken from them, and not from flat patches: a training crop without detail has a
-    small loss, whatever its gates are, so a student has not learned good ones for it. Evenly spaced
-    patches cost single pictures up to 3 dB. One patch would cost 0.01 dB; three, or larger ones,
-    gain nothing.
-    """
-    height = min(side, frame.shape[0])
-    width = min(side, frame.shape[1])
-    rows = frame.shape[0] // height
-    columns = frame.shape[1] // width
-    if rows * columns <= count:
-        return frame[None]
-
-    # Every 16th row will do. `side` is a multiple of 16: 96, rounded up to the alignment.
-    green = frame[: rows * height : 16, : columns * width, 1].astype(np.int16)
-    change = np.abs(np.diff(green, axis=1, prepend=green[:, :1]))
-    in_rows = change.reshape(rows, -1, columns * width).sum(1, dtype=np.int32)
-    detail = in_rows.reshape(rows, columns, width).sum(2)
-
-    patches = []
-    for place in np.argsort(detail, axis=None)[-count:]:
-        row, column = divmod(int(place), columns)
-        patch = frame[height * row : height * (row + 1), width * column : width * (column + 1)]
-        patches.append(patch)
-    return np.stack(patches)
+        return torch.zeros(1, side, side, 3, dtype=torch.uint8)
 
 
 # --- Engines: what runs a network on arrays -------------------------------------------------------
@@ -3359,12 +3330,11 @@ class TorchEngine:
             self.network = torch.compile(self.network, mode=mode, dynamic=False)
 
     @torch.inference_mode()
-    def __call__(self, *arrays: np.ndarray) -> np.ndarray:
-        tensors = [torch.from_numpy(array) for array in arrays]
+    def __call__(self, frames: np.ndarray) -> np.ndarray:
+        tensor = torch.from_numpy(frames)
         if self.device.type == "cuda":
-            tensors = [tensor.pin_memory() for tensor in tensors]
-        moved = [tensor.to(self.device, non_blocking=True) for tensor in tensors]
-        return self.network(*moved).cpu().numpy()
+            tensor = tensor.pin_memory()
+        return self.network(tensor.to(self.device, non_blocking=True)).cpu().numpy()
 
 
 def require_compiler() -> None:
@@ -3385,15 +3355,13 @@ class OpenVinoEngine:
         }
         self.compiled = functools.lru_cache(8)(self.compile)
 
-    def compile(self, *shapes: tuple[int, ...]):
+    def compile(self, shape: tuple[int, ...]):
         model = self.model.clone()
-        model.reshape(dict(zip(model.inputs, shapes, strict=True)))
+        model.reshape(shape)
         return openvino_core().compile_model(model, "CPU", self.hints)
 
-    def __call__(self, *arrays: np.ndarray) -> np.ndarray:
-        arrays = [np.ascontiguousarray(array) for array in arrays]
-        compiled = self.compiled(*(array.shape for array in arrays))
-        return compiled(arrays)[0]
+    def __call__(self, frames: np.ndarray) -> np.ndarray:
+        return self.compiled(frames.shape)([np.ascontiguousarray(frames)])[0]
 
 
 @functools.cache
@@ -3403,31 +3371,24 @@ def openvino_core():
     return importlib.import_module("openvino").Core()
 
 
-def openvino_model(network: FrameNetwork | GateNetwork):
-    """The `openvino.Model` of a network for frames or patches of any aligned size."""
+def openvino_model(network: FrameNetwork):
+    """The `openvino.Model` of a network for frames of any aligned size."""
     openvino = importlib.import_module("openvino")
-    inputs = network.example_inputs()
-    shapes = [[-1, -1, -1, 3]]
-    if len(inputs) == 2:
-        shapes.append([len(inputs[1])])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of branches that aligned sizes never take
-        return openvino.convert_model(network, example_input=inputs, input=shapes)
+        return openvino.convert_model(
+            network, example_input=network.example(), input=[[-1, -1, -1, 3]]
+        )
 
 
-def quantized(model, gate_network: GateNetwork | None):
+def quantized(model):
     """An OpenVINO model with int8 convolutions, calibrated on scikit-image's pictures at x2."""
     nncf = importlib.import_module("nncf")
     nncf.set_log_level(40)  # errors only
     samples = []
     for pair in embedded_pairs():
         sharp = ImageOps.fit(even_sized(open_picture(pair.sharp)), (256, 256))
-        frame = np.array(degrade(sharp, PROTOCOLS["x2"]))[None]
-        sample = (frame,)
-        if gate_network:
-            with torch.inference_mode():
-                sample = (frame, gate_network(torch.from_numpy(frame)).numpy())
-        samples.append(sample)
+        samples.append(np.array(degrade(sharp, PROTOCOLS["x2"]))[None])
 
     # By default a range ends at the pictures' mean extremes, and black and white are cut off, which
     # costs 0.1 to 0.2 dB.
@@ -3439,9 +3400,9 @@ def quantized(model, gate_network: GateNetwork | None):
             nncf.Dataset(samples),
             preset=nncf.QuantizationPreset.MIXED,
             subset_size=len(samples),
-            # Sums would take longer in int8, and a map of energies needs more than 8 bits.
+            # Sums would take longer in int8, and gates and maps of energies need more than 8 bits.
             ignored_scope=nncf.IgnoredScope(
-                types=["Add"], patterns=[".*student.guide.*"], validate=False
+                types=["Add"], patterns=[".*student.guide.*", r".*\.se[./].*"], validate=False
             ),
             advanced_parameters=nncf.AdvancedQuantizationParameters(
                 activations_range_estimator_params=extremes
@@ -3449,28 +3410,21 @@ def quantized(model, gate_network: GateNetwork | None):
         )
 
 
-def make_engines(
+def make_engine(
     student: Student, device: torch.device, precision: torch.dtype, backend: str, strength: float
-) -> tuple[Engine, Engine | None]:
-    """What a backend makes of a student's FrameNetwork and, if it has gates, of its GateNetwork."""
+) -> Engine:
+    """What a backend makes of a student's FrameNetwork."""
     network = FrameNetwork(student, strength).eval()
-    gate_network = GateNetwork(student).eval() if student.gate_widths else None
     if backend in ("torch", "compile"):
-        compiled = backend == "compile"
-        engine = TorchEngine(network, device, precision, compiled)
-        if gate_network is None:
-            return engine, None
-        return engine, TorchEngine(gate_network, device, precision, compiled)
+        return TorchEngine(network, device, precision, compiled=backend == "compile")
 
     require_packages(BACKENDS[backend], f"--backend {backend}")
     on_cpu = device.type == "cpu"
     require(on_cpu, f"--backend {backend}: computes on the CPU; add --device cpu")
     engine = OpenVinoEngine(network, precision)
     if backend == "openvino-int8":
-        engine.model = quantized(engine.model, gate_network)
-    if gate_network is None:
-        return engine, None
-    return engine, OpenVinoEngine(gate_network, precision)  # gates are never in int8
+        engine.model = quantized(engine.model)
+    return engine
 
 
 # --- Tiles: large frames in pieces that fit together again ----------------------------------------
@@ -3493,11 +3447,12 @@ MARGIN = 8  # pixels by which a frame is continued on each side, an even number
 
 
 def cut_side(length: int, phase: int = 0, *, tile: int, overlap: int, alignment: int) -> list[Span]:
-    """How equal tiles of about `tile` pixels cover one side of a frame; 0 takes it whole.
+    """How equal tiles of about `tile` pixels cover one side of a frame; with 0, one tile does.
 
-    The side is continued by MARGIN at both ends, and by `phase` more at the first. Tiles start on
-    the whole side's pooling grid and share `overlap` pixels or more. Each gives what lies between
-    the middles of what it shares, so that its own edges are never seen.
+    The side is first continued by MARGIN at both ends, and by `phase` more at the first end. A tile
+    starts at a multiple of `alignment`, and shares at least `overlap` pixels with the next. Where
+    two tiles share pixels, the first gives the first half of them and the second the other half, so
+    that neither tile's own edge is seen.
     """
     before = MARGIN + phase
     after = before + length
@@ -3510,6 +3465,8 @@ def cut_side(length: int, phase: int = 0, *, tile: int, overlap: int, alignment:
     if count <= 1:
         return [Span(slice(0, padded), slice(0, length), slice(before, after))]
 
+    # `count` tiles that each bring `size - overlap` new pixels reach the end; the last may overlap
+    # more, because it ends with the side.
     size = round_up((padded - overlap) / count + overlap, alignment)
     starts = sorted({min(i * (size - overlap), padded - size) for i in range(count)})
     middles = [(left + size + right) // 2 for left, right in itertools.pairwise(starts)]
@@ -3543,8 +3500,7 @@ def grid_phase(frame: np.ndarray) -> tuple[int, int]:
 class FrameSharpener:
     """A student applied to 8-bit RGB frames, uint8 (H, W, 3) of any size; returns frames alike.
 
-    A frame's gates are taken once, so tiled and whole outputs agree. `strength` scales the
-    correction. Several threads may share one; they take turns.
+    `strength` scales the correction. Several threads may share one; they take turns.
     """
 
     def __init__(
@@ -3559,34 +3515,23 @@ class FrameSharpener:
     ) -> None:
         device = torch.device(device)
         if overlap is None:
-            overlap = self.needed_overlap(student, backend, tile)
+            overlap = min(2 * student.reach, tile // 2)  # what two tiles reach into each other
         fits = not tile or overlap < tile
         require(fits, f"--tile {tile} --overlap {overlap}: tiles must exceed their overlap")
         dtype = pick_precision(precision, device)
-        self.engine, self.gate_engine = make_engines(student, device, dtype, backend, strength)
-        self.patch = round_up(96, student.alignment)
+        self.engine = make_engine(student, device, dtype, backend, strength)
         self.spans = functools.lru_cache(
             functools.partial(cut_side, tile=tile, overlap=overlap, alignment=student.alignment)
         )
         self.lock = threading.Lock()  # engines keep buffers of their own
-
-    @staticmethod
-    def needed_overlap(student: Student, backend: str, tile: int) -> int:
-        """What the student needs; in int8, whose rounding enlarges errors, twice its reach."""
-        overlap = student.overlap
-        if backend == "openvino-int8":
-            overlap = 2 * student.reach
-        return min(overlap, tile // 2)
 
     def __call__(self, frame: np.ndarray) -> np.ndarray:
         self.check(frame)
         result = np.empty_like(frame)
         with self.lock:
             padded, tiles = self.cut(frame)
-            gates = self.gates(padded)
             for row, column in tiles:
-                tile = padded[None, row.taken, column.taken]
-                restored = self.engine(tile, *gates)[0]
+                restored = self.engine(padded[None, row.taken, column.taken])[0]
                 result[row.given, column.given] = restored[row.inner, column.inner]
         return result
 
@@ -3613,12 +3558,6 @@ class FrameSharpener:
             padding.append((before, spans[-1].taken.stop - length - before))
         padded = np.pad(frame, (*padding, (0, 0)), "symmetric")
         return padded, list(itertools.product(*sides))
-
-    def gates(self, padded: np.ndarray) -> tuple[np.ndarray, ...]:
-        """The frame's gates as the engine's further inputs: one vector, or nothing."""
-        if self.gate_engine is None:
-            return ()
-        return (self.gate_engine(sample_patches(padded, self.patch)),)
 
 
 def load_sharpener(name: str | Path = FOR_PICTURES, **options) -> FrameSharpener:
@@ -3866,6 +3805,7 @@ def vmaf_scores(outputs: list[np.ndarray], sharp: list[np.ndarray]) -> dict[str,
     height, width = sharp[0].shape[:2]
     # Without these flags the conversion shifts the brightness by a level.
     convert = "scale=flags=accurate_rnd+full_chroma_int,format=yuv444p"
+    # In FFmpeg's graphs "|" separates the models, and a colon within an option is written "\\:".
     models = "version=vmaf_v0.6.1\\:name=vmaf|version=vmaf_v0.6.1neg\\:name=vmaf_neg"
     with tempfile.TemporaryDirectory() as folder:
         inputs = []
@@ -3933,11 +3873,11 @@ def mean_of_clips(rows: list[dict], methods: Iterable[str]) -> dict[str, dict[st
 
 
 def clip_table(rows: list[dict], methods: Iterable[str]) -> dict[str, dict[str, dict[str, float]]]:
-    """{"all", each kind, each clip: {method: means}}; clips average to kinds, kinds to all."""
+    """{"all", each kind, each "kind/clip": {method: means}}; kinds average clips, all kinds."""
     kinds = grouped(rows, lambda row: row["category"])
     by_kind = {kind: mean_of_clips(members, methods) for kind, members in kinds.items()}
     total = mean_of_clips([{"scores": means} for means in by_kind.values()], methods)
-    by_clip = {row["picture"]: row["scores"] for row in rows}
+    by_clip = {f"{row['category']}/{row['picture']}": row["scores"] for row in rows}
     return {"all": total} | by_kind | by_clip
 
 
@@ -4641,13 +4581,20 @@ def kept_metadata(image: Image.Image) -> dict[str, object]:
 
 
 def converted_to_srgb(image: Image.Image, kept: dict[str, object]) -> Image.Image:
-    """A CMYK or LAB picture as sRGB, where its profile fits; changes the kept profile."""
-    icc = kept.pop("icc_profile", None)  # it describes the picture as it is, not the RGB result
-    if icc is None and image.mode == "CMYK":
+    """A CMYK or LAB picture as sRGB by its colour profile, which sRGB's then replaces in `kept`.
+
+    Without a profile that fits, the picture is returned as it is. (LAB needs no profile: it is
+    defined without a device.)
+    """
+    icc = kept.pop("icc_profile", None)
+    if icc is not None:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+    elif image.mode == "LAB":
+        source = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
+    else:
         return image
-    source = ImageCms.ImageCmsProfile(io.BytesIO(icc) if icc else ImageCms.createProfile("LAB"))
-    wanted = {"CMYK": "CMYK", "LAB": "Lab"}[image.mode]
-    if source.profile.xcolor_space.strip() != wanted:
+    own_space = {"CMYK": "CMYK", "LAB": "Lab"}[image.mode]  # as profiles name it
+    if source.profile.xcolor_space.strip() != own_space:
         return image
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
     kept["icc_profile"] = srgb.tobytes()
@@ -4766,6 +4713,10 @@ def prepare_pairs(config: PrepareConfig, target: Path) -> None:
     """Write blurred/sharp pairs; nothing appears in the dataset until all are written."""
     held = f"{target} holds pictures already; remove them or choose another --data-root"
     require(not list_pictures(target), held)
+    for side in ("blurred", "sharp"):
+        place = target / side
+        is_free = not place.exists() or (place.is_dir() and not any(place.iterdir()))
+        require(is_free, f"{place} is in the way; remove it or choose another --data-root")
     sources: dict[Path, Path] = {}
     for source in list_pictures(config.sharp_dir):
         name = source.relative_to(config.sharp_dir).with_suffix(".png")
@@ -5205,58 +5156,42 @@ def csv_line(protocol: str, row: dict) -> dict:
 # --- Command: export ------------------------------------------------------------------------------
 
 
-def onnx_bytes(network: FrameNetwork | GateNetwork) -> bytes:
-    """An ONNX model of a network for frames or patches of any aligned size."""
-    inputs = network.example_inputs()
-    input_names = ["frames", "gates"][: len(inputs)]
-    output_name = "gates" if isinstance(network, GateNetwork) else "restored"
-    axes = {"frames": {0: "batch", 1: "height", 2: "width"}}
-    if output_name == "restored":
-        axes["restored"] = axes["frames"]
+def onnx_bytes(network: FrameNetwork) -> bytes:
+    """An ONNX model of a network for frames of any aligned size."""
     file = io.BytesIO()
+    axes = {0: "batch", 1: "height", 2: "width"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of branches that aligned sizes never take
         torch.onnx.export(
             network,
-            inputs,
+            (network.example(),),
             file,
-            input_names=input_names,
-            output_names=[output_name],
-            dynamic_axes=axes,
+            input_names=["frames"],
+            output_names=["restored"],
+            dynamic_axes={"frames": axes, "restored": axes},
             dynamo=False,
         )
     return file.getvalue()
 
 
 def export(config: ExportConfig) -> None:
-    """Write a student for other programs, from 8-bit frames to 8-bit frames.
-
-    A student with gates needs a second file, which makes them from patches or from the frame.
-    """
+    """Write a student for other programs, from 8-bit frames to 8-bit frames."""
     require(config.output.name, f"-o {config.output}: name a file")
     require_packages([config.format], f"export --format {config.format}")
     student, _ = load_student(config.checkpoint)
     suffix = {"onnx": ".onnx", "openvino": ".xml"}[config.format]
-    stem = config.output.name.removesuffix(suffix)
-    require_writable(config.output.with_name(stem + suffix))
-    networks: dict[str, FrameNetwork | GateNetwork] = {stem: FrameNetwork(student).eval()}
-    if student.gate_widths:
-        networks[f"{stem}_gates"] = GateNetwork(student).eval()
-    for name, network in networks.items():
-        path = config.output.with_name(name + suffix)
-        if config.format == "onnx":
-            content = onnx_bytes(network)
-            with replacing(path) as temporary:
-                temporary.write_bytes(content)
-        else:
-            save_openvino(openvino_model(network), path)
-        print(path)
+    path = config.output.with_name(config.output.name.removesuffix(suffix) + suffix)
+    require_writable(path)
+    network = FrameNetwork(student).eval()
+    if config.format == "onnx":
+        content = onnx_bytes(network)
+        with replacing(path) as temporary:
+            temporary.write_bytes(content)
+    else:
+        save_openvino(openvino_model(network), path)
+    print(path)
     sides = f"sides multiples of {student.alignment}"
     print(f"frames (1, H, W, 3) in and out are 8-bit RGB, {sides}")
-    if student.gate_widths:
-        print(
-            "the vector `gates` comes from the second file, for patches (N, h, w, 3) of the frame"
-        )
 
 
 def save_openvino(model, path: Path) -> None:
@@ -5379,12 +5314,11 @@ class Contestant:
         """The network on all tiles of a frame, without cutting and joining."""
         sharpener = self.sharpener
         padded, spans = sharpener.cut(frame)
-        gates = sharpener.gates(padded)
         tiles = [padded[None, row.taken, column.taken] for row, column in spans]
 
         def run() -> None:
             for tile in tiles:
-                sharpener.engine(tile, *gates)
+                sharpener.engine(tile)
 
         return run
 

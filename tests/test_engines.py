@@ -26,13 +26,12 @@ def engine_of():
     @functools.cache
     def engines(checkpoint, backend):
         student, _ = kd.load_student(checkpoint)
-        return student, kd.make_engines(student, CPU, torch.float32, backend, strength=1.0)
+        return student, kd.make_engine(student, CPU, torch.float32, backend, strength=1.0)
 
     def make(checkpoint, backend, tile=0):
         student, made = engines(checkpoint, backend)
-        overlap = kd.FrameSharpener.needed_overlap(student, backend, tile)
-        sharpener = kd.FrameSharpener(student, tile=tile, overlap=overlap, precision="float32")
-        sharpener.engine, sharpener.gate_engine = made
+        sharpener = kd.FrameSharpener(student, tile=tile, precision="float32")
+        sharpener.engine = made
         return sharpener
 
     return make
@@ -88,13 +87,8 @@ def test_openvino_agrees_with_pytorch(random_frame, shape):
     ours = kd.FrameSharpener(network, **settings)
     theirs = kd.FrameSharpener(network, **settings, backend="openvino")
     frame = random_frame(80, 450)
-    padded, tiles = ours.cut(frame)
+    _, tiles = ours.cut(frame)
     assert len(tiles) > 2
-    gates, other_gates = ours.gates(padded), theirs.gates(padded)
-    assert len(gates) == len(other_gates) == bool(network.gate_widths)
-    for own, other in zip(gates, other_gates, strict=True):
-        assert np.allclose(own, other, atol=1e-4)
-
     assert difference(ours(frame), theirs(frame)).max() <= 1  # a half rounded the other way
     assert difference(ours(frame), theirs(frame)).mean() < 1e-3
     assert difference(ours(frame), frame).mean() > 1
@@ -122,7 +116,7 @@ def test_int8_keeps_black_and_white(engine_of, photographs):
 def test_int8_takes_every_convolution(engine_of, name):
     if name == "plain":
         network = kd.FrameNetwork(kd.PlainStack()).eval()
-        model = kd.quantized(kd.openvino_model(network), None)
+        model = kd.quantized(kd.openvino_model(network))
     else:
         model = engine_of(name, "openvino-int8").engine.model
     convolutions = [op for op in model.get_ops() if op.get_type_name() == "Convolution"]
@@ -138,7 +132,7 @@ def test_int8_takes_every_convolution(engine_of, name):
 
 def test_openvino_wants_the_cpu():
     with pytest.raises(kd.UserError, match="add --device cpu"):
-        kd.make_engines(kd.PlainStack(), torch.device("cuda"), torch.float32, "openvino", 1.0)
+        kd.make_engine(kd.PlainStack(), torch.device("cuda"), torch.float32, "openvino", 1.0)
 
 
 def test_a_signal_after_openvino_networks_have_come_and_gone():
@@ -269,24 +263,19 @@ def test_exported_files_are_the_student(tmp_path, student_file, random_frame, ca
     assert kd.main([*command, str(tmp_path / "stud.onnx")]) == 0
     assert kd.main([*command, str(tmp_path / "stud"), "--format", "openvino"]) == 0
     written = sorted(path.name for path in tmp_path.iterdir())
-    models = ["stud.bin", "stud.onnx", "stud.xml"]
-    gates = ["stud_gates.bin", "stud_gates.onnx", "stud_gates.xml"]
-    assert written == models + gates
+    assert written == ["stud.bin", "stud.onnx", "stud.xml"]
     printed = capsys.readouterr().out
-    assert f"{tmp_path / 'stud.onnx'}\n{tmp_path / 'stud_gates.onnx'}\n" in printed
+    assert f"{tmp_path / 'stud.onnx'}\n" in printed
     assert "sides multiples of 32" in printed
     assert '"f16"' not in (tmp_path / "stud.xml").read_text()  # all weights as they are
 
-    gate_session = onnxruntime.InferenceSession(tmp_path / "stud_gates.onnx")
-    (gates,) = gate_session.run(["gates"], {"frames": frame[None]})
     session = onnxruntime.InferenceSession(tmp_path / "stud.onnx")
-    (restored,) = session.run(["restored"], {"frames": frame[None], "gates": gates})
+    (restored,) = session.run(["restored"], {"frames": frame[None]})
     assert difference(restored[0][given], expected).max() <= 1
 
     hint = {"INFERENCE_PRECISION_HINT": "f32"}
     compile_model = kd.openvino_core().compile_model
-    gates = compile_model(tmp_path / "stud_gates.xml", "CPU", hint)([frame[None]])[0]
-    restored = compile_model(tmp_path / "stud.xml", "CPU", hint)([frame[None], gates])[0]
+    restored = compile_model(tmp_path / "stud.xml", "CPU", hint)([frame[None]])[0]
     assert difference(restored[0][given], expected).max() <= 1
 
 
