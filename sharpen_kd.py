@@ -76,7 +76,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter
 
 __version__ = "1.0"
 
@@ -213,6 +213,57 @@ CALLS = {
     "call-vp9": Call(2, "libvpx-vp9", 0.10),
     "call-vp8": Call(2, "libvpx", 0.15),
     "call-av1": Call(2, "libsvtav1", 0.08),
+}
+
+
+def cut_at_odd_pixels(frame: np.ndarray) -> np.ndarray:
+    """Without its first row and column, as a window of a screenshot may begin anywhere."""
+    return frame[1:, 1:]
+
+
+def with_caption(frame: np.ndarray) -> np.ndarray:
+    """With a sharp sentence over its lower part, as wide as fits."""
+    picture = Image.fromarray(frame)
+    width, height = picture.size
+    text_size = max(10, height // 18)
+    top = height - 3 * text_size
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((width // 8, top, width * 7 // 8, top + 3 * text_size // 2), fill="black")
+    sentence = "One sharp caption must not change the rest"
+    place = (width // 8 + text_size // 2, top + text_size // 8)
+    draw.text(place, sentence, fill="white", font_size=text_size)
+    return np.array(picture)
+
+
+def as_grey(frame: np.ndarray) -> np.ndarray:
+    """Its luma, stored as RGB."""
+    return np.array(Image.fromarray(frame).convert("L").convert("RGB"))
+
+
+def outer_rows(frame: np.ndarray) -> np.ndarray:
+    """The first 8 rows and the last 8, (16, W, 3)."""
+    return np.concatenate([frame[:8], frame[-8:]])
+
+
+def whole(frame: np.ndarray) -> np.ndarray:
+    return frame
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A degradation under which both frames are changed alike, or a part of them is scored."""
+
+    degradation: Degradation
+    change: Callable[[np.ndarray], np.ndarray] = whole  # of the blurred and the sharp frame
+    scored: Callable[[np.ndarray], np.ndarray] = whole  # of the output and the sharp frame
+
+
+# Where a student that does well on whole pictures may yet fail; `eval --protocol` takes these, too.
+CONDITIONS = {
+    "x2-cut": Condition(PROTOCOLS["x2"], change=cut_at_odd_pixels),
+    "x2-caption": Condition(PROTOCOLS["x2"], change=with_caption),
+    "x2-grey": Condition(PROTOCOLS["x2"], change=as_grey),
+    "x2-border": Condition(PROTOCOLS["x2"], scored=outer_rows),
 }
 
 
@@ -810,7 +861,7 @@ class EvalConfig(InferenceConfig):
         (),
         "degrade sharp pictures (call…: sharp clips) instead of reading blurred ones;"
         f" {ENCODED_PAIRS}: your own clips in low/ beside sharp/",
-        choices=(*PROTOCOLS, *CLIP_PROTOCOLS),
+        choices=(*PROTOCOLS, *CONDITIONS, *CLIP_PROTOCOLS),
     )
     resize: int = flag(
         0,
@@ -1007,7 +1058,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from einops import rearrange
-from PIL import ImageCms, ImageDraw, ImageOps
+from PIL import ImageCms, ImageOps
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
@@ -5060,16 +5111,20 @@ def evaluation_data(config: EvalConfig) -> dict[str, list[Pair] | list[Clip]]:
         if name in CLIP_PROTOCOLS:
             require_packages(["av"], f"--protocol {name}")
             data[name] = find_encoded_pairs(folder) if name == ENCODED_PAIRS else find_clips(folder)
+        elif name in CONDITIONS:
+            data[name] = find_sharp(folder, CONDITIONS[name].degradation)
         else:
             data[name] = find_sharp(folder, PROTOCOLS[name])
     return data
 
 
 def score_pair(
-    config: EvalConfig, pair: Pair, methods: dict[str, FrameFunction], pictures: Path, sheet: bool
+    config: EvalConfig, protocol: str, pair: Pair, methods: dict[str, FrameFunction], sheet: bool
 ) -> dict:
     """{"picture", "category", "scores": {method: scores}}; writes the pictures that are wanted."""
-    blurred, sharp = pair.load()
+    pictures = config.output_dir / protocol
+    condition = CONDITIONS.get(protocol, Condition(pair.degradation))
+    blurred, sharp = (condition.change(frame) for frame in pair.load())
     if config.resize:
         size = (config.resize, config.resize)
         blurred = np.array(Image.fromarray(blurred).resize(size, Image.Resampling.BICUBIC))
@@ -5081,7 +5136,8 @@ def score_pair(
         restored = {name: output for name, output in outputs.items() if name != "input"}
         panels = {"blurred": blurred} | restored | {"sharp": sharp}
         save_picture(side_by_side(panels), pictures / "side_by_side" / f"{pair.category}.png")
-    scores = {name: score(output, sharp) for name, output in outputs.items()}
+    wanted = condition.scored(sharp)
+    scores = {name: score(condition.scored(output), wanted) for name, output in outputs.items()}
     return {"picture": pair.key, "category": pair.category, "scores": scores}
 
 
@@ -5090,10 +5146,9 @@ def evaluate_pairs(
 ) -> tuple[dict, list[dict]]:
     """(the table of a protocol, its rows), printed."""
     with_sheet = [group[0] for group in grouped(pairs, lambda pair: pair.category).values()]
-    pictures = config.output_dir / protocol
     rows = []
     for pair in progress(pairs, protocol or "eval"):
-        rows.append(score_pair(config, pair, methods, pictures, pair in with_sheet))
+        rows.append(score_pair(config, protocol, pair, methods, pair in with_sheet))
     table = scores_by_category(rows, methods)
     print_table(protocol or "pairs", table)
     return table | {"images": len(rows)}, rows

@@ -179,6 +179,32 @@ def test_eval_degrades_sharp_pictures_by_protocol(tmp_path, sharp_folder, studen
     assert titles == ["x3", "all", "photo", "text", "sharp", "all", "photo", "text"]
 
 
+def test_eval_scores_under_conditions(tmp_path, sharp_folder, student_file):
+    command = ["eval", "--data-root", str(sharp_folder), "--checkpoint", str(student_file)]
+    command += ["--output-dir", str(tmp_path), "--json", str(tmp_path / "scores.json")]
+    assert kd.main([*command, "--protocol", *kd.CONDITIONS]) == 0
+    scores = read_json(tmp_path / "scores.json")
+    assert list(scores) == ["x2-cut", "x2-caption", "x2-grey", "x2-border"]
+
+    expected = {name: [] for name in scores}
+    for path in sorted(sharp_folder.rglob("*.png")):
+        sharp = Image.open(path)
+        blurred = sharp.resize((48, 48)).resize((96, 96))
+        frames = np.array(blurred), np.array(sharp)
+        grey = [np.array(image.convert("L").convert("RGB")) for image in (blurred, sharp)]
+        outer = [frame[[*range(8), *range(88, 96)]] for frame in frames]
+        captioned = [kd.with_caption(frame) for frame in frames]
+        covered = (captioned[0] == captioned[1]).all(2)
+        assert 0.05 < covered.mean() < 0.5
+        expected["x2-cut"].append(kd.score(*(frame[1:, 1:] for frame in frames)))
+        expected["x2-caption"].append(kd.score(*captioned))
+        expected["x2-grey"].append(kd.score(*grey))
+        expected["x2-border"].append(kd.score(*outer))
+    for name, of_pictures in expected.items():
+        assert scores[name]["all"]["input"] == pytest.approx(plain_means(of_pictures))
+        assert scores[name]["all"]["student"] != scores[name]["all"]["input"]
+
+
 def test_eval_of_a_plain_folder_needs_no_test_folder_in_it(tmp_path, sharp_folder, student_file):
     command = ["eval", "--data-root", str(sharp_folder), "--checkpoint", str(student_file)]
     command += ["--protocol", "x2", "--output-dir", str(tmp_path)]
@@ -266,12 +292,12 @@ def test_the_sheet_magnifies_what_changed_most():
 @pytest.fixture
 def quick_fps(monkeypatch):
     """Small frames, and PyTorch in the place of every backend: int8 alone would take a minute."""
-    make_engines = kd.make_engines
+    make_engine = kd.make_engine
 
     def make(student, device, precision, backend, strength):
-        return make_engines(student, device, precision, "torch", strength)
+        return make_engine(student, device, precision, "torch", strength)
 
-    monkeypatch.setattr(kd, "make_engines", make)
+    monkeypatch.setattr(kd, "make_engine", make)
     monkeypatch.setattr(kd, "FPS_SIZES", ((64, 96), (192, 256)))
 
 
