@@ -904,6 +904,12 @@ class FpsConfig(InferenceConfig):
         at_most=4096,
     )
     stem_stride: int = flag(4, "its stem stride", choices=(1, 2, 4))
+    clip: Path | None = flag(
+        None,
+        "time `sharpen` on this clip instead: decoding, enlarging, sharpening and encoding, which"
+        " overlap",
+    )
+    size: str = same_flag(SharpenConfig, "size", "")
     warmup: int = flag(3, "frames before timing starts", at_least=0, at_most=LARGEST_COUNT)
     frames: int = flag(20, "frames timed", at_least=1, at_most=LARGEST_COUNT)
     json: Path | None = flag(None, "write the rows to this file")
@@ -5467,6 +5473,60 @@ def print_fps_row(row: dict) -> None:
     )
 
 
+def clip_rows(
+    students: dict[str, Student], backends: Sequence[str], device: torch.device, config: FpsConfig
+) -> Iterator[dict]:
+    """A row for each student and backend: frames a second of `sharpen` on a clip.
+
+    The clip's first frame is sharpened before, so that nothing is compiled while time is taken.
+    """
+    size = clip_size(config.size)
+    first = clip_frames(config.clip, slice(0, 1))[0]
+    if size:
+        first = resized(first, size)
+    height, width = first.shape[:2]
+    for backend in backends:
+        for name, student in students.items():
+            sharpener = FrameSharpener(
+                student, device, config.tile, config.overlap, 1.0, config.precision, backend
+            )
+            sharpener(first)
+            with tempfile.TemporaryDirectory() as folder:
+                start = time.perf_counter()
+                target = Path(folder, f"sharpened{clip_suffix(config.clip, lossless=False)}")
+                frames = ClipSharpener(sharpener, size)(config.clip, target)
+                seconds = time.perf_counter() - start
+            yield {
+                "checkpoint": name,
+                "backend": backend,
+                "clip": str(config.clip),
+                "height": height,
+                "width": width,
+                "frames": frames,
+                "fps": frames / seconds,
+            }
+
+
+def measure_clip(config: FpsConfig) -> None:
+    """Frames a second of `sharpen` on a clip, by every student and backend."""
+    require_packages(["av"], "--clip")
+    require(not config.plot, "--clip, --plot: the plot is of single frames")
+    require_writable(config.json)
+    device = pick_device(config)
+    backends = fps_backends(config, device)
+    students = fps_students(config)
+    del students[YARDSTICK]
+    print(f"{device}, {torch.get_num_threads()} CPU threads, PyTorch {torch.__version__}")
+    rows = []
+    for row in clip_rows(students, backends, device, config):
+        size = f"{row['width']}x{row['height']}"
+        named = f"{row['checkpoint']:<14}{row['backend']:<14}{size:<12}"
+        print(f"{named}{row['frames']:>6} frames, {row['fps']:>6.1f} a second", flush=True)
+        rows.append(row)
+    if config.json:
+        write_json({"rows": rows}, config.json)
+
+
 def fps_students(config: FpsConfig) -> dict[str, Student]:
     """The networks to time, by name; the yardstick first."""
     students: dict[str, Student] = {YARDSTICK: PlainStack(stem_stride=2, width=24, layers=6)}
@@ -5502,6 +5562,10 @@ def fps_backends(config: FpsConfig, device: torch.device) -> Sequence[str]:
 
 def measure_fps(config: FpsConfig) -> None:
     """Milliseconds a frame of 512x512, 1280x720 and 1920x1080, by every backend."""
+    if config.clip:
+        measure_clip(config)
+        return
+    require(not config.size, "--size: is for --clip")
     if config.plot:
         drawn = config.plot.suffix.lower() in (".png", ".jpg", ".pdf", ".svg")
         require(drawn, f"--plot {config.plot}: name a .png, .jpg, .pdf or .svg file")
