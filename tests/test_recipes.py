@@ -82,26 +82,33 @@ def test_the_reports_preset_is_the_defaults():
 
 
 @pytest.mark.parametrize(
-    ("given", "widths", "convolutions", "skips"),
+    ("given", "kind", "sizes"),
     [
-        ({}, (16, 16, 32, 48), (4, 3, 2, 1), "lateral"),
-        ({"base_channels": 32}, (8, 16, 32, 64, 96), (2,) * 5, "concatenate"),
-        ({"widths": (4,) * 3}, (4,) * 3, (2,) * 3, "concatenate"),
-        ({"widths": (4,) * 3, "skips": "lateral"}, (4,) * 3, (2,) * 3, "lateral"),
         (
-            {"base_channels": 32, "widths": (4,) * 5, "convolutions": (1,)},
-            (4,) * 5,
-            (1,) * 5,
-            "concatenate",
+            {},
+            "unet",
+            {"widths": (16, 16, 32, 48), "convolutions": (4, 3, 2, 1), "skips": "lateral"},
         ),
+        (
+            {"base_channels": 32},
+            "unet",
+            {"widths": (8, 16, 32, 64, 96), "convolutions": (2,) * 5, "skips": "concatenate"},
+        ),
+        (
+            {"widths": (4,) * 3, "skips": "lateral", "convolutions": (1,)},
+            "unet",
+            {"widths": (4,) * 3, "convolutions": (1,) * 3, "skips": "lateral"},
+        ),
+        ({"preset": "small"}, "guided", {"width": 15, "layers": 4, "guide_width": 24}),
+        ({"preset": "call", "widths": (8,)}, "guided", {"width": 8, "layers": 4}),
+        ({"network": "plain"}, "plain", {"width": 16, "layers": 6}),
     ],
 )
-def test_given_sizes_rule_the_presets(given, widths, convolutions, skips):
+def test_given_sizes_rule_the_presets(given, kind, sizes):
     config = kd.resolve_config(kd.TrainConfig, {"preset": "demo"} | given)
-    student = kd.StudentUNet.from_flags(config)
-    assert student.config["widths"] == widths
-    assert student.config["convolutions"] == convolutions
-    assert student.config["skips"] == skips
+    student = kd.student_class(config.network).from_flags(config)
+    assert student.config["kind"] == kind
+    assert {name: student.config[name] for name in sizes} == sizes
 
 
 def test_the_small_preset_starts_from_the_shipped_fast_student():
@@ -115,7 +122,7 @@ def test_the_small_preset_starts_from_the_shipped_fast_student():
     assert objective.loss.weights == {"reconstruction": 10.0, "kl": 100.0, "ssim": 1.0}
 
     kept = kd.make_objective(config, resumed=True).network.state_dict()
-    assert not torch.equal(kept["output.weight"], weights["output.weight"])
+    assert not torch.equal(kept["layers.0.weight"], weights["layers.0.weight"])
 
 
 def test_an_ablation_takes_a_presets_settings_but_not_its_folder():
