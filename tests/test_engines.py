@@ -53,12 +53,11 @@ def run_script(script):
 
 
 @pytest.mark.parametrize("backend", ["torch", "openvino", "openvino-int8"])
-@pytest.mark.parametrize(
-    ("name", "checkpoint"),
-    [("coffee", "quality"), ("astronaut", "quality"), ("coffee", "fast")],
-)
+@pytest.mark.parametrize(("name", "checkpoint"), [("coffee", "quality"), ("astronaut", "fast")])
 def test_tiled_and_whole_agree_at_1080p(engine_of, photographs, name, checkpoint, backend):
-    frame = np.array(photographs[name].resize((1920, 1080)))
+    blurred = np.array(kd.degrade(kd.even_sized(photographs[name]), kd.PROTOCOLS["x2"]))
+    frame = np.tile(blurred, (3, 4, 1))[:1080, :1920]
+    assert frame.shape == (1080, 1920, 3)
     whole = engine_of(checkpoint, backend)(frame)
     tiled = engine_of(checkpoint, backend, tile=1024)(frame)
     assert difference(whole, frame).mean() > 0.5  # the network does something
@@ -119,7 +118,11 @@ def test_int8_takes_every_convolution(engine_of, name):
         model = kd.quantized(kd.openvino_model(network))
     else:
         model = engine_of(name, "openvino-int8").engine.model
-    convolutions = [op for op in model.get_ops() if op.get_type_name() == "Convolution"]
+    convolutions = []
+    for op in model.get_ops():
+        is_map = "student.guide" in op.get_friendly_name()  # stays in float
+        if op.get_type_name() == "Convolution" and not is_map:
+            convolutions.append(op)
     weights = [op.input_value(1).get_node().get_type_name() for op in convolutions]
     assert len(weights) > 5
     assert set(weights) == {"Multiply"}  # int8 ones are scaled
