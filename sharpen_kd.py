@@ -164,8 +164,8 @@ class MotionBlur:
 
 Degradation = tuple[Callable[[Image.Image, Size], Image.Image], ...]
 
-# The degradations of the reported numbers. A student should not touch noise and motion blur;
-# "noise5" and "motion9" show whether it does.
+# The degradations of the reported numbers. A student should leave noise and motion blur alone: it
+# cannot undo them, and sharpening would only show them better. "noise5" and "motion9" test that.
 PROTOCOLS: dict[str, Degradation] = {
     "x2": (Shrink(2), Enlarge()),
     "x3": (Shrink(3), Enlarge()),
@@ -285,7 +285,7 @@ def generator(key: Sequence[int], purpose: str) -> np.random.Generator:
 
 
 def reseeded(degradation: Degradation, key: Sequence[int]) -> Degradation:
-    """The degradation with noise of the key's own: one pattern would be learned by heart."""
+    """The degradation with a noise seed drawn from the key: one pattern would be memorised."""
     steps = []
     for step in degradation:
         if isinstance(step, Noise):
@@ -298,9 +298,9 @@ def draw_mixture(key: Sequence[int]) -> Degradation:
     """One degradation of the mixture that a student for pictures must meet.
 
     A student trained on x2 alone ruins what is sharp already, and what was damaged in other ways.
-    So 8 % stay untouched, 8 % are compressed only, 4 % get noise and 4 % motion blur. Of the rest
-    two thirds are shrunk by 2, the others by a factor drawn from 1.2 to 4; a tenth of them is
-    blurred as well, a fifth compressed, and a fifth enlarged by another filter than bicubic.
+    So 8 % stay untouched, 8 % are compressed only, 4 % get noise and 4 % motion blur. The rest is
+    shrunk and enlarged: two thirds by 2, one third by a factor drawn from 1.2 to 4. A tenth of this
+    rest is blurred as well, a fifth compressed, a fifth enlarged by another filter than bicubic.
     """
     kind = generator(key, "kind").random()
     compressing = generator(key, "jpeg")
@@ -347,18 +347,19 @@ def draw_mixture(key: Sequence[int]) -> Degradation:
 def draw_call(key: Sequence[int]) -> Call:
     """One call of the mixture that a student for calls must meet.
 
-    Half are H.264, as most calls are. A quarter arrive unshrunk, since a student that never met
-    them sharpens what the encoder left; the others by 2, or by a factor drawn from 1 to 3.
+    Half are H.264, as most calls are. A quarter are not shrunk, since a student that never met such
+    frames sharpens the encoder's artefacts in them. The others are shrunk by 2, or by a factor
+    drawn from 1 to 3.
     """
     encoding = generator(key, "codec")
     codec = encoding.choice(list(CODECS), p=(0.5, 0.25, 0.13, 0.12))
 
     shrinking = generator(key, "shrink")
-    usual = shrinking.random()
+    kind = shrinking.random()
     factor = shrinking.uniform(1, 3)
-    if usual < 0.25:
+    if kind < 0.25:
         factor = 1.0
-    elif usual < 0.6:
+    elif kind < 0.6:
         factor = 2.0
 
     bits = math.exp(generator(key, "bits").uniform(math.log(0.03), math.log(0.4)))
@@ -512,6 +513,8 @@ class SharpenConfig(InferenceConfig):
 MIXED = "mixed"
 CALL_MIXTURE = "calls"
 ENCODED_PAIRS = "low"
+
+# What `eval` scores clips by.
 CLIP_PROTOCOLS = (*CALLS, ENCODED_PAIRS)
 
 
@@ -538,7 +541,7 @@ class PrepareConfig:
     data_root: Path = flag(DATASET, "dataset folder to write into")
     scale: tuple[float, ...] = flag(
         (2.0,),
-        "without --protocol: shrinking factors; each draws one",
+        "without --protocol: shrinking factors; each picture draws one",
         at_least=1,
         at_most=64,
     )
@@ -646,8 +649,8 @@ class StudentConfig:
         (), "unet: a width for each scale instead; plain: one width", at_least=1, at_most=4096
     )
     convolutions: tuple[int, ...] = flag(
-        (), "number of 3x3 layers; unet: in each stage, one number or one for each scale (default:"
-        " 2); plain, guided: in all (default: 6, 4)",
+        (), "number of 3x3 layers. unet: in each stage, one number or one for each scale (default:"
+        " 2); plain: in all (default: 6); guided: in all (default: 4)",
         at_least=1, at_most=64,
     )  # fmt: skip
     skips: str = flag(
@@ -731,7 +734,7 @@ PRESETS = {
         {
             "network": "guided",
             "stem_stride": 2,
-            "widths": (15,),
+            "widths": (15,),  # 16 would exceed the fast student's 1,600 multiply-adds a pixel
             "convolutions": (4,),
             "guide_width": 24,
             "expansion": 64,
@@ -788,8 +791,8 @@ class TrainConfig(RunConfig, StudentConfig, LossConfig):
     )  # fmt: skip
     expansion: int = flag(
         0,
-        "lets 3x3 kernels learn faster: the rank of a matrix product that is added to each (64 is"
-        " good; 0: none); the student that is saved has only the sum",
+        "rank of a matrix product that is added to each 3x3 kernel in training, by which it learns"
+        " faster (64 is good; 0: none); the student that is saved has only the sum",
         at_least=0,
         at_most=4096,
     )
@@ -882,7 +885,7 @@ class EvalConfig(InferenceConfig):
 
 @dataclass
 class ExportConfig:
-    """Write a student for other programs, from 8-bit frames to 8-bit frames."""
+    """Write a student as a file for other programs; it takes and returns 8-bit frames."""
 
     format: str = flag("onnx", "file format", choices=("onnx", "openvino"))
     checkpoint: str = same_flag(InferenceConfig, "checkpoint", "quality")
@@ -1052,8 +1055,8 @@ def print_error(error: BaseException) -> None:
 
 
 if __name__ == "__main__":
-    # The imports below take seconds, PyTorch's above all. Help and typing errors are answered here;
-    # `main` reads the arguments again.
+    # The imports below take seconds, PyTorch's above all. Help and mistyped arguments are answered
+    # here; `main` reads the arguments again.
     try:
         parse_command_line(sys.argv[1:])
     except UserError as error:
@@ -1222,7 +1225,7 @@ def open_picture(path: Path) -> Image.Image:
             warnings.simplefilter("ignore")  # Pillow's, about metadata that nobody asked for
             image.load()
             if is_deep_grey(image):
-                rgb_array(image)  # raises for floats outside [0, 1]
+                rgb_array(image)  # floats outside [0, 1] raise here, where the file is named
             return image
     except Exception as error:  # Pillow's decoders raise whatever a damaged file happens to cause
         raise UserError(f"{path}: not a readable picture ({error})") from error
@@ -1371,7 +1374,7 @@ class Pair:
 # side.
 PAIR_FILE = re.compile(
     r"""
-    (?P<before> | .*?/)              # the folders above, if any
+    (?P<before> (.*?/)?)             # the folders above, if any
     (?P<side> blurred | blur | sharp) /
     (?P<after> .*?)
     (_blurred | _blur | _sharp)?     # a suffix of the file's name
@@ -1717,15 +1720,16 @@ class PreparedCrops(Dataset):
         blurred, sharp = np.ascontiguousarray(both)
         return {"blurred": blurred, "sharp": sharp}
 
-    def hold_out(self, fraction: float, most: int = 200) -> list["PreparedCrop"]:
+    def leave_out(self, fraction: float, most: int = 200) -> list["PreparedCrop"]:
         """Leave out the crops of whole clips and pictures; at most so many of them are returned."""
+        # As pairs, so that sources are drawn as `training_pairs` draws pictures.
         sources = [Pair(source, Path(source)) for source in sorted(set(self.sources))]
         held_out = {pair.key for pair in hold_out(sources, fraction)[1]}
         left_out = [i for i in self.used if self.sources[i] in held_out]
         self.used = [i for i in self.used if self.sources[i] not in held_out]
         every = math.ceil(len(left_out) / most) or 1
         crops = [PreparedCrop(*self.pixels[i]) for i in left_out[::every]]
-        # A flat crop arrives as it was sent. Its infinite PSNR would drown all others.
+        # A crop of one colour arrives as it was sent, and its infinite PSNR would drown all others.
         return [crop for crop in crops if frame_psnr(*crop.load()) < PSNR_CAP]
 
 
@@ -4838,7 +4842,7 @@ def training_data(config: RunConfig) -> tuple[Dataset, Sequence[Pair | PreparedC
         require(config.data_root, "--degradation crops: name their folder with --data-root")
         folder = split_folder(config.data_root, "train")
         prepared = PreparedCrops(folder, config.image_size, config.seed)
-        return prepared, prepared.hold_out(config.validation_fraction)
+        return prepared, prepared.leave_out(config.validation_fraction)
     training, held_out = training_pairs(config)
     return training_crops(config, training), held_out
 
@@ -5238,7 +5242,7 @@ def onnx_bytes(network: FrameNetwork) -> bytes:
 
 
 def export(config: ExportConfig) -> None:
-    """Write a student for other programs, from 8-bit frames to 8-bit frames."""
+    """Write a student as a file for other programs; it takes and returns 8-bit frames."""
     require(config.output.name, f"-o {config.output}: name a file")
     require_packages([config.format], f"export --format {config.format}")
     student, _ = load_student(config.checkpoint)

@@ -341,6 +341,29 @@ def test_fps_rows(tmp_path, student_file, sharp_folder, capsys, quick_fps):
     assert float(ratio) == pytest.approx(rows[4]["frame_ms"] / rows[4]["plain_ms"], abs=0.006)
 
 
+def test_fps_times_the_path_of_a_clip(tmp_path, student_file, capsys, quick_fps):
+    av = pytest.importorskip("av")
+    clip = tmp_path / "clip.mkv"
+    with av.open(clip, "w") as file:
+        stream = file.add_stream("ffv1", rate=25, width=48, height=32, pix_fmt="bgr0")
+        for level in range(7):
+            pixels = np.full((32, 48, 3), 30 * level, np.uint8)
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        file.mux(stream.encode(None))
+    command = ["fps", "--clip", str(clip), "--checkpoint", str(student_file), "--backend", "torch"]
+    command += ["--device", "cpu", "--size", "64x48", "--json", str(tmp_path / "fps.json")]
+    assert kd.main(command) == 0
+    (row,) = read_json(tmp_path / "fps.json")["rows"]
+    assert (row["width"], row["height"], row["frames"]) == (64, 48, 7)
+    assert row["checkpoint"] == "student"
+    assert row["fps"] > 0
+    assert f"7 frames, {row['fps']:>6.1f} a second" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.mkv", "fps.json"]
+
+    assert kd.main([*command, "--plot", str(tmp_path / "plot.png")]) == 2
+    assert "--clip, --plot" in capsys.readouterr().err
+
+
 def test_fps_draws_quality_beside_speed(tmp_path, student_file, sharp_folder, capsys, quick_fps):
     (tmp_path / "test").symlink_to(sharp_folder)
     (tmp_path / "train").symlink_to(sharp_folder)

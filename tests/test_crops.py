@@ -187,7 +187,7 @@ def symmetries(both):
 
 def test_whole_clips_and_pictures_are_held_out(prepared):
     crops = kd.PreparedCrops(prepared / "train", image_size=64)
-    held_out = crops.hold_out(0.2, most=5)
+    held_out = crops.leave_out(0.2, most=5)
     names = {crops.sources[index] for index in crops.used}
     assert 0 < len(names) < 3
     assert len(crops) == sum(source in names for source in crops.sources)
