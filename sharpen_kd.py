@@ -2249,12 +2249,13 @@ class Guide(nn.Module):
             ]
         )
         self.last = nn.Conv2d(width, planes, 1)
-        # Plane 0 is twice the mean luma of 2x2 pixels, and after each kernel of 4x4, then of 8x8.
-        halve = haar() / 2
+        # Each kernel applies `haar` to 2x2 positions of plane 0 alone. That plane is twice the mean
+        # luma of 2x2 pixels; the factor 1/2 makes it twice the mean of 4x4, and then of 8x8.
+        kernel = haar().unflatten(1, (2, 2)) / 2
         first = torch.zeros(4, planes, 2, 2)
-        first[:, 0] = halve.unflatten(1, (2, 2))
+        first[:, 0] = kernel
         second = torch.zeros(4, 4, 2, 2)
-        second[:, 0] = halve.unflatten(1, (2, 2))
+        second[:, 0] = kernel
         self.register_buffer("of_four", first, persistent=False)
         self.register_buffer("of_eight", second, persistent=False)
 
@@ -2328,8 +2329,9 @@ class GuidedStack(Student):
     def initialise(self, planes: int) -> None:
         """`initialise`, with an open map, and with fixed layers from colours to luma and back.
 
-        While the correction is near zero the map has no reason to close. Once it had ten times as
-        much to begin with: the map closed within a few steps, for good, and nothing was learned.
+        While the correction is near zero the map has no reason to close. In two runs the correction
+        began ten times as large: the map closed within some hundred steps, never opened again, and
+        nothing was learned.
 
         `pixel_unshuffle` orders the 12 channels of a fold by colour and pixel.
         """
@@ -2341,8 +2343,8 @@ class GuidedStack(Student):
         )
         to_rgb = torch.tensor([[1, 0, 1.402], [1, -0.344, -0.714], [1, 1.772, 0]])
         of_each = haar()  # the mean and the differences of a fold's lumas
-        of_all = torch.full((1, 4), 1 / 4)  # a colour difference for their mean
-        to_each = torch.ones(4, 1)  # which all of them get
+        of_all = torch.full((1, 4), 1 / 4)  # averages a colour difference over the fold's pixels
+        to_each = torch.ones(4, 1)  # gives the same to all four
         into = [torch.kron(from_rgb[:1], of_each), torch.kron(from_rgb[1:], of_all)]
         back = [torch.kron(to_rgb[:, :1], of_each), torch.kron(to_rgb[:, 1:], to_each)]
         self.planes.weight.data = torch.cat(into)[:planes, :, None, None]
@@ -2579,8 +2581,9 @@ class DistillationLoss(nn.Module):
 class Expansion(nn.Module):
     """A product of two matrices that is added to a 3x3 kernel in training; zero at first.
 
-    Adam scales the step of each value separately, so all values of a kernel move about equally. A
-    step of the two matrices moves it more along its gradient (after Bhardwaj et al., MLSys 2022).
+    Adam scales the step of each value separately, so that all values of a kernel move about
+    equally. Where the two matrices are trained instead, the kernel moves in a direction closer to
+    its gradient (after Bhardwaj et al., MLSys 2022).
     A thousand steps of a small student give 27.85 dB with it, and 27.63 at best without. The
     student that is saved has only the sum.
     """
@@ -2780,7 +2783,7 @@ MOST_SKIPPED = 10  # steps in a row whose gradients are not finite
 # may be restored exactly, and its PSNR is infinite.
 PSNR_CAP = 60.0
 
-# Settings that are not saved with a run: they were said for the call that began it.
+# Settings that are not saved with a run: they are for one start of the script.
 SAID_FOR_ONE_CALL = ("resume", "overwrite", "preset")
 
 
@@ -2890,7 +2893,8 @@ class TrainingRun:
             self.parallel.require_backward_grad_sync = last
             terms = self.parallel(batch, self.autocast)
             if last and log_shares and self.step % log_shares == 0:
-                means |= gradient_shares(terms, list(self.objective.network.parameters()))
+                trained = [p for p in self.objective.network.parameters() if p.requires_grad]
+                means |= gradient_shares(terms, trained)
             (sum(terms.values()) / group).backward()
             for name, term in terms.items():
                 means[name] += term.item() / group
@@ -3017,7 +3021,7 @@ class TrainingRun:
             ) from error
 
     def clear_folder(self) -> None:
-        """Make the run's folder, and remove what a run before left, which --overwrite gives up."""
+        """Make the run's folder, and delete an earlier run's files (--overwrite allowed it)."""
         require_writable(self.config.run_dir / "last.pth")
         if RANK == 0:
             for name in ("last.pth", "best.pth", "log.csv", "curves.png"):
@@ -3547,8 +3551,8 @@ def grid_phase(frame: np.ndarray) -> tuple[int, int]:
 
     Enlarging by 2 makes two pixels of one, and two that come from one differ less than neighbours
     that do not: their squared differences are smaller by a third or more, on every picture that was
-    tried. Of other frames both are alike within a tenth, and 0 is returned. A student has learned
-    from crops that begin with the pattern, and gains half as much on a frame that does not.
+    tried. On other frames the two differ by less than a tenth, and 0 is returned. A student has
+    learned from crops that begin with the pattern, and gains half as much on a frame that does not.
     """
     green = frame[..., 1]
     phases = []
@@ -3635,7 +3639,7 @@ def load_sharpener(name: str | Path = FOR_PICTURES, **options) -> FrameSharpener
 def sharpener_of(
     config: InferenceConfig, strength: float = 1.0, for_clips: bool = False
 ) -> FrameSharpener:
-    """The student that a command's flags name, or its own for pictures or clips, as they say."""
+    """The student of --checkpoint; "auto" is the one for clips or the one for pictures."""
     name = config.checkpoint
     if name == "auto":
         name = FOR_CLIPS if for_clips else FOR_PICTURES
@@ -3751,7 +3755,12 @@ def find_encoded_pairs(folder: Path) -> list[Clip]:
     for side in ("low", "sharp"):
         place = folder / side
         require(place.is_dir(), f"{place}: no such folder; encoded pairs are in low/ and sharp/")
-        sides[side] = {path.relative_to(place).with_suffix(""): path for path in list_clips(place)}
+        sides[side] = {}
+        for path in list_clips(place):
+            key = path.relative_to(place)
+            if path != place:  # which it is where the folder itself holds numbered frames
+                key = key.with_suffix("")
+            sides[side][key] = path
     for name in sorted(sides["low"].keys() ^ sides["sharp"].keys()):
         have, lack = ("low", "sharp") if name in sides["low"] else ("sharp", "low")
         raise UserError(f"{sides[have][name]}: has no partner in {folder / lack}; add or remove it")
@@ -4011,7 +4020,7 @@ def part_of_clip(clip: Clip, key: Sequence[int]) -> list[np.ndarray]:
 
 
 def draw_source(sources: Sequence[Pair | Clip], key: Sequence[int]) -> Pair | Clip:
-    """Half clips, half pictures, of whichever there are; each kind and category as often."""
+    """A clip or a picture, equally often where there are both, and each category equally often."""
     draw = generator(key, "source")
     by_type = list(grouped(sources, lambda source: type(source).__name__).values())
     of_type = by_type[draw.integers(len(by_type))]
@@ -4140,7 +4149,7 @@ class Streams(Dataset):
 
 
 def write_crops(streams: Streams, folder: Path) -> int:
-    """Write what `PreparedCrops` reads, or what an interrupted call has left; returns the number.
+    """Write what `PreparedCrops` reads, or what is still missing of it; returns the number.
 
     UserError for a folder that holds other crops.
     """
@@ -4301,7 +4310,7 @@ class CopiedStreams:
     def __init__(self, given, made) -> None:
         self.given = given
         self.made = made
-        self.streams = {}  # of the new file, by the index of the old one's
+        self.streams = {}  # each new stream, by the index of the one that it copies
         for stream in given.streams:
             if stream.type not in ("audio", "subtitle"):
                 continue
@@ -4492,7 +4501,7 @@ def writable_suffix(path: Path) -> str:
 def output_is_file(config: SharpenConfig) -> bool:
     """Whether -o names a file; UserError for a format that cannot be written.
 
-    A name that ends like no picture's is a folder. If the input is one picture, that is said.
+    A name that ends like no picture's is a folder, which is printed if the input is one picture.
     """
     output = config.output
     if output is None or output.is_dir():
@@ -4502,8 +4511,9 @@ def output_is_file(config: SharpenConfig) -> bool:
         known = output.suffix.lower() in CLIP_ENCODERS
         endings = ", ".join(CLIP_ENCODERS)
         require(known or not output.suffix, f"-o {output}: a clip's name ends in {endings}")
-        in_mkv = output.suffix.lower() == ".mkv" or not (config.lossless and known)
-        require(in_mkv, f"-o {output}: --lossless needs a name that ends in .mkv")
+        needs_mkv = config.lossless and known
+        fits = not needs_mkv or output.suffix.lower() == ".mkv"
+        require(fits, f"-o {output}: --lossless needs a name that ends in .mkv")
         return known
     kind = Image.registered_extensions().get(output.suffix.lower())
     if kind is None:

@@ -277,7 +277,20 @@ def test_eval_scores_encoded_pairs(encoded_pairs, student_file, tmp_path, monkey
     table = json.loads((tmp_path / "scores.json").read_text())["low"]
     (pair,) = kd.find_encoded_pairs(encoded_pairs)
     by_hand = kd.score_clip(*kd.encoded_pair(pair))
-    assert table["a"]["input"]["psnr"] == pytest.approx(by_hand["psnr"])
+    assert table[f"{pair.kind}/a"]["input"]["psnr"] == pytest.approx(by_hand["psnr"])
+
+
+def test_encoded_pairs_may_be_two_folders_of_numbered_frames(tmp_path, photographs):
+    sharp = np.array(photographs["coffee"].convert("RGB"))[:64, :80]
+    for side, shift in (("sharp", 0), ("low", 1)):
+        (tmp_path / side).mkdir()
+        for number in range(4):
+            picture = Image.fromarray(np.roll(sharp, number, axis=1) // 2 + shift)
+            picture.save(tmp_path / f"{side}/{number:06}.png")
+    (pair,) = kd.find_encoded_pairs(tmp_path)
+    low, frames = kd.encoded_pair(pair)
+    assert len(low) == len(frames) == 4
+    assert np.array_equal(low[3], frames[3] + 1)
 
 
 def spoil_count(folder):

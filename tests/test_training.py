@@ -325,6 +325,20 @@ def test_a_run_that_was_stopped_so_goes_on(arguments, tmp_path, spoil_gradients)
 # --- What a run leaves ----------------------------------------------------------------------------
 
 
+def test_gradient_shares_leave_out_what_is_frozen():
+    torch.manual_seed(0)
+    student = kd.GuidedStack(width=4, layers=2)
+    objective = kd.Objective(student, None, kd.DistillationLoss({"reconstruction": 1.0}, 1.0))
+    frozen = [name for name, p in objective.network.named_parameters() if not p.requires_grad]
+    assert "output.weight" in frozen
+    blurred = torch.rand(2, 3, 32, 32)
+    term = (student(blurred) - blurred.flip(0)).abs().mean()
+    trained = [p for p in objective.network.parameters() if p.requires_grad]
+    assert kd.gradient_shares({"reconstruction": term}, trained) == {"gradient_reconstruction": 1.0}
+
+    # What is said of the best weights is what they reach.
+
+
 def test_the_log_holds_terms_shares_and_scores(arguments, tmp_path):
     command = [*arguments, "--run-dir", str(tmp_path), "--max-steps", "3", "--log-gradients", "2"]
     assert kd.main(command) == 0
@@ -344,7 +358,6 @@ def test_the_log_holds_terms_shares_and_scores(arguments, tmp_path):
     assert rows[1]["val_psnr"] == ""
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
-    # What is said of the best weights is what they reach.
     best = torch.load(tmp_path / "best.pth", weights_only=True)
     assert best["step"] == 3
     assert best["held_out"]["psnr"] == float(rows[2]["val_psnr"])
