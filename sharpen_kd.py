@@ -2545,13 +2545,13 @@ class DistillationLoss(nn.Module):
 
     def __init__(self, weights: dict[str, float], temperature: float = 4.0) -> None:
         super().__init__()
-        self.weights = {name: weight for name, weight in weights.items() if weight > 0}
+        self.lambdas = {name: weight for name, weight in weights.items() if weight > 0}
         self.temperature = temperature
-        self.vgg = vgg_features() if "perceptual" in self.weights else None
+        self.vgg = vgg_features() if "perceptual" in self.lambdas else None
 
     def forward(self, seen: Comparison) -> dict[str, Tensor]:
         terms = {}
-        for name, weight in self.weights.items():
+        for name, weight in self.lambdas.items():
             compute = getattr(self, f"{name}_term")
             terms[name] = weight * compute(seen)
         return terms
@@ -2642,7 +2642,7 @@ class Objective(nn.Module):
             if self.teacher and "teacher_output" not in batch:
                 teacher_output = self.teacher(blurred)
                 from_teacher = self.teacher.tapped | {"teacher_output": teacher_output}
-            if "feature" in self.loss.weights:
+            if "feature" in self.loss.lambdas:
                 output, features = call_network(blurred, kwargs={"taps": True})
                 teacher_features = self.teacher.project(from_teacher)
             else:
@@ -2784,7 +2784,7 @@ MOST_SKIPPED = 10  # steps in a row whose gradients are not finite
 PSNR_CAP = 60.0
 
 # Settings that are not saved with a run: they are for one start of the script.
-SAID_FOR_ONE_CALL = ("resume", "overwrite", "preset")
+FLAGS_OF_ONE_START = ("resume", "overwrite", "preset")
 
 
 class TrainingRun:
@@ -2885,7 +2885,7 @@ class TrainingRun:
         """Gradients of one step's group of batches; returns the weighted terms' means."""
         group = self.order.batches_in_step(self.step)
         log_shares = getattr(self.config, "log_gradients", 0)  # a teacher's run has no such flag
-        means: dict[str, float] = dict.fromkeys(self.objective.loss.weights, 0.0)
+        means: dict[str, float] = dict.fromkeys(self.objective.loss.lambdas, 0.0)
         for number in range(group):
             last = number == group - 1
             batch = on_device(next(batches), self.device)
@@ -2940,14 +2940,14 @@ class TrainingRun:
         """A row of log.csv."""
         row = {"step": self.step, "epoch": (self.step - 1) / self.order.steps_per_epoch}
         row |= {"learning_rate": rate, "gradient_norm": norm}
-        row["loss"] = sum(terms[name] for name in self.objective.loss.weights)
+        row["loss"] = sum(terms[name] for name in self.objective.loss.lambdas)
         row |= terms
         row["seconds"] = seconds
         return row
 
     def show(self, row: dict, bar: tqdm) -> None:
         """The terms beside the bar; on no terminal, a line at the first and at the last step."""
-        shown = {name: f"{row[name]:.3g}" for name in self.objective.loss.weights}
+        shown = {name: f"{row[name]:.3g}" for name in self.objective.loss.lambdas}
         bar.set_postfix(shown, refresh=False)
         bar.update()
         if bar.disable and self.step in (1, self.total_steps):
@@ -2989,7 +2989,7 @@ class TrainingRun:
         settings = {}
         for item in dataclasses.fields(self.config):
             value = getattr(self.config, item.name)
-            if item.name not in SAID_FOR_ONE_CALL:
+            if item.name not in FLAGS_OF_ONE_START:
                 settings[item.name] = str(value) if isinstance(value, Path) else value
         content = {
             "config": settings,
@@ -4421,7 +4421,7 @@ class ClipSharpener:
         stream.time_base = video.time_base
         context = stream.codec_context
         context.time_base = video.time_base
-        turned = height > width and video.width > video.height
+        turned = (height > width) != (video.height > video.width)
         if video.sample_aspect_ratio and not (self.size or turned):
             context.sample_aspect_ratio = video.sample_aspect_ratio  # pixels need not be square
         if encoder is not LOSSLESS:
@@ -5032,6 +5032,7 @@ def run_variant(config: AblateConfig, variant: Variant, epochs: int, test: list)
         rows = read_csv(run_config.run_dir / "log.csv")
         seconds += [float(row["seconds"]) for row in rows]
         variant.steps = len(rows)
+        # Of what best.pth holds, the metrics that today's tables have.
         variant.held_out.append(mean_scores([content["held_out"]]))
         if test:
             sharpener = FrameSharpener(student, pick_device(config), precision=config.precision)
@@ -5062,7 +5063,7 @@ def ablate(config: AblateConfig) -> None:
         test = [pair.load() for pair in find_sharp(config.data_root / "test", PROTOCOLS["x2"])]
     variants = ablation_variants(config)
     by_name = {variant.name: variant for variant in variants}
-    if config.overwrite:  # remove all runs of these seeds now; what is interrupted can be continued
+    if config.overwrite:  # all are removed here, since a run that is found below is resumed
         for variant, seed in itertools.product(variants, config.seeds):
             shutil.rmtree(config.run_dir / f"{variant.folder}_{seed}", ignore_errors=True)
 
@@ -5699,7 +5700,7 @@ def plot_curves(run: TrainingRun) -> None:
     scored = [row for row in run.rows if "val_psnr" in row]
     terms = {
         name: (steps, [row.get(name) for row in run.rows], "-")
-        for name in run.objective.loss.weights
+        for name in run.objective.loss.lambdas
     }
     psnr = [row["val_psnr"] for row in scored]
     rates = [row["learning_rate"] for row in run.rows]
@@ -5807,8 +5808,11 @@ def resumed_config(config_class: type[RunConfig], given: dict[str, object]) -> R
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory. It returns large blocks to the system, which clears them
-    again for the next, which takes a tenth of a frame's or a step's time."""
+    """Tell glibc to keep freed memory.
+
+    By default it returns large blocks to the system, and the system clears them before it gives
+    them out again. That takes a tenth of a frame's or a step's time.
+    """
     with contextlib.suppress(AttributeError, TypeError):  # another C library, or another system
         mallopt = ctypes.CDLL(None).mallopt
         m_mmap_max = -4

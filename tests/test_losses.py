@@ -217,7 +217,7 @@ def objective_of(name, weight, teacher_weights):
 @pytest.mark.parametrize("name", [name for name in kd.LOSS_TERMS if name != "perceptual"])
 def test_a_teacher_is_loaded_for_a_term_that_needs_one(tiny_teacher, name):
     objective = objective_of(name, 0.5, tiny_teacher)
-    assert objective.loss.weights == {name: 0.5}
+    assert objective.loss.lambdas == {name: 0.5}
     assert (objective.teacher is not None) == kd.LOSS_TERMS[name].needs_teacher
 
 

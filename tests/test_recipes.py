@@ -119,7 +119,7 @@ def test_the_small_preset_starts_from_the_shipped_fast_student():
     weights = objective.network.state_dict()
     for name, tensor in shipped.state_dict().items():
         assert torch.equal(weights[name], tensor)
-    assert objective.loss.weights == {"reconstruction": 10.0, "kl": 100.0, "ssim": 1.0}
+    assert objective.loss.lambdas == {"reconstruction": 10.0, "kl": 100.0, "ssim": 1.0}
 
     kept = kd.make_objective(config, resumed=True).network.state_dict()
     assert not torch.equal(kept["layers.0.weight"], weights["layers.0.weight"])
@@ -137,7 +137,7 @@ def test_the_presets_for_two_cores_have_what_they_need(preset):
     objective = kd.make_objective(config, resumed=False)
     assert objective.teacher is not None
     assert objective.loss.vgg is None  # no download
-    assert {"kl", "reconstruction", "ssim"} == objective.loss.weights.keys()
+    assert {"kl", "reconstruction", "ssim"} == objective.loss.lambdas.keys()
 
 
 def test_the_small_preset_trains_on_a_plain_folder_of_photos(sharp_folder, tmp_path, capsys):
@@ -189,7 +189,7 @@ def test_a_run_follows_its_flags(data_root, tiny_teacher, monkeypatch):
     config = kd.TrainConfig(**settings)
     objective = kd.make_objective(config, resumed=False)
     assert objective.loss.temperature == 2.0
-    assert objective.loss.weights["output"] == 0.5
+    assert objective.loss.lambdas["output"] == 0.5
     assert objective.network.config["widths"] == (4, 6, 8)
     assert objective.expansions[0].inner.shape[0] == 3
 
