@@ -13,9 +13,9 @@ or OpenVINO files. Every flag is explained by `python sharpen_kd.py COMMAND --he
 excitation blocks, distilled from Restormer by five loss terms. "x2" is its blur: a picture shrunk
 to half its sides and enlarged again.
 
-What it reached: 110 test pictures at x2 (27.75 dB / 0.8605) become 29.81 dB / 0.9049 by
-model_checkpoints/student.pth and 29.14 dB / 0.8959 by student_fast.pth. Six talking clips in calls
-gain 0.51 dB by student_call.pth and 0.44 dB by student_call_fast.pth. README.md has the speeds.
+What it reached: 110 test pictures at x2 (27.75 dB / 0.8605) become 30.06 dB / 0.9063 by
+model_checkpoints/student.pth and 29.59 dB / 0.9018 by student_fast.pth. Six talking clips in calls
+gain 0.56 dB by student_call.pth and 0.48 dB by student_call_fast.pth. README.md has the speeds.
 
 Map of this file. The story is read from top to bottom and needs nothing from the workshop:
 
@@ -27,7 +27,7 @@ Map of this file. The story is read from top to bottom and needs nothing from th
     Pairs             blurred and sharp pictures that belong together
     Crops             what training draws from the pairs
     Teacher           a frozen Restormer, its features read by forward hooks
-    Student           what a student must have; the report's U-Net; a plain stack
+    Student           what a student must have; the report's U-Net; a plain and a guided stack
     Losses            the report's five terms, and one more
     Training          one loop for the student and for the teacher
     Evaluation        PSNR and SSIM
@@ -1879,7 +1879,7 @@ def teacher_frames(
     return restore
 
 
-# --- Student: what a student must have; the report's U-Net; a plain stack -------------------------
+# --- Student: what a student must have; the report's U-Net; a plain and a guided stack ------------
 #
 # A student, too, sees the picture folded by its stem stride r, as a map of 1/r of the sides with
 # 3 r^2 channels. All arithmetic is then done on 1/r^2 as many positions.
