@@ -222,16 +222,22 @@ def cut_at_odd_pixels(frame: np.ndarray) -> np.ndarray:
 
 
 def with_caption(frame: np.ndarray) -> np.ndarray:
-    """With a sharp sentence over its lower part, as wide as fits."""
+    """With a sharp sentence in a black box over its lower part.
+
+    The sentence fits into the box where the frame is 200 pixels wide or more; in a narrower one it
+    ends with the box.
+    """
     picture = Image.fromarray(frame)
     width, height = picture.size
-    text_size = max(10, height // 18)
-    top = height - 3 * text_size
-    draw = ImageDraw.Draw(picture)
-    draw.rectangle((width // 8, top, width * 7 // 8, top + 3 * text_size // 2), fill="black")
+    left = width // 8
+    right = width - left
+    # A letter is about half as wide as it is high, and the sentence has 42.
+    text_size = max(6, min(height // 18, (right - left) // 22))
+    box = Image.new("RGB", (right - left, 3 * text_size // 2), "black")
     sentence = "One sharp caption must not change the rest"
-    place = (width // 8 + text_size // 2, top + text_size // 8)
-    draw.text(place, sentence, fill="white", font_size=text_size)
+    place = (text_size // 2, text_size // 8)
+    ImageDraw.Draw(box).text(place, sentence, fill="white", font_size=text_size)
+    picture.paste(box, (left, height - 2 * box.height))
     return np.array(picture)
 
 
@@ -241,7 +247,7 @@ def as_grey(frame: np.ndarray) -> np.ndarray:
 
 
 def outer_rows(frame: np.ndarray) -> np.ndarray:
-    """The first 8 rows and the last 8, (16, W, 3)."""
+    """The first 8 rows and the last 8, (16, W, 3). SSIM's windows cross the seam between them."""
     return np.concatenate([frame[:8], frame[-8:]])
 
 
@@ -2235,12 +2241,12 @@ class Guide(nn.Module):
     """
 
     CELL = 16  # pixels of the side of a cell
-    SIZES = 3  # details of 2, 4 and 8 pixels
+    DETAILS = 9  # three differences of each of three sizes: 2, 4 and 8 pixels
 
     def __init__(self, planes: int, features: int, width: int) -> None:
         super().__init__()
         colours = planes - 4
-        inputs = 3 * self.SIZES + colours + features
+        inputs = self.DETAILS + colours + features
         self.layers = nn.ModuleList(
             [
                 nn.Conv2d(inputs, width, 1),
@@ -2424,7 +2430,7 @@ def load_student(name: str | Path) -> tuple[Student, dict]:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        remedy = "a run's best.pth is one"
+        remedy = "a run's best.pth is one, if this version of the script trained it"
         raise UserError(f"{path}: not a student checkpoint of this script; {remedy}") from error
     return student.eval().to(memory_format=torch.channels_last), content
 
@@ -3150,10 +3156,12 @@ def scores_by_category(
     for category, members in grouped(rows, lambda row: row["category"]).items():
         if category != "all":
             groups[category] = members
-    return {
-        category: {m: mean_scores([row["scores"][m] for row in members]) for m in methods}
-        for category, members in groups.items()
-    }
+    table = {}
+    for category, members in groups.items():
+        table[category] = {}
+        for method in methods:
+            table[category][method] = mean_scores([row["scores"][method] for row in members])
+    return table
 
 
 def print_table(
@@ -3442,7 +3450,7 @@ def openvino_model(network: FrameNetwork):
     """The `openvino.Model` of a network for frames of any aligned size."""
     openvino = importlib.import_module("openvino")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of branches that aligned sizes never take
+        warnings.simplefilter("ignore")  # of tracing: that it is deprecated, and of constants
         return openvino.convert_model(
             network, example_input=network.example(), input=[[-1, -1, -1, 3]]
         )
@@ -3467,7 +3475,8 @@ def quantized(model):
             nncf.Dataset(samples),
             preset=nncf.QuantizationPreset.MIXED,
             subset_size=len(samples),
-            # Sums would take longer in int8, and gates and maps of energies need more than 8 bits.
+            # Sums would take longer in int8, and what gates and maps are made of needs more than 8
+            # bits. (Their last values, from 0 to 1, are in 8 bits, like what they multiply.)
             ignored_scope=nncf.IgnoredScope(
                 types=["Add"], patterns=[".*student.guide.*", r".*\.se[./].*"], validate=False
             ),
@@ -3939,13 +3948,18 @@ def mean_of_clips(rows: list[dict], methods: Iterable[str]) -> dict[str, dict[st
     means = {}
     for method in methods:
         scores = [row["scores"][method] for row in rows]
-        means[method] = {name: statistics.fmean(s[name] for s in scores) for name in scores[0]}
+        means[method] = {}
+        for name in scores[0]:
+            means[method][name] = statistics.fmean(each[name] for each in scores)
         means[method] |= mean_scores(scores)  # PSNR has a mean of its own
     return means
 
 
 def clip_table(rows: list[dict], methods: Iterable[str]) -> dict[str, dict[str, dict[str, float]]]:
-    """{"all", each kind, each "kind/clip": {method: means}}; kinds average clips, all kinds."""
+    """{"all", each kind, each "kind/clip": {method: means}}.
+
+    A kind's means are those of its clips, and the means of "all" those of the kinds.
+    """
     kinds = grouped(rows, lambda row: row["category"])
     by_kind = {kind: mean_of_clips(members, methods) for kind, members in kinds.items()}
     total = mean_of_clips([{"scores": means} for means in by_kind.values()], methods)
@@ -4071,7 +4085,10 @@ class Streams(Dataset):
         digest.update(repr([draw_call((0, i)) for i in examples]).encode())
         digest.update(repr([draw_mixture((0, i)) for i in examples]).encode())
         digest.update(repr((CODECS, CALLS, PROTOCOLS)).encode())
-        files = {file for sources in self.sources.values() for s in sources for file in files_of(s)}
+        files: set[Path] = set()
+        for sources in self.sources.values():
+            for source in sources:
+                files.update(files_of(source))
         for path in sorted(files):
             with path.open("rb") as file:
                 while block := file.read(2**20):  # clips may be larger than the memory
@@ -5147,11 +5164,13 @@ def score_pair(
     """{"picture", "category", "scores": {method: scores}}; writes the pictures that are wanted."""
     pictures = config.output_dir / protocol
     condition = CONDITIONS.get(protocol, Condition(pair.degradation))
-    blurred, sharp = (condition.change(frame) for frame in pair.load())
+    blurred, sharp = pair.load()
     if config.resize:
         size = (config.resize, config.resize)
         blurred = np.array(Image.fromarray(blurred).resize(size, Image.Resampling.BICUBIC))
         sharp = np.array(Image.fromarray(sharp).resize(size, Image.Resampling.BICUBIC))
+    blurred = condition.change(blurred)
+    sharp = condition.change(sharp)
     outputs = {name: method(blurred) for name, method in methods.items()}
     if config.save_images:
         save_picture(Image.fromarray(outputs["student"]), pictures / f"{pair.key}.png")
@@ -5239,7 +5258,7 @@ def onnx_bytes(network: FrameNetwork) -> bytes:
     file = io.BytesIO()
     axes = {0: "batch", 1: "height", 2: "width"}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of branches that aligned sizes never take
+        warnings.simplefilter("ignore")  # of tracing: that it is deprecated, and of constants
         torch.onnx.export(
             network,
             (network.example(),),
@@ -5498,7 +5517,7 @@ def clip_rows(
     The clip's first frame is sharpened before, so that nothing is compiled while time is taken.
     """
     size = clip_size(config.size)
-    first = clip_frames(config.clip, slice(0, 1))[0]
+    (first,) = clip_frames(config.clip, slice(0, 1))
     if size:
         first = resized(first, size)
     height, width = first.shape[:2]
@@ -5527,6 +5546,9 @@ def clip_rows(
 def measure_clip(config: FpsConfig) -> None:
     """Frames a second of `sharpen` on a clip, by every student and backend."""
     require_packages(["av"], "--clip")
+    is_file = config.clip.is_file() and is_clip(config.clip)
+    require(is_file, f"--clip {config.clip}: name a clip's file ({' '.join(CLIP_SUFFIXES)})")
+    clip_size(config.size)  # UserError now for a size of another form
     require(not config.plot, "--clip, --plot: the plot is of single frames")
     require_writable(config.json)
     device = pick_device(config)

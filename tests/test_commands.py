@@ -196,6 +196,9 @@ def test_eval_scores_under_conditions(tmp_path, sharp_folder, student_file):
         captioned = [kd.with_caption(frame) for frame in frames]
         covered = (captioned[0] == captioned[1]).all(2)
         assert 0.05 < covered.mean() < 0.5
+        changed = (captioned[1] != frames[1]).any(2)
+        assert not changed[:, :12].any()
+        assert not changed[:, 84:].any()
         expected["x2-cut"].append(kd.score(*(frame[1:, 1:] for frame in frames)))
         expected["x2-caption"].append(kd.score(*captioned))
         expected["x2-grey"].append(kd.score(*grey))
@@ -360,8 +363,20 @@ def test_fps_times_the_path_of_a_clip(tmp_path, student_file, capsys, quick_fps)
     assert f"7 frames, {row['fps']:>6.1f} a second" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.mkv", "fps.json"]
 
-    assert kd.main([*command, "--plot", str(tmp_path / "plot.png")]) == 2
-    assert "--clip, --plot" in capsys.readouterr().err
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (16, 16)).save(picture)
+    mistakes = (
+        (["--plot", str(tmp_path / "plot.png")], "--clip, --plot"),
+        (["--size", "64"], "--size 64: write it as WIDTHxHEIGHT"),
+        (["--clip", str(tmp_path)], f"--clip {tmp_path}: name a clip's file"),
+        (["--clip", str(picture)], f"--clip {picture}: name a clip's file"),
+        (["--clip", str(tmp_path / "none.mkv")], "none.mkv: name a clip's file"),
+    )
+    for extra, named in mistakes:
+        assert kd.main([*command, *extra]) == 2
+        printed = capsys.readouterr()
+        assert named in printed.err
+        assert printed.out == ""
 
 
 def test_fps_draws_quality_beside_speed(tmp_path, student_file, sharp_folder, capsys, quick_fps):
