@@ -37,6 +37,8 @@ Map of this file. The story is read from top to bottom and needs nothing from th
     Engines           PyTorch, its compiler, OpenVINO, int8
     Tiles             large frames in pieces that fit together again
     Clips             what real encoders do to frames, and how clips are scored
+    Prepared crops    what training on calls reads
+    Clips, sharpened  from one file to another
     Commands          sharpen, prepare, train, teacher, ablate, eval, export, fps
     Plots             curves, scores and speeds as pictures
     Command line      from the arguments to one of those commands
@@ -221,6 +223,14 @@ def cut_at_odd_pixels(frame: np.ndarray) -> np.ndarray:
     return frame[1:, 1:]
 
 
+def caption(sentence: str, size: Size, text_size: int, colours: Sequence) -> Image.Image:
+    """A box of one colour with a sentence of another in it."""
+    box = Image.new("RGB", size, colours[0])
+    place = (text_size // 2, text_size // 8)
+    ImageDraw.Draw(box).text(place, sentence, fill=colours[1], font_size=text_size)
+    return box
+
+
 def with_caption(frame: np.ndarray) -> np.ndarray:
     """With a sharp sentence in a black box over its lower part.
 
@@ -233,10 +243,9 @@ def with_caption(frame: np.ndarray) -> np.ndarray:
     right = width - left
     # A letter is about half as wide as it is high, and the sentence has 42.
     text_size = max(6, min(height // 18, (right - left) // 22))
-    box = Image.new("RGB", (right - left, 3 * text_size // 2), "black")
     sentence = "One sharp caption must not change the rest"
-    place = (text_size // 2, text_size // 8)
-    ImageDraw.Draw(box).text(place, sentence, fill="white", font_size=text_size)
+    size = (right - left, 3 * text_size // 2)
+    box = caption(sentence, size, text_size, ("black", "white"))
     picture.paste(box, (left, height - 2 * box.height))
     return np.array(picture)
 
@@ -304,7 +313,7 @@ def draw_mixture(key: Sequence[int]) -> Degradation:
     """One degradation of the mixture that a student for pictures must meet.
 
     A student trained on x2 alone ruins what is sharp already, and what was damaged in other ways.
-    So 8 % stay untouched, 8 % are compressed only, 4 % get noise and 4 % motion blur. The rest is
+    So 8 % stay untouched, 12 % are compressed only, 4 % get noise and 4 % motion blur. The rest is
     shrunk and enlarged: two thirds by 2, one third by a factor drawn from 1.2 to 4. A tenth of this
     rest is blurred as well, a fifth compressed, a fifth enlarged by another filter than bicubic.
     """
@@ -313,12 +322,12 @@ def draw_mixture(key: Sequence[int]) -> Degradation:
     jpeg = Jpeg(int(compressing.integers(15, 96)))
     if kind < 0.08:
         return ()
-    if kind < 0.16:
-        return (jpeg,)
     if kind < 0.20:
+        return (jpeg,)
+    if kind < 0.24:
         noise = generator(key, "noise")
         return (Noise(noise.uniform(1, 8), int(noise.integers(2**32))),)
-    if kind < 0.24:
+    if kind < 0.28:
         return (MotionBlur(2 * int(generator(key, "motion").integers(2, 8)) + 1),)
 
     at_the_camera = []
@@ -515,10 +524,10 @@ class SharpenConfig(InferenceConfig):
     lossless: bool = flag(False, "clips: store them without loss (FFV1 in .mkv)")
 
 
-# What `prepare --protocol` and `train --degradation` take beside the protocols.
-MIXED = "mixed"
-CALL_MIXTURE = "calls"
-ENCODED_PAIRS = "low"
+# What commands take beside the protocols.
+MIXED = "mixed"  # train, prepare: by `draw_mixture`
+CALL_MIXTURE = "calls"  # prepare: by `draw_call`
+ENCODED_PAIRS = "low"  # prepare, eval: clips that came through a call, in low/ beside sharp/
 
 # What `eval` scores clips by.
 CLIP_PROTOCOLS = (*CALLS, ENCODED_PAIRS)
@@ -1075,7 +1084,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from einops import rearrange
-from PIL import ImageCms, ImageOps
+from PIL import ExifTags, ImageCms, ImageOps
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
@@ -1224,7 +1233,7 @@ def picture_formats() -> dict[str, str]:
 
 
 def open_picture(path: Path) -> Image.Image:
-    """The decoded picture at `path`, in its own mode; UserError if it cannot be read."""
+    """The decoded picture at `path`, upright, in its own mode; UserError if it cannot be read."""
     picture_formats()  # registers HEIC
     try:
         with warnings.catch_warnings(), Image.open(path) as image:
@@ -1232,17 +1241,24 @@ def open_picture(path: Path) -> Image.Image:
             image.load()
             if is_deep_grey(image):
                 rgb_array(image)  # floats outside [0, 1] raise here, where the file is named
+            turn_upright(image)
             return image
     except Exception as error:  # Pillow's decoders raise whatever a damaged file happens to cause
         raise UserError(f"{path}: not a readable picture ({error})") from error
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """The picture as its EXIF orientation says; as it is where its EXIF is damaged."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # Pillow's EXIF reader raises whatever a damaged tag happens to cause
-        return image
+def turn_upright(image: Image.Image) -> None:
+    """Turn a picture as its EXIF orientation says; leave it where its EXIF is damaged."""
+    # Pillow's EXIF reader raises whatever a damaged tag happens to cause.
+    with contextlib.suppress(Exception):
+        ImageOps.exif_transpose(image, in_place=True)
+
+
+def lies_on_its_side(image: Image.Image) -> bool:
+    """Whether `turn_upright` would exchange its width and height."""
+    with contextlib.suppress(Exception):
+        return image.getexif()[ExifTags.Base.Orientation] > 4
+    return False
 
 
 def is_deep_grey(image: Image.Image) -> bool:
@@ -1390,10 +1406,10 @@ PAIR_FILE = re.compile(
 
 
 def picture_size(path: Path) -> Size | None:
-    """(width, height) from a file's header; None if that is unreadable."""
+    """(width, height) of the upright picture from a file's header; None if that is unreadable."""
     try:
         with Image.open(path) as image:
-            return image.size
+            return image.size[::-1] if lies_on_its_side(image) else image.size
     except Exception:  # as in `open_picture`
         return None
 
@@ -1576,6 +1592,8 @@ def training_pairs(config: RunConfig) -> tuple[list[Pair], list[Pair]]:
 PREPARED_PIXELS = "crops.npy"  # 8-bit (N, 2, S, S, 3): blurred and sharp
 PREPARED_ABOUT = "crops.json"
 
+BLOCK = 8  # pixels of the side of the blocks in which JPEG and video encoders work
+
 
 class GoProSharpeningDataset(Dataset):
     """Blurred/sharp training crops: 8-bit RGB (image_size, image_size, 3) for the loader.
@@ -1708,12 +1726,12 @@ class PreparedCrops(Dataset):
     def __getitem__(self, item: tuple[int, int]) -> dict[str, np.ndarray]:
         """{"blurred", "sharp"} of 8-bit RGB (image_size, image_size, 3) each; item (epoch, index).
 
-        The window starts at even pixels, where the pattern of a frame enlarged by 2 begins.
+        The window starts where an encoder's block does.
         """
         epoch, index = item
         draw = generator((self.seed, epoch, index), "prepared crop")
-        positions = (self.pixels.shape[2] - self.image_size) // 2 + 1
-        top, left = 2 * draw.integers(positions, size=2)
+        positions = (self.pixels.shape[2] - self.image_size) // BLOCK + 1
+        top, left = BLOCK * draw.integers(positions, size=2)
         mirror, flip, turn = draw.random(3) < 0.5
         both = self.pixels[self.used[index]]
         both = both[:, top : top + self.image_size, left : left + self.image_size]
@@ -1975,7 +1993,7 @@ class SEBlock(nn.Module):
     crop shows, and from cell to cell it changes smoothly.
     """
 
-    CELL = 32  # pixels of the side of a cell
+    CELL = 32  # pixels of the side of a cell, at least
 
     def __init__(self, channels: int, cell: int) -> None:
         super().__init__()
@@ -2225,7 +2243,10 @@ class PlainStack(Student):
 
 
 def haar() -> Tensor:
-    """(4, 4): from 2x2 pixels, row by row, to their mean and three differences; its own inverse."""
+    """(4, 4): from 2x2 pixels, row by row, to twice their mean and three differences.
+
+    It is its own inverse.
+    """
     signs = [[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]
     return torch.tensor(signs, dtype=torch.float32) / 2
 
@@ -2233,20 +2254,22 @@ def haar() -> Tensor:
 class Guide(nn.Module):
     """Says for each neighbourhood how much of the correction is wanted there, from 0 to 1.
 
-    What an enlarged frame lacks, and what an encoder has left, cannot be seen within the few pixels
-    that the 3x3 layers see. It shows in how much detail of each size there is around. So the map is
-    made from the energies of the details of three sizes and of the colours, and from the means of
-    the first layer's features, all in cells of 16x16 pixels. It is local: a sharp caption stays,
-    and what is beside it is sharpened.
+    It sees planes at half resolution: four of the luma, as `haar` has it, and two of colour or
+    none. What an enlarged frame lacks, and what an encoder has left, cannot be seen within the few
+    pixels that the 3x3 layers see. It shows in how much detail of each size there is around. So the
+    map is made from the energies of the details of three sizes, of the colours and of the steps
+    between an encoder's blocks, and from the means of the first layer's features, all in cells of
+    16x16 pixels. It is local: a sharp caption stays, and what is beside it is sharpened.
     """
 
     CELL = 16  # pixels of the side of a cell
     DETAILS = 9  # three differences of each of three sizes: 2, 4 and 8 pixels
+    STEPS = 4  # two between columns and two between rows
 
     def __init__(self, planes: int, features: int, width: int) -> None:
         super().__init__()
         colours = planes - 4
-        inputs = self.DETAILS + colours + features
+        inputs = self.DETAILS + colours + self.STEPS + features
         self.layers = nn.ModuleList(
             [
                 nn.Conv2d(inputs, width, 1),
@@ -2264,6 +2287,38 @@ class Guide(nn.Module):
         second[:, 0] = kernel
         self.register_buffer("of_four", first, persistent=False)
         self.register_buffer("of_eight", second, persistent=False)
+        columns, rows = self.step_kernels(planes)
+        self.register_buffer("between_columns", columns, persistent=False)
+        self.register_buffer("between_rows", rows, persistent=False)
+
+    def step_kernels(self, planes: int) -> tuple[Tensor, Tensor]:
+        """For each direction, how much two neighbouring 2x2 pixels differ beyond their slopes.
+
+        JPEG and most video encoders work in blocks of 8x8 pixels, and leave steps between them.
+        So one kernel looks at the middle of a cell, where two blocks meet, and one within a block.
+        On a ramp that rises by g a pixel, plane 0 rises by 4g from one 2x2 to the next, and plane 1
+        (plane 2, if it rises downwards) is -g: what a kernel finds is 4g/2 - g - g = 0.
+        """
+        positions = self.CELL // 2
+        columns = torch.zeros(2, planes, 1, positions)
+        rows = torch.zeros(2, planes, positions, 1)
+        for number, place in enumerate((positions // 2, positions // 4)):
+            half_the_rise = torch.tensor([-0.5, 0.5])
+            both = slice(place - 1, place + 1)
+            columns[number, 0, 0, both] = half_the_rise
+            columns[number, 1, 0, both] = 1.0
+            rows[number, 0, both, 0] = half_the_rise
+            rows[number, 2, both, 0] = 1.0
+        return columns, rows
+
+    def steps(self, planes: Tensor) -> Tensor:
+        """Mean squares (B, 4, H/16, W/16) of what `step_kernels` give."""
+        squares = []
+        for kernel in (self.between_columns, self.between_rows):
+            side = kernel.shape[2:]  # (1, 8) or (8, 1)
+            found = F.conv2d(planes, kernel.to(planes.dtype), stride=side)
+            squares.append(F.avg_pool2d(found.square(), (side[1], side[0])))
+        return torch.cat(squares, 1)
 
     def energies(self, planes: Tensor) -> tuple[Tensor, Tensor]:
         """Mean squares in cells: (B, 9, H/16, W/16) of the details, (B, 0 or 2, ...) of colours."""
@@ -2279,7 +2334,7 @@ class Guide(nn.Module):
     def forward(self, planes: Tensor, features: Tensor) -> Tensor:
         """The map (B, planes, H/2, W/2) for `GuidedStack`'s planes and its first layer's result."""
         details, colours = self.energies(planes)
-        energies = torch.cat([details, colours], 1)
+        energies = torch.cat([details, colours, self.steps(planes)], 1)
         means = F.avg_pool2d(features, self.CELL // 2)
         # The logarithms are about from -1 to 2.
         energies = (torch.log(energies + 1e-6) + 9) / 3
@@ -2356,6 +2411,8 @@ class GuidedStack(Student):
         self.planes.weight.data = torch.cat(into)[:planes, :, None, None]
         self.output.weight.data = torch.cat(back, dim=1)[:, :planes, None, None]
         self.planes.requires_grad_(False)
+        # The bias is trained: FFmpeg's conversion to RGB makes all frames about a level darker,
+        # also those that the map leaves alone.
         self.output.weight.requires_grad_(False)
 
     @classmethod
@@ -2390,6 +2447,7 @@ class GuidedStack(Student):
     def features(self, folded: Tensor) -> Features:
         planes = self.planes(folded)  # (B, 6, H/2, W/2): luma as `haar` has it, two colours
         x = F.leaky_relu(self.layers[0](planes), LEAK)
+        # Detached: these features are to serve the correction; the map makes of them what it can.
         wanted = self.guide(planes, x.detach())
         for layer in self.layers[1:-1]:
             x = F.leaky_relu(layer(x), LEAK, inplace=True)
@@ -2439,33 +2497,33 @@ def load_student(name: str | Path) -> tuple[Student, dict]:
 
 
 @functools.lru_cache
-def gaussian_windows(length: int, size: int = 11, sigma: float = 1.5) -> Tensor:
-    """(length - size + 1, length): each row a normalised Gaussian window, one position further."""
+def gaussian_windows(length: int, every: int, size: int = 11, sigma: float = 1.5) -> Tensor:
+    """(places, length): each row a normalised Gaussian window, `every` places behind the last."""
     distance = torch.arange(size) - size // 2
     window = torch.exp(-(distance**2) / (2 * sigma**2))
     window = window / window.sum()
-    starts = range(length - size + 1)
+    starts = range(0, length - size + 1, every)
     return torch.stack([F.pad(window, (start, length - size - start)) for start in starts])
 
 
-def ssim(first: Tensor, second: Tensor) -> Tensor:
+def ssim(output: Tensor, sharp: Tensor, every: int = 1) -> Tensor:
     """Mean SSIM of two (B, C, H, W) batches in [0, 1], as a scalar (Wang et al., 2004).
 
     As scikit-image's `structural_similarity(gaussian_weights=True, sigma=1.5,
-    use_sample_covariance=False)`. The window is applied by two matrix products: convolutions of
-    single channels took three quarters of a training step on a CPU.
+    use_sample_covariance=False)`; with `every=2` only at every second place of both directions.
+    The window is applied by two matrix products: convolutions of single channels took three
+    quarters of a training step on a CPU.
     """
-    down = gaussian_windows(first.shape[-2]).to(first)
-    across = gaussian_windows(first.shape[-1]).to(first)
-    moments = torch.stack([first, second, first * first, second * second, first * second])
-    mean1, mean2, square1, square2, product = down @ moments.contiguous() @ across.T
-    variance1 = square1 - mean1**2
-    variance2 = square2 - mean2**2
-    covariance = product - mean1 * mean2
+    down = gaussian_windows(output.shape[-2], every).to(output)
+    across = gaussian_windows(output.shape[-1], every).to(output).T
+    mean, square, product = down @ torch.stack([output, output * output, output * sharp]) @ across
+    sharp_mean, sharp_square = down @ torch.stack([sharp, sharp * sharp]) @ across
+    means = mean * sharp_mean
+    squared_means = mean**2 + sharp_mean**2
     c1 = 0.01**2
     c2 = 0.03**2
-    luminance = (2 * mean1 * mean2 + c1) / (mean1**2 + mean2**2 + c1)
-    structure = (2 * covariance + c2) / (variance1 + variance2 + c2)
+    luminance = (2 * means + c1) / (squared_means + c1)
+    structure = (2 * (product - means) + c2) / (square + sharp_square - squared_means + c2)
     return (luminance * structure).mean()
 
 
@@ -2575,7 +2633,8 @@ class DistillationLoss(nn.Module):
         return positional_kl(seen.output, seen.teacher_output, self.temperature)
 
     def ssim_term(self, seen: Comparison) -> Tensor:
-        return 1 - ssim(seen.output, seen.sharp)
+        # Neighbouring windows share most of their pixels, and all of them take thrice the time.
+        return 1 - ssim(seen.output, seen.sharp, every=2)
 
     def output_term(self, seen: Comparison) -> Tensor:
         return F.l1_loss(seen.output, seen.teacher_output)
@@ -2588,7 +2647,7 @@ class Expansion(nn.Module):
     """A product of two matrices that is added to a 3x3 kernel in training; zero at first.
 
     Adam scales the step of each value separately, so that all values of a kernel move about
-    equally. Where the two matrices are trained instead, the kernel moves in a direction closer to
+    equally. Where the two matrices are trained beside it, the kernel moves in a direction closer to
     its gradient (after Bhardwaj et al., MLSys 2022).
     A thousand steps of a small student give 27.85 dB with it, and 27.63 at best without. The
     student that is saved has only the sum.
@@ -3057,7 +3116,7 @@ def make_objective(config: TrainConfig, resumed: bool) -> Objective:
     with_features = weights["feature"] > 0
     comparable = student.feature_widths or not with_features
     require(comparable, f"--network {config.network}: has no features; add --lambda-feature 0")
-    # Padded crops would have maps of another size than the teacher's.
+    # The maps of a padded crop would show more of a picture than the teacher's.
     aligned = not with_features or config.image_size % student.multiple == 0
     wanted = f"--image-size {config.image_size}: with --lambda-feature, a multiple of"
     require(aligned, f"{wanted} {student.multiple}")
@@ -3710,13 +3769,15 @@ def frame_count(path: Path) -> int:
 def clip_frames(path: Path, wanted: slice = ALL_FRAMES) -> list[np.ndarray]:
     """Frames of a video file or of a folder of numbered pictures.
 
-    UserError for pictures of several sizes.
+    UserError for pictures of several sizes, and where there is no such frame.
     """
-    if not path.is_dir():
-        return decoded_frames(path, path, wanted)
-    frames = [frame_array(open_picture(file)) for file in numbered_pictures(path)[wanted]]
+    if path.is_dir():
+        frames = [frame_array(open_picture(file)) for file in numbered_pictures(path)[wanted]]
+    else:
+        frames = decoded_frames(path, path, wanted)
+    require(frames, f"{path}: no frame could be read; is it a whole clip?")
     sizes = {frame.shape for frame in frames}
-    require(len(sizes) == 1, f"{path}: its pictures have several sizes; a clip has one")
+    require(len(sizes) == 1, f"{path}: its frames have several sizes; a clip has one")
     return frames
 
 
@@ -3987,7 +4048,7 @@ def moving_still(picture: np.ndarray, key: Sequence[int], crop_size: int = 0) ->
     """A still picture as a clip: a window of it that rests, pans, zooms or scrolls.
 
     The window is as large as WINDOW, or as `crop_size` where that is larger. It moves by
-    whole pixels, since a fraction of one would blur what is to be sharp.
+    whole pixels, since a fraction of one would blur what is to be sharp; and a zoom only shrinks.
     """
     draw = generator(key, "motion")
     height, width = picture.shape[:2]
@@ -4131,7 +4192,7 @@ class Streams(Dataset):
     def crops_of_frames(
         self, received: list[np.ndarray], sharp: list[np.ndarray], key: Sequence[int]
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(received, sharp) crops of frames behind the stream's first two, at even pixels."""
+        """(received, sharp) crops behind the stream's first two frames, where blocks begin."""
         side = self.config.crop_size
         height, width = sharp[0].shape[:2]
         fits = min(height, width) >= side
@@ -4139,8 +4200,8 @@ class Streams(Dataset):
         draw = generator(key, "crops")
         for _ in range(CROPS_A_STREAM):
             frame = draw.integers(min(FIRST_SCORED, len(sharp) - 1), len(sharp))
-            top = 2 * draw.integers((height - side) // 2 + 1)
-            left = 2 * draw.integers((width - side) // 2 + 1)
+            top = BLOCK * draw.integers((height - side) // BLOCK + 1)
+            left = BLOCK * draw.integers((width - side) // BLOCK + 1)
             place = (slice(top, top + side), slice(left, left + side))
             yield received[frame][place], sharp[frame][place]
 
@@ -4158,11 +4219,16 @@ class Streams(Dataset):
 
     def large_enough(self, source: Pair) -> np.ndarray:
         """A picture, enlarged where it is smaller than a crop."""
-        picture = even_sized(upright(open_picture(source.sharp)))
+        picture = even_sized(open_picture(source.sharp))
         side = round_up(self.config.crop_size, 16)
         if min(picture.size) < side:
             picture = ImageOps.cover(picture, (side, side))
         return np.array(picture)
+
+
+def as_it_is(item: object) -> object:
+    """A collate function, by name, since a lambda cannot be sent to a new process."""
+    return item
 
 
 def write_crops(streams: Streams, folder: Path) -> int:
@@ -4200,7 +4266,7 @@ def write_crops(streams: Streams, folder: Path) -> int:
         streams,
         sampler=range(len(names) // CROPS_A_STREAM, len(streams)),
         batch_size=None,
-        collate_fn=lambda stream: stream,
+        collate_fn=as_it_is,
         num_workers=threads if threads > 1 else 0,
         worker_init_fn=ignore_interrupts,
     )
@@ -4232,18 +4298,27 @@ def files_of(source: Pair | Clip) -> list[Path]:
 def with_sharp_part(
     received: np.ndarray, sharp: np.ndarray, key: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A crop; in 6 % a rectangle of the received side is sharp, as a caption in a call would be.
+    """A crop; in a fifth, a rectangle of the received side is as sharp as it was sent.
 
-    From these the student learns to leave one thing alone and to sharpen what is beside it.
+    Half of these rectangles are captions, the others show the picture itself. From these crops the
+    student learns to leave one thing alone and to sharpen what is beside it.
     """
     draw = generator(key, "sharp part")
-    if draw.random() >= 0.06:
+    if draw.random() >= 0.2:
         return received, sharp
     side = len(sharp)
     top, left = draw.integers(0, side * 3 // 4, size=2)
-    height, width = draw.integers(side // 4, side, size=2)
+    height, width = draw.integers(side // 8, side, size=2)
     place = (slice(top, top + height), slice(left, left + width))
     received = received.copy()
+    if draw.random() < 0.5:
+        letters = "".join(draw.choice(list("aaabcdeeefghiiklmnoooprsttuuvwy   "), 60))
+        colours = [tuple(colour) for colour in draw.integers(0, 256, size=(2, 3)).tolist()]
+        if draw.random() < 0.5:
+            colours = ["black", "white"]
+        box = np.array(caption(letters, (side, side), int(draw.integers(8, 40)), colours))
+        sharp = sharp.copy()
+        sharp[place] = box[:height, :width][: side - top, : side - left]
     received[place] = sharp[place]
     return received, sharp
 
@@ -4345,9 +4420,11 @@ class CopiedStreams:
         """The packets of these streams, in the order of the file."""
         if not self.streams:
             return
-        for packet in self.given.demux([self.given.streams[index] for index in self.streams]):
-            if packet.dts is not None:  # else it marks the end
-                yield packet
+        wanted = [self.given.streams[index] for index in self.streams]
+        with naming(self.given.name):
+            for packet in self.given.demux(wanted):
+                if packet.dts is not None:  # else it marks the end
+                    yield packet
 
     def copy_until(self, seconds: float) -> None:
         """Write what belongs before this moment."""
@@ -4355,6 +4432,17 @@ class CopiedStreams:
             self.next.stream = self.streams[self.next.stream.index]
             self.made.mux(self.next)
             self.next = next(self.packets, None)
+
+
+@contextlib.contextmanager
+def naming(source: str) -> Iterator[None]:
+    """Errors in here are the source's, although a target is being written."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, IndexError, ValueError, RuntimeError) as error:  # PyAV's and PyTorch's
+        raise UserError(f"{source}: not sharpened ({error})") from error
 
 
 class ClipSharpener:
@@ -4375,22 +4463,18 @@ class ClipSharpener:
         """Write the sharpened clip; returns its number of frames. UserError for unreadable ones."""
         av = importlib.import_module("av")
         encoder = LOSSLESS if self.lossless else CLIP_ENCODERS[target.suffix.lower()]
-        try:
-            # The file is opened twice: once for its pictures, once for all else.
-            with av.open(source) as given, av.open(source) as beside:
-                require(given.streams.video, f"{source}: has no pictures in it")
-                with replacing(target) as temporary, av.open(temporary, "w") as made:
-                    return self.convert(given, beside, made, encoder)
-        except UserError:
-            raise
-        except (OSError, IndexError, ValueError) as error:  # PyAV's errors are of these kinds
-            raise UserError(f"{source}: not sharpened ({error})") from error
+        # The file is opened twice: once for its pictures, once for all else.
+        with naming(str(source)), av.open(source) as given, av.open(source) as beside:
+            require(given.streams.video, f"{source}: has no pictures in it")
+            with replacing(target) as temporary, av.open(temporary, "w") as made:
+                return self.convert(given, beside, made, encoder)
 
     def convert(self, given, beside, made, encoder: Encoder) -> int:
         """Write every frame and every other stream of an open clip into another."""
         video = given.streams.video[0]
         count = 0
-        with contextlib.closing(ahead(self.sharpened(ahead(self.decoded(given))))) as frames:
+        decoded = ahead(self.decoded(given))
+        with contextlib.closing(ahead(self.sharpened(decoded, given.name))) as frames:
             first = next(frames, None)
             require(first, f"{given.name}: has no frame that can be decoded")
             stream = self.video_stream(made, encoder, video, first.pixels)
@@ -4407,20 +4491,21 @@ class ClipSharpener:
     def decoded(self, given) -> Generator[TimedFrame, None, None]:
         """The frames of an open clip, upright and at the wanted size."""
         next_pts = 0
-        for frame in given.decode(video=0):
-            pixels = frame.to_ndarray(format="rgb24")
-            if frame.rotation:
-                pixels = np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
-            if self.size:
-                pixels = resized(pixels, self.size)
-            pts = next_pts if frame.pts is None else frame.pts
-            next_pts = pts + (frame.duration or 1)
-            yield TimedFrame(pixels, pts)
+        with naming(given.name):
+            for frame in given.decode(video=0):
+                pixels = frame.to_ndarray(format="rgb24")
+                if frame.rotation:
+                    pixels = np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
+                if self.size:
+                    pixels = resized(pixels, self.size)
+                pts = next_pts if frame.pts is None else frame.pts
+                next_pts = pts + (frame.duration or 1)
+                yield TimedFrame(pixels, pts)
 
     def sharpened(
-        self, frames: Generator[TimedFrame, None, None]
+        self, frames: Generator[TimedFrame, None, None], source: str
     ) -> Generator[TimedFrame, None, None]:
-        with contextlib.closing(frames):
+        with contextlib.closing(frames), naming(source):
             for frame in frames:
                 yield TimedFrame(self.sharpener(frame.pixels), frame.pts)
 
@@ -4692,12 +4777,11 @@ def converted_to_srgb(image: Image.Image, kept: dict[str, object]) -> Image.Imag
 
 
 def sharpen_picture(sharpener: FrameFunction, image: Image.Image) -> Image.Image:
-    """A sharpened 8-bit copy, greyscale or RGB, turned upright.
+    """A sharpened 8-bit copy, greyscale or RGB.
 
     EXIF, ICC profile, resolution and alpha are kept.
     """
     kept = kept_metadata(image)
-    image = upright(image)
     grey = image.mode in ("1", "L", "LA") or is_deep_grey(image)
     if image.mode in ("CMYK", "LAB"):
         image = converted_to_srgb(image, kept)
@@ -4718,7 +4802,7 @@ def sharpen_picture(sharpener: FrameFunction, image: Image.Image) -> Image.Image
 
 def before_and_after(image: Image.Image, result: Image.Image) -> Image.Image:
     """Both side by side, a small picture enlarged to be looked at."""
-    before = Image.fromarray(frame_array(upright(image)))
+    before = Image.fromarray(frame_array(image))
     after = result.convert("RGB")
     times = max(1, 480 // max(before.size))
     size = (before.width * times, before.height * times)
@@ -4821,7 +4905,7 @@ def prepare_pairs(config: PrepareConfig, target: Path) -> None:
         degradation = (Shrink(draw.choice(config.scale)), Enlarge())
         if config.extra_blur:
             degradation = (GaussianBlur(draw.uniform(0, config.extra_blur)), *degradation)
-        sharp = even_sized(upright(open_picture(source)))
+        sharp = even_sized(open_picture(source))
         save_picture(sharp, unfinished / "sharp" / name)
         save_picture(degrade(sharp, degradation), unfinished / "blurred" / name)
     find_pairs(unfinished)  # UserError if their names contradict each other
@@ -5008,13 +5092,14 @@ def ablation_variants(config: AblateConfig) -> list[Variant]:
     return [*variants, Variant("all", terms), Variant("no teacher, longer", (), longer=True)]
 
 
-def variant_config(config: AblateConfig, variant: Variant, epochs: int, seed: int) -> AblateConfig:
+def variant_config(config: AblateConfig, variant: Variant, seed: int) -> AblateConfig:
     """The settings of one run: teacher terms that the variant lacks have weight 0."""
     changes: dict[str, object] = {}
     for name, term in LOSS_TERMS.items():
         if term.needs_teacher and name not in variant.terms:
             changes[f"lambda_{name}"] = 0.0
-    changes |= {"epochs": epochs, "restart_epochs": epochs, "validate_every": epochs, "seed": seed}
+    epochs = config.epochs
+    changes |= {"restart_epochs": epochs, "validate_every": epochs, "seed": seed}
     run_dir = config.run_dir / f"{variant.folder}_{seed}"
     resume = (run_dir / "last.pth").exists()
     changes |= {"run_dir": run_dir, "resume": resume, "overwrite": not resume, "preset": ""}
@@ -5038,11 +5123,11 @@ def read_csv(path: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def run_variant(config: AblateConfig, variant: Variant, epochs: int, test: list) -> None:
+def run_variant(config: AblateConfig, variant: Variant, test: list) -> None:
     """Train a variant with every seed, as far as that is not done, and collect its scores."""
     seconds = []
     for seed in config.seeds:
-        run_config = variant_config(config, variant, epochs, seed)
+        run_config = variant_config(config, variant, seed)
         if not run_is_complete(run_config.run_dir):
             train(run_config)
         student, content = load_student(run_config.run_dir / "best.pth")
@@ -5085,11 +5170,15 @@ def ablate(config: AblateConfig) -> None:
             shutil.rmtree(config.run_dir / f"{variant.folder}_{seed}", ignore_errors=True)
 
     for variant in variants:
-        epochs = config.epochs
+        of_this = config
         if variant.longer:
             ratio = by_name["all"].seconds / by_name["no teacher"].seconds
-            epochs = max(1, round(epochs * ratio))
-        run_variant(config, variant, epochs, test)
+            of_this = dataclasses.replace(
+                config,
+                epochs=max(1, round(config.epochs * ratio)),
+                max_steps=round(config.max_steps * ratio),
+            )
+        run_variant(of_this, variant, test)
         line = f"{variant.name:<20}{variant.steps:>6} steps of{1000 * variant.seconds:>4.0f} ms"
         line += f"   held out {spread(variant.held_out)}"
         if test:

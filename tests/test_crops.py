@@ -53,19 +53,23 @@ def test_crops_of_calls_are_what_encoders_leave_of_the_sharp_ones(prepared):
     assert sources.count("talk/talk_01") > 24  # half are clips
 
 
-def test_the_sharp_side_is_a_part_of_a_picture_at_even_pixels(sources, tmp_path):
+def test_the_sharp_side_is_a_part_of_a_picture_at_blocks(sources, tmp_path):
     (tmp_path / "one").mkdir()
     with Image.open(sources / "people/astronaut.png") as picture:
         picture.save(tmp_path / "one/a.png")
         pixels = np.array(picture)
     assert prepare(tmp_path / "one", tmp_path, "--protocol", "x2", "--crops", 12) == 0
     crops = crops_in(tmp_path)
-    windows = np.lib.stride_tricks.sliding_window_view(pixels, (64, 64, 3))[::2, ::2, 0]
+    windows = np.lib.stride_tricks.sliding_window_view(pixels, (64, 64, 3))[::8, ::8, 0]
+    as_they_were = 0
     for received, sharp in crops:
-        assert (windows == sharp).all((2, 3, 4)).any()
         expected = kd.degrade(Image.fromarray(sharp), kd.PROTOCOLS["x2"])
-        with_sharp_part = (received == sharp).mean() > 0.2
-        assert with_sharp_part or np.array_equal(received, np.array(expected))
+        as_they_were += np.array_equal(received, np.array(expected))
+        likeness = (windows == sharp).mean((2, 3, 4))
+        window = windows[np.unravel_index(likeness.argmax(), likeness.shape)]
+        changed = (window != sharp).any(2)
+        assert np.array_equal(received[changed], sharp[changed])  # a caption
+    assert as_they_were >= 7
 
 
 def test_an_interrupted_prepare_goes_on_to_the_same_crops(
@@ -155,10 +159,14 @@ def test_a_few_crops_have_a_sharp_part_and_keep_the_rest():
     received = np.zeros((64, 64, 3), np.uint8)
     sharp = np.full((64, 64, 3), 255, np.uint8)
     pairs = [kd.with_sharp_part(received, sharp, (0, index)) for index in range(1000)]
-    shares = [(pair[0] == pair[1]).mean() for pair in pairs]
-    assert np.mean(np.array(shares) > 0) == pytest.approx(0.06, abs=0.02)
-    assert 0 < min(share for share in shares if share) < 0.1
+    shares = np.array([(pair[0] == pair[1]).mean() for pair in pairs])
+    assert np.mean(shares > 0) == pytest.approx(0.2, abs=0.03)
+    assert 0 < shares[shares > 0].min() < 0.05
     assert not received.any()
+    assert (sharp == 255).all()
+    captions = [pair[1] for pair in pairs if (pair[1] != 255).any()]
+    assert len(captions) == pytest.approx(100, abs=30)
+    assert np.mean([len(np.unique(caption)) > 3 for caption in captions]) > 0.8  # there are letters
 
 
 def test_a_prepared_crop_is_a_window_mirrored_and_turned_alike_on_both_sides(prepared):
@@ -168,8 +176,8 @@ def test_a_prepared_crop_is_a_window_mirrored_and_turned_alike_on_both_sides(pre
     for epoch in range(40):
         crop = crops[epoch, 7]
         for number, turned in enumerate(symmetries(pixels[7])):
-            for top, left in np.ndindex(9, 9):
-                window = turned[:, 2 * top : 2 * top + 48, 2 * left : 2 * left + 48]
+            for top, left in np.ndindex(3, 3):
+                window = turned[:, 8 * top : 8 * top + 48, 8 * left : 8 * left + 48]
                 if np.array_equal(window, np.stack([crop["blurred"], crop["sharp"]])):
                     forms.add(number)
     assert forms == set(range(8))
@@ -335,5 +343,5 @@ def test_a_folder_of_numbered_pictures_is_a_clip(tmp_path, photographs):
     assert all(np.array_equal(a, b) for a, b in zip(clip.frames(), frames, strict=True))
     assert np.array_equal(clip.frames(slice(2, 7, 2))[1], frames[4])
     photographs["coffee"].convert("RGB").save(tmp_path / "room_02/12.png")
-    with pytest.raises(kd.UserError, match="room_02: its pictures have several sizes"):
+    with pytest.raises(kd.UserError, match="room_02: its frames have several sizes"):
         clip.frames()

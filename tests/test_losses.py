@@ -15,7 +15,7 @@ import sharpen_kd as kd
 def test_ssim_is_scikit_images(photographs):
     sharp = np.array(photographs["coffee"].crop((100, 100, 180, 164)))
     blurred = np.array(photographs["coffee"].crop((101, 100, 181, 164)))
-    expected = structural_similarity(
+    expected, everywhere = structural_similarity(
         sharp / 255,
         blurred / 255,
         channel_axis=2,
@@ -23,11 +23,15 @@ def test_ssim_is_scikit_images(photographs):
         gaussian_weights=True,
         sigma=1.5,
         use_sample_covariance=False,
+        full=True,
     )
     first = kd.CustomToTensor()(sharp)[None]
     second = kd.CustomToTensor()(blurred)[None]
     assert kd.ssim(first, second).item() == pytest.approx(expected, abs=1e-5)
     assert kd.ssim(first, first).item() == pytest.approx(1, abs=1e-5)
+    of_every_third = everywhere[5:-5:3, 5:-5:3].mean()  # without where windows leave the picture
+    assert kd.ssim(first, second, every=3).item() == pytest.approx(of_every_third, abs=1e-5)
+    assert of_every_third != pytest.approx(expected, abs=1e-3)
 
     mirrored_too = [torch.cat([batch, batch.flip(-1)]) for batch in (first, second)]
     assert kd.ssim(*mirrored_too).item() == pytest.approx(expected, abs=1e-5)
@@ -199,7 +203,7 @@ def test_terms_are_weighted_and_absent_at_zero(seen):
             "reconstruction": 2 * (seen.output - seen.sharp).abs().mean().item(),
             "feature": 3 * feature.item(),
             "kl": 5 * kl.item(),
-            "ssim": 7 * (1 - kd.ssim(seen.output, seen.sharp).item()),
+            "ssim": 7 * (1 - kd.ssim(seen.output, seen.sharp, every=2).item()),
             "output": 11 * (seen.output - seen.teacher_output).abs().mean().item(),
         }
     )

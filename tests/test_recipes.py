@@ -394,7 +394,7 @@ def test_each_teacher_term_with_a_weight_has_one_variant(weights):
     assert [list(variant.terms) for variant in variants] == [[], *([n] for n in used), used, []]
 
     for variant in variants:
-        run = kd.variant_config(config, variant, epochs=4, seed=3)
+        run = kd.variant_config(config, variant, seed=3)
         for name in weights:
             expected = weights[name] if name in variant.terms else 0.0
             assert getattr(run, f"lambda_{name}") == expected
@@ -444,18 +444,20 @@ def test_the_ablation_compares_the_terms(arguments, tmp_path, data_root, capsys)
 
 
 def test_the_longer_run_takes_as_much_time_as_all(monkeypatch, tmp_path):
-    config = kd.AblateConfig(data_root=None, run_dir=tmp_path, epochs=10, lambda_perceptual=0.0)
-    epochs_of = {}
+    config = kd.AblateConfig(
+        data_root=None, run_dir=tmp_path, epochs=10, max_steps=80, lambda_perceptual=0.0
+    )
+    lengths = {}
 
-    def run_variant(config, variant, epochs, test):
-        epochs_of[variant.name] = epochs
+    def run_variant(config, variant, test):
+        lengths[variant.name] = (config.epochs, config.max_steps)
         variant.seconds = {"no teacher": 0.2, "all": 0.5}.get(variant.name, 0.3)
         variant.held_out = [{"psnr": 30.0, "ssim": 0.9}]
 
     monkeypatch.setattr(kd, "run_variant", run_variant)
     kd.ablate(config)
-    assert epochs_of.pop("no teacher, longer") == 25
-    assert set(epochs_of.values()) == {10}
+    assert lengths.pop("no teacher, longer") == (25, 200)
+    assert set(lengths.values()) == {(10, 80)}
 
 
 @pytest.fixture

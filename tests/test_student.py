@@ -2,6 +2,7 @@
 
 import pathlib
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -228,6 +229,46 @@ def test_energies_of_colours_are_mean_squares_of_their_differences():
     _, colours = student.guide.energies(planes)
     assert torch.allclose(colours[0, :, 0, 0], planes[0, 4:].square().mean((1, 2)))
     assert colours.min() > 1e-4
+
+
+def steps_of(student, grey):
+    """(4, cells): between columns at a block's edge and within it, and between rows likewise."""
+    planes = student.planes(F.pixel_unshuffle(grey.expand(1, 3, -1, -1), 2))
+    return student.guide.steps(planes)[0].flatten(1)
+
+
+def test_steps_between_blocks_are_seen_at_their_edges_and_where_they_run():
+    """Columns 8 to 15 of each 16 are brighter by a tenth: a step of 0.1 at each block's edge."""
+    student = kd.GuidedStack()
+    blocks = torch.zeros(1, 1, 32, 48)
+    blocks[..., torch.arange(48) % 16 >= 8] = 0.1
+    expected = torch.zeros(4, 6)
+    expected[0] = 0.01
+    assert torch.allclose(steps_of(student, blocks), expected, atol=1e-8)
+    turned = blocks.transpose(2, 3)
+    assert torch.allclose(steps_of(student, turned), expected[[2, 3, 0, 1]], atol=1e-8)
+
+
+def test_a_slope_is_no_step():
+    student = kd.GuidedStack()
+    slope = torch.linspace(0, 1, 48).view(1, 1, 1, 48).expand(1, 1, 32, 48)
+    assert steps_of(student, slope).max() < 1e-10
+    assert steps_of(student, slope.transpose(2, 3)).max() < 1e-10
+
+
+def test_jpegs_blocks_are_seen_in_a_photograph(photographs):
+    student = kd.GuidedStack()
+    ratios = {}
+    for protocol in ("sharp", "x2", "jpeg75", "jpeg40", "x2-jpeg50"):
+        picture = photographs["astronaut"].convert("RGB")
+        frame = kd.degrade(picture, kd.PROTOCOLS[protocol]).convert("L")
+        grey = torch.from_numpy(np.array(frame)[None, None] / np.float32(255))
+        at_edge, within, _, _ = steps_of(student, grey) + 1e-6
+        ratios[protocol] = (at_edge / within).log().mean().exp().item()
+    assert ratios["sharp"] == pytest.approx(1, abs=0.2)
+    assert ratios["x2"] == pytest.approx(1, abs=0.2)
+    assert ratios["jpeg75"] > 1.5
+    assert min(ratios["jpeg40"], ratios["x2-jpeg50"]) > 3
 
 
 def test_the_copy_for_frames_is_wider_and_computes_the_same():

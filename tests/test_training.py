@@ -192,7 +192,7 @@ def test_an_accumulated_gradient_is_the_mean_over_its_group(make_run):
         output = student(example["blurred"][None])
         sharp = example["sharp"][None]
         student.zero_grad()
-        ((output - sharp).abs().mean() + 10 * (1 - kd.ssim(output, sharp))).backward()
+        ((output - sharp).abs().mean() + 10 * (1 - kd.ssim(output, sharp, every=2))).backward()
         expected.append(student.output.weight.grad.clone())
     assert torch.allclose(found[0], (expected[0] + expected[1]) / 2, atol=1e-5)
     assert torch.allclose(found[1], expected[2], atol=1e-5)  # the last, partial group

@@ -178,20 +178,28 @@ def test_clips_need_pyav_before_any_work(clip, tmp_path, monkeypatch, capsys):
     assert "pip install av" in capsys.readouterr().err
 
 
-def test_a_failing_sharpener_leaves_nothing_and_no_thread(clip, tmp_path):
+@pytest.mark.parametrize("error", [ValueError, OSError, RuntimeError])  # the last is PyTorch's
+def test_a_failing_sharpener_leaves_nothing_and_no_thread(clip, tmp_path, error):
     threads = threading.active_count()
     seen = []
 
     def fails_at_the_fifth(frame):
         seen.append(frame)
         if len(seen) == 5:
-            raise ValueError("five")
+            raise error("five")
         return frame
 
     with pytest.raises(kd.UserError, match=r"call\.mp4: not sharpened \(five\)"):
         kd.ClipSharpener(fails_at_the_fifth)(clip, tmp_path / "out.mp4")
     assert not list(tmp_path.iterdir())
     assert threading.active_count() == threads
+
+
+def test_a_clip_without_the_wanted_frames_is_named(clip, tmp_path):
+    with pytest.raises(kd.UserError, match=r"call\.mp4: no frame could be read"):
+        kd.clip_frames(clip, slice(500, 501))
+    with pytest.raises(kd.UserError, match="no frame could be read"):
+        kd.clip_frames(tmp_path)
 
 
 def test_ahead_keeps_the_order_and_stops_when_nobody_asks():
