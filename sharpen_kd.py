@@ -65,6 +65,7 @@ import re
 import shutil
 import signal
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
@@ -72,6 +73,7 @@ import threading
 import time
 import typing
 import warnings
+import zipfile
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -520,6 +522,13 @@ class SharpenConfig(InferenceConfig):
     )
     overwrite: bool = flag(False, "replace files that -o names")
     before_after: bool = flag(False, "pictures: also write NAME_before_after.png, side by side")
+    metadata: bool = flag(
+        True, "pictures: keep EXIF (camera, place), XMP and texts; colour profiles stay anyway"
+    )
+    max_megapixels: int = flag(
+        179, "pictures: refuse larger ones, which may be made to fill the memory", at_least=1,
+        at_most=10**5,
+    )  # fmt: skip
     size: str = flag("", "clips: enlarge frames to WIDTHxHEIGHT first, as a call's window does")
     lossless: bool = flag(False, "clips: store them without loss (FFV1 in .mkv)")
 
@@ -1084,7 +1093,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from einops import rearrange
-from PIL import ExifTags, ImageCms, ImageOps
+from PIL import ExifTags, ImageCms, ImageOps, PngImagePlugin
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
@@ -1150,14 +1159,54 @@ def write_checkpoint(content: dict, path: Path) -> None:
 def read_checkpoint(path: Path, remedy: str) -> dict:
     """The dictionary in a PyTorch file, loaded without running code from it; UserError if none."""
     try:
+        if zipfile.is_zipfile(path):  # older files are none
+            check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {remedy}") from None
     except Exception as error:  # torch.load raises whatever a damaged archive happens to cause
-        kind = type(error).__name__
-        raise UserError(f"{path}: not a PyTorch weight file ({kind}); {remedy}") from error
+        cause = type(error).__name__
+        if isinstance(error, ValueError):
+            cause = error
+        raise UserError(f"{path}: not a PyTorch weight file ({cause}); {remedy}") from error
     require(isinstance(content, dict), f"{path}: holds no dictionary of weights; {remedy}")
     return content
+
+
+def check_archive(path: Path) -> None:
+    """ValueError for a damaged archive, and for one that would fill the memory.
+
+    PyTorch stores weights uncompressed, and does not look at their checksums.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.file_size > entry.compress_size:
+                raise ValueError(f"its entry {entry.filename} is compressed")
+        damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"its entry {damaged} is damaged")
+
+
+def weights_in(content: dict) -> dict[str, Tensor]:
+    """The weights in a checkpoint; ValueError unless they are finite floats.
+
+    BasicSR stores them as "params" or, averaged, as "params_ema", others as "state_dict" or bare.
+    DistributedDataParallel begins each name with "module.".
+    """
+    weights = content
+    for key in ("params_ema", "params", "state_dict"):
+        if key in content:
+            weights = content[key]
+            break
+    if not isinstance(weights, dict):
+        raise ValueError(f"its weights are a {type(weights).__name__}")
+    found = {}
+    for name, values in weights.items():
+        is_float = isinstance(values, Tensor) and values.is_floating_point()
+        if not (is_float and values.isfinite().all()):
+            raise ValueError(f"its {name} is no tensor of finite numbers")
+        found[str(name).removeprefix("module.")] = values
+    return found
 
 
 def require_writable(*files: Path | None) -> None:
@@ -1165,10 +1214,37 @@ def require_writable(*files: Path | None) -> None:
     for file in files:
         if file is None:
             continue
-        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{file.parent}: cannot be made ({error.strerror})") from error
         place = file if file.exists() else file.parent
         writable = not file.is_dir() and os.access(place, os.W_OK)
         require(writable, f"{file}: cannot be written; name another file")
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run's folder; UserError with the number of the one in there.
+
+    The system unlocks it when this process ends, however that happens. (Not on Windows.)
+    """
+    if not importlib.util.find_spec("fcntl"):
+        yield
+        return
+    fcntl = importlib.import_module("fcntl")
+    require_writable(folder / ".lock")
+    with (folder / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            busy = f"{folder}: process {file.read()} is training there"
+            raise UserError(f"{busy}; wait for it, or name another --run-dir") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
 
 
 def require_packages(names: Iterable[str], wanted_by: str) -> None:
@@ -1236,13 +1312,16 @@ def open_picture(path: Path) -> Image.Image:
     """The decoded picture at `path`, upright, in its own mode; UserError if it cannot be read."""
     picture_formats()  # registers HEIC
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")  # Pillow's, about metadata that nobody asked for
-            image.load()
-            if is_deep_grey(image):
-                rgb_array(image)  # floats outside [0, 1] raise here, where the file is named
-            turn_upright(image)
-            return image
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, about size and metadata
+            with Image.open(path) as image:
+                image.load()
+                if is_deep_grey(image):
+                    rgb_array(image)  # floats outside [0, 1] raise here, where the file is named
+                turn_upright(image)
+                return image
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{path}: {error}; sharpen takes it with --max-megapixels") from error
     except Exception as error:  # Pillow's decoders raise whatever a damaged file happens to cause
         raise UserError(f"{path}: not a readable picture ({error})") from error
 
@@ -1321,11 +1400,17 @@ def even_sized(image: Image.Image | np.ndarray) -> Image.Image:
 def list_files(folder: Path) -> list[Path]:
     """Every regular file below `folder` and the folders that it links to, sorted.
 
-    Hidden files and folders are left out, and a folder that links to itself is entered once.
+    Hidden files and folders are left out, and a folder that links to itself is entered once. A link
+    to nowhere is listed: who opens it will name it. UserError for a folder that cannot be read.
     """
+
+    def refuse(error: OSError) -> None:
+        missing = isinstance(error, FileNotFoundError)
+        require(missing, f"{error.filename}: cannot be read ({error.strerror})")
+
     files = []
     entered = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         status = os.stat(place)
         if (status.st_dev, status.st_ino) in entered:
             folders.clear()  # os.walk then goes no deeper
@@ -1334,7 +1419,8 @@ def list_files(folder: Path) -> list[Path]:
         # Sorted, so that of two links to one folder it is always the same that is entered.
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         files += [Path(place, name) for name in names if not name.startswith(".")]
-    return sorted(file for file in files if file.is_file())
+    to_nowhere = [file for file in files if file.is_symlink() and not file.exists()]
+    return sorted([*(file for file in files if file.is_file()), *to_nowhere])
 
 
 def list_pictures(folder: Path) -> list[Path]:
@@ -1343,9 +1429,20 @@ def list_pictures(folder: Path) -> list[Path]:
 
 
 def save_picture(image: Image.Image, path: Path) -> None:
-    """Write a picture with the metadata in `image.info`, whole or not at all."""
+    """Write a picture with the metadata in `image.info`, whole or not at all.
+
+    "text" and "chunks", of names to values, are for PNG; the others are Pillow's options.
+    """
     kind = Image.registered_extensions()[path.suffix.lower()]
     options = dict(image.info)
+    text = options.pop("text", {})
+    chunks = options.pop("chunks", {})
+    if kind == "PNG":
+        options["pnginfo"] = PngImagePlugin.PngInfo()
+        for name, value in text.items():
+            options["pnginfo"].add_text(name, value)
+        for name, value in chunks.items():
+            options["pnginfo"].add(name, value)
     if kind in ("JPEG", "WEBP", "AVIF", "HEIF"):
         options["quality"] = 95
     if kind == "JPEG":
@@ -1802,12 +1899,12 @@ def load_restormer(weights: Path | None) -> StemmedRestormer:
         " one, which --preset small uses)"
     )
     content = read_checkpoint(path, remedy)
-    state = content.get("params", content)
     try:
+        state = weights_in(content)
         dimensions = restormer_dimensions(state)
         restormer = StemmedRestormer(**dimensions)
         restormer.load_state_dict(state, strict=True)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+    except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not the weights of a Restormer; {remedy}") from error
     channels = 3 * restormer.stem_stride**2
     if dimensions["inp_channels"] != channels or dimensions["out_channels"] != channels:
@@ -2468,6 +2565,21 @@ def student_class(kind: str) -> type[Student]:
     return STUDENTS[kind]
 
 
+def require_likely(config: dict[str, object], weights: dict[str, Tensor]) -> None:
+    """ValueError for a network that is larger than its weights, before it is built.
+
+    No side of a network and no number of layers exceeds the longest side of its weights, or their
+    number.
+    """
+    largest = max([len(weights), *(side for w in weights.values() for side in w.shape)])
+    for name, value in config.items():
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, str | bool):
+                continue
+            if not (isinstance(number, int) and 0 < number <= largest):
+                raise ValueError(f"its {name} is {value}, which does not fit its weights")
+
+
 def build_student(config: dict[str, object]) -> Student:
     """The student that a checkpoint's "network" describes, with new weights."""
     options = dict(config)
@@ -2483,13 +2595,18 @@ def load_student(name: str | Path) -> tuple[Student, dict]:
     path = SHIPPED.get(name) or Path(name)
     content = read_checkpoint(path, "train one with `python sharpen_kd.py train` or name another")
     try:
+        weights = weights_in(content)
+        require_likely(content["network"], weights)
         student = build_student(content["network"])
-        student.load_state_dict(content["params"])
+        student.load_state_dict(weights)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         remedy = "a run's best.pth is one, if this version of the script trained it"
-        raise UserError(f"{path}: not a student checkpoint of this script; {remedy}") from error
+        cause = str(error).strip().split("\n")[0]
+        if isinstance(error, KeyError):
+            cause = f"it has no {error}"
+        raise UserError(f"{path}: not a student of this script ({cause}); {remedy}") from error
     return student.eval().to(memory_format=torch.channels_last), content
 
 
@@ -3079,7 +3196,7 @@ class TrainingRun:
             self.step = last["step"]
             self.best = last["best"]
             self.rows = last["rows"]
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             path = self.config.run_dir / "last.pth"
             raise UserError(
                 f"{path}: does not fit this run's network and loss ({error})"
@@ -4560,6 +4677,9 @@ OTHER_READERS = {
     ".pdf": "export its pages as PNG first",
 }
 
+# Formats that hold no ICC profile when Pillow writes them.
+WITHOUT_PROFILE = ("BMP", "JPEG2000", "PPM", "TGA")
+
 # EXIF tags that say what a picture shows and how it was taken. Others may describe how the input
 # was stored (its size, its strips), which would be wrong in the output.
 EXIF_TAGS = {
@@ -4572,6 +4692,14 @@ EXIF_TAGS = {
     0x8298: "Copyright",
 }
 EXIF_GROUPS = {0x8769: "camera settings", 0x8825: "place"}
+EXIF_OFFSETS = (0x927C, 0xA005)  # the maker's note and interoperability: they point into the input
+EXIF_SIZE = (0xA002, 0xA003)
+
+# What says how a PNG's numbers are to be shown, beside an ICC profile.
+PNG_COLOUR = (b"gAMA", b"cHRM", b"cICP", b"sRGB")
+
+# What `--no-metadata` leaves out: it may say who, when and where.
+PERSONAL = ("exif", "text", "xmp")
 
 
 @dataclass
@@ -4647,7 +4775,7 @@ def plan_jobs(config: SharpenConfig) -> tuple[list[Job], list[Path]]:
     """(the jobs, what else the folders hold); UserError before anything is written."""
     to_file = output_is_file(config)
     jobs: list[Job] = []
-    planned: set[Path] = set()  # sources; one may be named twice
+    planned: set[str] = set()  # sources; one may be named twice
     taken: set[Path] = set()  # the names of outputs
     others: list[Path] = []
     for given in config.inputs:
@@ -4655,24 +4783,25 @@ def plan_jobs(config: SharpenConfig) -> tuple[list[Job], list[Path]]:
         others += more
         folder = given if given.is_dir() else given.parent
         for source in sources:
-            if source.resolve() in planned:
+            real = os.path.realpath(source)
+            if real in planned:
                 continue
-            planned.add(source.resolve())
+            planned.add(real)
             if is_clip(source):
                 suffix = clip_suffix(source, config.lossless)
             else:
                 suffix = writable_suffix(source)
             if config.output is None:
                 stem = source.with_suffix("")
-                target = source.with_name(f"{source.stem}_sharpened{suffix}")
+                target = beside(stem, f"_sharpened{suffix}")
             elif to_file:
                 stem = config.output.with_suffix("")
                 target = config.output
             else:
                 stem = config.output / source.relative_to(folder).with_suffix("")
-                target = stem.with_name(stem.name + suffix)
+                target = beside(stem, suffix)
             target = numbered(target, taken)
-            sheet = numbered(stem.with_name(f"{stem.name}_before_after.png"), taken)
+            sheet = numbered(beside(stem, "_before_after.png"), taken)
             jobs.append(Job(source, target, sheet))
     require(jobs, f"{config.inputs[0]}: no pictures or clips in this folder")
     check_targets(config, jobs, planned)
@@ -4687,6 +4816,15 @@ def is_own_output(source: Path, files: list[Path]) -> bool:
     return any(file.parent == source.parent and file.stem == match[1] for file in files)
 
 
+def beside(stem: Path, ending: str) -> Path:
+    """A path with this ending; its name is shortened to the 255 bytes that file systems take."""
+    name = os.fsencode(stem.name)
+    longest = 255 - len(os.fsencode(ending)) - len("_9999")  # `numbered` may add that
+    if len(name) > longest + len("_9999"):
+        return stem.with_name(name[:longest].decode(errors="ignore") + ending)
+    return stem.with_name(stem.name + ending)
+
+
 def numbered(target: Path, taken: set[Path]) -> Path:
     """The target, or target_2, target_3, ... where inputs of one name meet; takes the name."""
     free = target
@@ -4698,7 +4836,7 @@ def numbered(target: Path, taken: set[Path]) -> Path:
     return free
 
 
-def check_targets(config: SharpenConfig, jobs: list[Job], sources: set[Path]) -> None:
+def check_targets(config: SharpenConfig, jobs: list[Job], sources: set[str]) -> None:
     """UserError for outputs that would replace an input, or a file that the user has named.
 
     What stands under the default name is this input's own output of an earlier call, and is
@@ -4709,10 +4847,10 @@ def check_targets(config: SharpenConfig, jobs: list[Job], sources: set[Path]) ->
         if config.before_after and not job.is_clip:
             targets.append(job.before_after)
         for target in targets:
-            is_input = target.resolve() in sources
+            is_input = os.path.realpath(target) in sources
             require(not is_input, f"{target}: would be overwritten; choose another -o")
             named_by_user = config.output is not None
-            if named_by_user and target.exists() and not config.overwrite:
+            if named_by_user and os.path.lexists(target) and not config.overwrite:
                 raise UserError(f"{target}: exists; add --overwrite, or choose another -o")
 
 
@@ -4725,7 +4863,10 @@ def kept_exif(image: Image.Image) -> bytes | None:
             if tag in exif:
                 kept[tag] = exif[tag]
         for tag in EXIF_GROUPS:
-            group = dict(exif.get_ifd(tag))
+            group = {t: value for t, value in exif.get_ifd(tag).items() if t not in EXIF_OFFSETS}
+            for size_tag, length in zip(EXIF_SIZE, image.size, strict=True):
+                if size_tag in group:
+                    group[size_tag] = length  # the picture may have been turned
             if group:
                 kept[tag] = group
         return kept.tobytes() if kept else None
@@ -4746,13 +4887,46 @@ def kept_profile(image: Image.Image) -> bytes | None:
     return icc
 
 
+def colour_chunks(path: str) -> dict[bytes, bytes]:
+    """The PNG_COLOUR chunks of a PNG file, as they are; none of another."""
+    chunks = {}
+    with open(path, "rb") as file:
+        if file.read(8) != b"\x89PNG\r\n\x1a\n":
+            return {}
+        while len(head := file.read(8)) == 8:
+            length, name = struct.unpack(">I4s", head)
+            if name == b"IDAT":  # the pixels, which these come before
+                break
+            data = file.read(length)
+            file.read(4)  # the checksum, which Pillow has looked at
+            if name in PNG_COLOUR:
+                chunks[name] = data
+    return chunks
+
+
 def kept_metadata(image: Image.Image) -> dict[str, object]:
-    """EXIF, ICC profile and resolution of a picture as opened, as `save_picture` takes them."""
-    kept = {"exif": kept_exif(image), "icc_profile": kept_profile(image)}
+    """EXIF, ICC profile, resolution and texts of a picture as opened, for `save_picture`."""
+    kept = {
+        "exif": kept_exif(image),
+        "icc_profile": kept_profile(image),
+        "xmp": image.info.get("xmp"),
+        "text": dict(getattr(image, "text", {})),  # a PNG's
+    }
+    if getattr(image, "filename", ""):
+        kept["chunks"] = colour_chunks(image.filename)
     dpi = image.info.get("dpi")
     if dpi and all(0 < side < 1e6 for side in dpi):
         kept["dpi"] = dpi
     return {name: value for name, value in kept.items() if value}
+
+
+def as_srgb(image: Image.Image) -> Image.Image:
+    """A picture's colours as sRGB, for formats without a profile; as it is if its does not fit."""
+    source = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+    srgb = ImageCms.createProfile("sRGB")
+    with contextlib.suppress(ImageCms.PyCMSError):
+        image = ImageCms.profileToProfile(image, source, srgb, outputMode=image.mode)
+    return image
 
 
 def converted_to_srgb(image: Image.Image, kept: dict[str, object]) -> Image.Image:
@@ -4779,7 +4953,7 @@ def converted_to_srgb(image: Image.Image, kept: dict[str, object]) -> Image.Imag
 def sharpen_picture(sharpener: FrameFunction, image: Image.Image) -> Image.Image:
     """A sharpened 8-bit copy, greyscale or RGB.
 
-    EXIF, ICC profile, resolution and alpha are kept.
+    Alpha and what `kept_metadata` finds are kept.
     """
     kept = kept_metadata(image)
     grey = image.mode in ("1", "L", "LA") or is_deep_grey(image)
@@ -4832,6 +5006,11 @@ def sharpen_file(config: SharpenConfig, job: Job, sharpener: FrameFunction) -> N
         return
     image = open_picture(job.source)
     result = sharpen_picture(sharpener, image)
+    if not config.metadata:
+        result.info = {name: v for name, v in result.info.items() if name not in PERSONAL}
+    kind = Image.registered_extensions()[job.target.suffix.lower()]
+    if kind in WITHOUT_PROFILE and "icc_profile" in result.info:
+        result = as_srgb(result)
     save_picture(result, job.target)
     tqdm.write(f"{job.source} -> {job.target}")
     if config.before_after:
@@ -4842,6 +5021,7 @@ def sharpen_file(config: SharpenConfig, job: Job, sharpener: FrameFunction) -> N
 def sharpen(config: SharpenConfig) -> None:
     """Sharpen pictures and clips: files, or folders with everything in them."""
     clip_size(config.size)  # UserError now
+    Image.MAX_IMAGE_PIXELS = 500_000 * config.max_megapixels  # Pillow refuses twice as many
     jobs, others = plan_jobs(config)
     clips = [job for job in jobs if job.is_clip]
     if clips:
@@ -4969,7 +5149,8 @@ def carry_out(run: TrainingRun, last: dict | None) -> None:
         pictures = f"{len(run.dataset)} crops an epoch, {len(run.held_out)} pictures held out"
         where = f"results in {run.config.run_dir}"
         print(f"{pictures}; {run.total_steps} steps; {where}", flush=True)
-    run.train()
+    with locked(run.config.run_dir) if RANK == 0 else contextlib.nullcontext():
+        run.train()
     if RANK == 0:
         plot_curves(run)
     if not run.finished:
@@ -5909,13 +6090,34 @@ def resumed_config(config_class: type[RunConfig], given: dict[str, object]) -> R
     file = run_dir / "last.pth"
     last = read_checkpoint(file, RESTART)
     try:
-        saved = dict(last["config"])
-        for item in dataclasses.fields(config_class):
-            if item.type in (Path, Path | None) and saved[item.name] is not None:
-                saved[item.name] = Path(saved[item.name])
-        return config_class(**(saved | given | {"run_dir": run_dir}))
-    except (KeyError, TypeError) as error:
+        saved = checked_settings(config_class, last["config"])
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file}: another command's run, or an older one's ({error})") from error
+    return config_class(**(saved | given | {"run_dir": run_dir}))
+
+
+def checked_settings(config_class: type[RunConfig], saved: dict[str, object]) -> dict[str, object]:
+    """A run's saved settings, read again as if they had been given as flags.
+
+    KeyError, TypeError or UserError for what no command line could have given.
+    """
+    (command,) = [name for name, each in CONFIGS.items() if each is config_class]
+    arguments = [command]
+    left_out = {}  # what is said by giving no flag
+    for item in dataclasses.fields(config_class):
+        if item.name in FLAGS_OF_ONE_START:
+            continue
+        value = saved[item.name]
+        if value is None or value in ((), ""):
+            left_out[item.name] = value
+        elif item.type is bool:
+            arguments.append(flag_of(item) if value else flag_of(item).replace("--", "--no-", 1))
+        else:
+            values = value if isinstance(value, tuple) else (value,)
+            arguments += [flag_of(item), *map(str, values)]
+    given = parse_command_line(arguments)
+    names = {item.name for item in dataclasses.fields(config_class)}
+    return left_out | {name: value for name, value in given.items() if name in names}
 
 
 def keep_freed_memory() -> None:
@@ -5935,6 +6137,9 @@ def keep_freed_memory() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
     debug = False
+    for stream in (sys.stdout, sys.stderr):  # which may be unable to show a file's name
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         given = parse_command_line(arguments)
         command = given.pop("command")

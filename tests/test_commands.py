@@ -504,7 +504,11 @@ def test_wrong_files_are_named_in_one_line(tmp_path, data_root, student_file, ca
         ("fps", "--checkpoint", "text.pth"): "text.pth: not a PyTorch weight file",
         ("fps", "--checkpoint", "none.pth"): "none.pth: no such file",
         ("export", "--checkpoint", "list.pth"): "list.pth: holds no dictionary",
-        (*evaluate, "--checkpoint", "other.pth"): "other.pth: not a student checkpoint",
+        (
+            *evaluate,
+            "--checkpoint",
+            "other.pth",
+        ): "other.pth: not a student of this script (it has no 'network')",
         (
             *evaluate,
             "--teacher-weights",

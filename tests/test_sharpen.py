@@ -1,10 +1,12 @@
 """The `sharpen` command: names of outputs, modes, formats and metadata of pictures."""
 
 import io
+import os
+import struct
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, PngImagePlugin
 
 import sharpen_kd as kd
 
@@ -310,6 +312,134 @@ def test_orientation_exif_profile_alpha_and_resolution_are_kept(tmp_path, run_sh
     assert result.getexif().get(0x0112, 1) == 1
     assert result.info["icc_profile"] == profile
     assert result.info["dpi"] == pytest.approx((300, 300), abs=0.1)
+
+
+def test_what_exif_says_of_sizes_and_places_in_the_file_stays_true(tmp_path, run_sharpen, small):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees
+    exif[0x8769] = {0xA002: 40, 0xA003: 30, 0xA005: 1234, 0x927C: b"offsets", 0x829A: 0.25}
+    small.save(tmp_path / "in.jpg", exif=exif)
+    assert run_sharpen(tmp_path / "in.jpg")[0] == 0
+    result = Image.open(tmp_path / "in_sharpened.jpg")
+    assert result.size == (30, 40)
+    assert result.getexif().get_ifd(0x8769) == {0xA002: 30, 0xA003: 40, 0x829A: 0.25}
+
+
+def png_chunks(path):
+    """{name: data} of a PNG file's chunks that come once."""
+    content = path.read_bytes()
+    chunks = {}
+    start = 8
+    while start < len(content):
+        length, name = struct.unpack_from(">I4s", content, start)
+        chunks[name] = content[start + 8 : start + 8 + length]
+        start += length + 12
+    return chunks
+
+
+@pytest.fixture
+def told(tmp_path, small):
+    """A PNG with colours, texts and EXIF."""
+    info = PngImagePlugin.PngInfo()
+    info.add(b"gAMA", struct.pack(">I", 100000))
+    info.add(b"cICP", bytes([9, 16, 0, 1]))
+    info.add_text("Author", "someone")
+    info.add_itxt("Titel", "Käse", lang="de")
+    info.add_itxt("XML:com.adobe.xmp", "<x/>")
+    exif = Image.Exif()
+    exif[0x010F] = "camera"
+    small.save(tmp_path / "in.png", pnginfo=info, exif=exif)
+    return tmp_path / "in.png"
+
+
+def test_a_pngs_colours_and_texts_are_kept(tmp_path, run_sharpen, told):
+    assert run_sharpen(told)[0] == 0
+    out = tmp_path / "in_sharpened.png"
+    before, after = png_chunks(told), png_chunks(out)
+    assert {n: after.get(n) for n in (b"gAMA", b"cICP")} == {
+        n: before[n] for n in (b"gAMA", b"cICP")
+    }
+    texts = {"Author": "someone", "Titel": "Käse", "XML:com.adobe.xmp": "<x/>"}
+    assert Image.open(out).text == texts
+    assert Image.open(out).getexif()[0x010F] == "camera"
+
+
+def test_without_metadata_colours_stay(tmp_path, run_sharpen, told):
+    assert run_sharpen(told, "--no-metadata")[0] == 0
+    out = tmp_path / "in_sharpened.png"
+    assert png_chunks(out)[b"gAMA"] == png_chunks(told)[b"gAMA"]
+    assert Image.open(out).text == {}
+    assert dict(Image.open(out).getexif()) == {}
+    assert b"someone" not in out.read_bytes()
+
+
+def test_xmp_is_kept_from_png_to_webp(tmp_path, run_sharpen, told):
+    assert run_sharpen(told, "-o", tmp_path / "out.webp")[0] == 0
+    assert Image.open(tmp_path / "out.webp").info["xmp"] == b"<x/>"
+
+
+def profile_with_red_and_green_exchanged():
+    """sRGB's ICC profile, in which the tags of red and green have exchanged their names."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    return profile.replace(b"rXYZ", b"xXYZ").replace(b"gXYZ", b"rXYZ").replace(b"xXYZ", b"gXYZ")
+
+
+@pytest.mark.parametrize("ending", ["bmp", "tga", "ppm", "jp2"])
+def test_where_no_profile_can_be_stored_colours_become_srgb(tmp_path, run_sharpen, ending):
+    red = Image.new("RGB", (32, 32), (200, 20, 20))
+    red.save(tmp_path / "in.png", icc_profile=profile_with_red_and_green_exchanged())
+    out = tmp_path / f"out.{ending}"
+    assert run_sharpen(tmp_path / "in.png", "-o", out, "--strength", "0")[0] == 0
+    colour = np.array(Image.open(out)).mean((0, 1))
+    assert colour == pytest.approx([20, 200, 20], abs=6)
+
+
+def test_the_size_that_is_refused_can_be_chosen(tmp_path, run_sharpen):
+    Image.new("L", (1100, 1000)).save(tmp_path / "in.png")
+    status, error, _ = run_sharpen(tmp_path / "in.png", "--max-megapixels", "1")
+    assert status == 2
+    assert "in.png: Image size (1100000 pixels) exceeds limit of 1000000 pixels" in error
+    assert "--max-megapixels" in error
+    assert run_sharpen(tmp_path / "in.png", "--max-megapixels", "2")[0] == 0
+
+
+def test_a_name_may_be_as_long_as_file_systems_allow(tmp_path, run_sharpen, small):
+    long = "ä" * 125 + "a.png"
+    assert len(os.fsencode(long)) == 255
+    (tmp_path / "in").mkdir()
+    small.save(tmp_path / "in" / long)
+    small.save(tmp_path / "in" / long.replace("a.png", "b.png"))
+    assert run_sharpen(tmp_path / "in", "-o", tmp_path / "out")[0] == 0
+    assert len(names_in(tmp_path / "out")) == 2
+    assert run_sharpen(tmp_path / "in")[0] == 0
+    assert len([name for name in names_in(tmp_path / "in") if "_sharpened" in name]) == 2
+
+
+def test_a_name_that_the_screen_cannot_show_is_escaped(tmp_path, student_file, small, monkeypatch):
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(kd.sys, "stdout", screen)
+    small.save(tmp_path / "写真.png")
+    command = ["sharpen", str(tmp_path / "写真.png"), "--checkpoint", str(student_file)]
+    assert kd.main(command) == 0
+    screen.flush()
+    assert b"\\u5199\\u771f_sharpened.png" in screen.buffer.getvalue()
+    assert (tmp_path / "写真_sharpened.png").exists()
+
+
+def test_links_to_nowhere_are_named_and_the_rest_is_done(tmp_path, run_sharpen, small):
+    (tmp_path / "in").mkdir()
+    small.save(tmp_path / "in/a.png")
+    (tmp_path / "in/gone.png").symlink_to("nowhere.png")
+    (tmp_path / "in/loop.png").symlink_to("loop.png")
+    status, error, _ = run_sharpen(tmp_path / "in", "-o", tmp_path / "out")
+    assert status == 2
+    assert "2 not sharpened" in error
+    assert "gone.png: not a readable picture" in error
+    assert "loop.png: not a readable picture" in error
+    assert names_in(tmp_path / "out") == ["a.png"]
+    status, error, _ = run_sharpen(tmp_path / "in/a.png", "-o", tmp_path / "in/loop.png")
+    assert status == 2
+    assert "loop.png: exists; add --overwrite" in error
 
 
 def test_of_a_tiffs_tags_those_about_the_picture_are_kept(tmp_path, run_sharpen, small):

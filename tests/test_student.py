@@ -1,6 +1,8 @@
 """Students: their sizes, shapes, starting points and gates; the networks of frames made of them."""
 
+import math
 import pathlib
+import zipfile
 
 import numpy as np
 import pytest
@@ -343,6 +345,106 @@ def test_a_checkpoint_runs_no_code(tmp_path):
     with pytest.raises(kd.UserError, match=r"harmful\.pth: not a PyTorch weight file"):
         kd.load_student(tmp_path / "harmful.pth")
     assert not file.exists()
+
+
+def small_checkpoint():
+    """The content of a small student's checkpoint."""
+    student = kd.GuidedStack(width=4, layers=2, guide_width=3)
+    return {"network": student.config, "params": student.state_dict()}
+
+
+@pytest.mark.parametrize("key", ["params", "params_ema", "state_dict"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_weights_are_found_under_the_names_of_other_frameworks(tmp_path, key, prefix):
+    content = small_checkpoint()
+    params = content.pop("params")
+    content[key] = {prefix + name: values for name, values in params.items()}
+    torch.save(content, tmp_path / "a.pth")
+    student, _ = kd.load_student(tmp_path / "a.pth")
+    for name, values in student.state_dict().items():
+        assert torch.equal(values, params[name])
+
+
+def test_averaged_weights_are_taken_first(tmp_path):
+    content = small_checkpoint()
+    content["params_ema"] = {name: values + 1 for name, values in content["params"].items()}
+    assert torch.equal(
+        kd.weights_in(content)["planes.weight"], content["params"]["planes.weight"] + 1
+    )
+
+
+BAD_WEIGHTS = {
+    "a list": [1, 2],
+    "NaN": {"planes.weight": torch.full((6, 12, 1, 1), math.nan)},
+    "infinite": {"planes.weight": torch.full((6, 12, 1, 1), math.inf)},
+    "whole numbers": {"planes.weight": torch.ones(6, 12, 1, 1, dtype=torch.int64)},
+    "another shape": {"planes.weight": torch.ones(6, 11, 1, 1)},
+    "no tensor": {"planes.weight": 1.0},
+    "a number for a name": {5: torch.ones(6)},
+}
+
+
+@pytest.mark.parametrize("wrong", BAD_WEIGHTS.values(), ids=BAD_WEIGHTS)
+def test_weights_must_be_finite_floats_of_the_networks_shapes(tmp_path, wrong):
+    content = small_checkpoint()
+    content["params"] = content["params"] | wrong if isinstance(wrong, dict) else wrong
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(kd.UserError, match=r"a\.pth: not a student of this script \("):
+        kd.load_student(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"layers": 10**9},
+        {"width": 10**9},
+        {"width": -1},
+        {"layers": 2.5},
+        {"layers": None},
+        {"guide_width": (3, 10**9)},
+        {"kind": "unet", "widths": (16, 10**9), "convolutions": (1, 1)},
+        {"kind": "unet", "widths": (16, 16), "convolutions": (10**9, 1)},
+        {"kind": "unet", "widths": (16, 16), "stem_stride": 0},
+    ],
+)
+def test_a_network_larger_than_its_weights_is_refused_before_it_is_built(
+    tmp_path, wrong, monkeypatch
+):
+    content = small_checkpoint()
+    content["network"] = content["network"] | wrong
+    torch.save(content, tmp_path / "a.pth")
+    monkeypatch.setattr(kd, "build_student", None)  # calling it would be a TypeError
+    with pytest.raises(kd.UserError, match="does not fit its weights"):
+        kd.load_student(tmp_path / "a.pth")
+
+
+def test_a_checkpoint_with_a_flipped_bit_is_refused(tmp_path):
+    torch.save(small_checkpoint(), tmp_path / "a.pth")
+    whole = (tmp_path / "a.pth").read_bytes()
+    with zipfile.ZipFile(tmp_path / "a.pth") as archive:
+        entries = archive.infolist()
+    largest = max(entries, key=lambda entry: entry.file_size)
+    for distance in (300, 500, 700):  # behind the entry's header
+        damaged = bytearray(whole)
+        damaged[largest.header_offset + distance] ^= 16
+        (tmp_path / "b.pth").write_bytes(damaged)
+        with pytest.raises(
+            kd.UserError, match=r"b\.pth: not a PyTorch weight file \(.* is damaged"
+        ):
+            kd.load_student(tmp_path / "b.pth")
+
+
+def test_a_checkpoint_that_would_inflate_is_refused(tmp_path):
+    torch.save(small_checkpoint(), tmp_path / "a.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "a.pth") as whole,
+        zipfile.ZipFile(tmp_path / "b.pth", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for entry in whole.infolist():
+            packed.writestr(entry.filename, whole.read(entry))
+        packed.writestr("a/data/999", bytes(10**6))
+    with pytest.raises(kd.UserError, match=r"b\.pth: .* is compressed"):
+        kd.load_student(tmp_path / "b.pth")
 
 
 def test_a_checkpoint_may_hold_a_plain_stack(tmp_path):
