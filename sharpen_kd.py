@@ -58,6 +58,7 @@ import importlib.util
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import queue
@@ -981,8 +982,17 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (python {self.prog} --help explains the flags)")
 
 
+def named_path(text: str) -> Path:
+    """A path; an empty text, as of a shell's variable that is not set, would be this folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty name")
+    return Path(text)
+
+
 def bounded(kind: type, bounds: tuple[float, float]) -> Callable[[str], object]:
     """What reads a flag's value: for a number a function that checks the bounds, else the type."""
+    if kind is Path:
+        return named_path
     if kind not in (int, float):
         return kind
 
@@ -993,7 +1003,7 @@ def bounded(kind: type, bounds: tuple[float, float]) -> Callable[[str], object]:
         except ValueError:
             wanted = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text} is not {wanted}") from None
-        if value < low or math.isnan(value):
+        if not value >= low:  # so NaN is refused, too
             above = "above 0" if low == ABOVE_ZERO else f"at least {low:g}"
             raise argparse.ArgumentTypeError(f"{text} must be {above}")
         if value > high:
@@ -3722,9 +3732,11 @@ def cut_side(length: int, phase: int = 0, *, tile: int, overlap: int, alignment:
     size = round_up((padded - overlap) / count + overlap, alignment)
     starts = sorted({min(i * (size - overlap), padded - size) for i in range(count)})
     middles = [(left + size + right) // 2 for left, right in itertools.pairwise(starts)]
-    borders = [before, *middles, after]
+    borders = [before, *(min(max(m, before), after) for m in middles), after]
     spans = []
     for start, (begin, end) in zip(starts, itertools.pairwise(borders), strict=True):
+        if begin == end:  # a small tile may lie in what the side was continued by
+            continue
         taken = slice(start, start + size)
         given = slice(begin - before, end - before)
         spans.append(Span(taken, given, slice(begin - start, end - start)))
@@ -6108,12 +6120,15 @@ def checked_settings(config_class: type[RunConfig], saved: dict[str, object]) ->
         if item.name in FLAGS_OF_ONE_START:
             continue
         value = saved[item.name]
-        if value is None or value in ((), ""):
+        may_be_none = type(None) in typing.get_args(item.type)
+        if value in ((), "") or (value is None and may_be_none):
             left_out[item.name] = value
         elif item.type is bool:
             arguments.append(flag_of(item) if value else flag_of(item).replace("--", "--no-", 1))
         else:
             values = value if isinstance(value, tuple) else (value,)
+            if not all(isinstance(each, int | float | str) for each in values):
+                raise TypeError(f"{flag_of(item)} is {value}")
             arguments += [flag_of(item), *map(str, values)]
     given = parse_command_line(arguments)
     names = {item.name for item in dataclasses.fields(config_class)}
@@ -6137,6 +6152,7 @@ def keep_freed_memory() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
     debug = False
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # Pillow logs what it raises, too
     for stream in (sys.stdout, sys.stderr):  # which may be unable to show a file's name
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

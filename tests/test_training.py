@@ -534,7 +534,7 @@ def test_overwrite_leaves_nothing_of_the_run_before(arguments, tmp_path, monkeyp
     found = []
 
     def stop(run, batches):
-        found.append(sorted(path.name for path in tmp_path.iterdir()))
+        found.append(sorted(path.name for path in tmp_path.glob("[!.]*")))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(kd.TrainingRun, "accumulate_gradients", stop)
@@ -542,6 +542,50 @@ def test_overwrite_leaves_nothing_of_the_run_before(arguments, tmp_path, monkeyp
     assert kd.main(again) == 130
     assert kd.main([*command, "--overwrite"]) == 130
     assert found == [["best.pth", "curves.png", "last.pth", "log.csv"], []]
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(arguments, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("fcntl")
+    command = [*arguments, "--run-dir", str(tmp_path), "--max-steps", "1"]
+    seen = []
+
+    def a_second_run_begins(run):
+        before = sorted(tmp_path.glob("[!.]*"))
+        seen.append(kd.main([*command, "--overwrite"]))
+        assert sorted(tmp_path.glob("[!.]*")) == before
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kd.TrainingRun, "train", a_second_run_begins)
+        kd.main(command)
+    assert seen[0] == 2
+    assert f"{tmp_path}: process {os.getpid()} is training there" in capsys.readouterr().err
+    assert kd.main(command) == 0  # the first has ended
+
+
+BAD_SETTINGS = {
+    "epochs": "many",
+    "learning_rate": -1.0,
+    "degradation": "rain",
+    "widths": (3, "x"),
+    "image_size": 10**30,
+    "seed": None,
+    "network": ["unet"],
+}
+
+
+@pytest.mark.parametrize("name", BAD_SETTINGS)
+def test_a_resumed_runs_settings_are_checked_as_flags_are(arguments, tmp_path, capsys, name):
+    command = [*arguments, "--run-dir", str(tmp_path), "--max-steps", "1"]
+    assert kd.main(command) == 0
+    last = torch.load(tmp_path / "last.pth", weights_only=True)
+    last["config"][name] = BAD_SETTINGS[name]
+    torch.save(last, tmp_path / "last.pth")
+    capsys.readouterr()
+    assert kd.main(["train", "--resume", "--run-dir", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'last.pth'}: " in error
+    assert name.replace("_", "-") in error
+    assert error.count("\n") == 1
 
 
 def test_a_run_is_kept_without_its_last_state_and_continues_where_it_was_moved(
