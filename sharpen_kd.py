@@ -3472,19 +3472,19 @@ class TeacherCache(Dataset):
         file = self.file(int(draw.integers(self.variants)), index)
         try:
             maps = torch.load(file, mmap=True, weights_only=True)
+            height, width = maps["sharp"].shape[:2]
+            top = self.alignment * draw.integers((height - size) // self.alignment + 1)
+            left = self.alignment * draw.integers((width - size) // self.alignment + 1)
+            crop = {}
+            for name, grid in maps.items():
+                step = height // len(grid)  # pixels a position of this map stands for
+                rows = slice(top // step, (top + size) // step)
+                columns = slice(left // step, (left + size) // step)
+                crop[name] = grid[rows, columns]
+            return crop
         except Exception as error:  # whatever a damaged archive happens to cause
             remedy = f"remove --teacher-cache {self.folder} to build it anew"
             raise UserError(f"{file}: damaged ({type(error).__name__}); {remedy}") from error
-        height, width = maps["sharp"].shape[:2]
-        top = self.alignment * draw.integers((height - size) // self.alignment + 1)
-        left = self.alignment * draw.integers((width - size) // self.alignment + 1)
-        crop = {}
-        for name, grid in maps.items():
-            step = height // len(grid)  # pixels a position of this map stands for
-            rows = slice(top // step, (top + size) // step)
-            columns = slice(left // step, (left + size) // step)
-            crop[name] = grid[rows, columns]
-        return crop
 
 
 # --- Frames: a student between 8-bit frames -------------------------------------------------------

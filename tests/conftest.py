@@ -91,3 +91,16 @@ def random_frame():
         return np.array(image.resize((width, height), Image.Resampling.BICUBIC))
 
     return make
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "endurance: takes minutes; run by `-m endurance` alone")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "endurance" in config.option.markexpr:
+        return
+    skip = pytest.mark.skip(reason="takes minutes; `python -m pytest -m endurance` runs it")
+    for item in items:
+        if item.get_closest_marker("endurance"):
+            item.add_marker(skip)

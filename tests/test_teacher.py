@@ -325,10 +325,14 @@ def test_a_cache_of_another_precision_is_refused(make_cache):
         make_cache(autocast=torch.autocast("cpu", torch.bfloat16))
 
 
-def test_a_damaged_file_of_the_cache_is_named(make_cache):
+@pytest.mark.parametrize("content", [b"cut off", [1, 2], {"blurred": torch.zeros(4, 4, 3)}])
+def test_a_damaged_file_of_the_cache_is_named(make_cache, content):
     cache = make_cache()
     for variant in range(2):
-        cache.file(variant, 1).write_bytes(b"cut off")
+        if isinstance(content, bytes):
+            cache.file(variant, 1).write_bytes(content)
+        else:
+            torch.save(content, cache.file(variant, 1))
     with pytest.raises(kd.UserError, match=r"000001_\d\.pt: damaged .*; remove --teacher-cache"):
         cache[(0, 1)]
 
