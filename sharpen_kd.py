@@ -61,6 +61,7 @@ import json
 import logging
 import math
 import os
+import platform
 import queue
 import re
 import shutil
@@ -524,7 +525,9 @@ class SharpenConfig(InferenceConfig):
     overwrite: bool = flag(False, "replace files that -o names")
     before_after: bool = flag(False, "pictures: also write NAME_before_after.png, side by side")
     metadata: bool = flag(
-        True, "pictures: keep EXIF (camera, place), XMP and texts; colour profiles stay anyway"
+        True,
+        "pictures: keep EXIF (camera, place), texts and XMP where the format takes them; colour"
+        " profiles stay anyway",
     )
     max_megapixels: int = flag(
         179, "pictures: refuse larger ones, which may be made to fill the memory", at_least=1,
@@ -1120,15 +1123,36 @@ RANK = int(os.environ.get("RANK", 0))
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 
 
+def temporary_name(process: object, thread: object) -> str:
+    """The name of a file that this computer's process and thread are writing."""
+    computer = zlib.crc32(platform.node().encode())
+    return f".sharpen_kd-{computer:08x}-{process}-{thread}"
+
+
+@functools.cache
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes that were killed have left half-written in a folder."""
+    if os.name == "nt":  # where os.kill would end a process instead of asking for it
+        return
+    for file in folder.glob(temporary_name("*", "*")):
+        try:
+            os.kill(int(file.name.split("-")[2]), 0)
+        except ProcessLookupError:
+            file.unlink(missing_ok=True)
+        except (PermissionError, ValueError):  # another user's process; no number
+            continue
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write into, renamed to `path` when all is written.
 
     An interruption leaves the old file whole. UserError where the file cannot be written.
     """
-    temporary = path.with_name(f".sharpen_kd-{os.getpid()}-{threading.get_ident()}{path.suffix}")
+    temporary = path.with_name(temporary_name(os.getpid(), threading.get_ident()) + path.suffix)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent)
         yield temporary
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # RuntimeError is PyTorch's, for a full disk
@@ -1154,7 +1178,9 @@ def write_json(content: dict, path: Path) -> None:
 def write_csv(rows: list[dict], path: Path) -> None:
     """One line a row; the columns are in the order of their first appearance."""
     columns = dict.fromkeys(name for row in rows for name in row)
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    # Names of files need not be UTF-8.
+    options = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
+    with replacing(path) as temporary, temporary.open("w", **options) as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
@@ -1213,7 +1239,9 @@ def weights_in(content: dict) -> dict[str, Tensor]:
     found = {}
     for name, values in weights.items():
         is_float = isinstance(values, Tensor) and values.is_floating_point()
-        if not (is_float and values.isfinite().all()):
+        # A few numbers could stand for many that are never stored.
+        is_stored = is_float and values.nbytes <= values.untyped_storage().nbytes()
+        if not (is_stored and values.isfinite().all()):
             raise ValueError(f"its {name} is no tensor of finite numbers")
         found[str(name).removeprefix("module.")] = values
     return found
@@ -1237,24 +1265,33 @@ def require_writable(*files: Path | None) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Keep other processes out of a run's folder; UserError with the number of the one in there.
 
-    The system unlocks it when this process ends, however that happens. (Not on Windows.)
+    The system unlocks it when this process and its loaders end, however that happens. On Windows
+    and on file systems without locks nothing is kept out.
     """
     if not importlib.util.find_spec("fcntl"):
         yield
         return
     fcntl = importlib.import_module("fcntl")
-    require_writable(folder / ".lock")
-    with (folder / ".lock").open("a+") as file:
+    path = folder / ".lock"
+    require_writable(path)
+    with path.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
             busy = f"{folder}: process {file.read()} is training there"
             raise UserError(f"{busy}; wait for it, or name another --run-dir") from None
+        except OSError:  # no locks here
+            pass
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            if [*folder.iterdir()] == [path]:  # the run did not begin: leave nothing
+                path.unlink()
+                folder.rmdir()
 
 
 def require_packages(names: Iterable[str], wanted_by: str) -> None:
@@ -1337,14 +1374,18 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def turn_upright(image: Image.Image) -> None:
-    """Turn a picture as its EXIF orientation says; leave it where its EXIF is damaged."""
+    """Turn a picture as its EXIF orientation says, as far as its EXIF can be read."""
     # Pillow's EXIF reader raises whatever a damaged tag happens to cause.
     with contextlib.suppress(Exception):
         ImageOps.exif_transpose(image, in_place=True)
 
 
 def lies_on_its_side(image: Image.Image) -> bool:
-    """Whether `turn_upright` would exchange its width and height."""
+    """Whether `turn_upright` will exchange the width and height of a picture's header."""
+    if image.format == "TIFF":  # Pillow gives the size of the upright picture
+        return False
+    if image.format == "PNG" and "exif" not in image.info:  # else Pillow would read its end for it
+        return False
     with contextlib.suppress(Exception):
         return image.getexif()[ExifTags.Base.Orientation] > 4
     return False
@@ -1407,14 +1448,18 @@ def even_sized(image: Image.Image | np.ndarray) -> Image.Image:
     return image.crop((0, 0, max(width - width % 2, 1), max(height - height % 2, 1)))
 
 
-def list_files(folder: Path) -> list[Path]:
+def list_files(folder: Path, unreadable: list[Path] | None = None) -> list[Path]:
     """Every regular file below `folder` and the folders that it links to, sorted.
 
     Hidden files and folders are left out, and a folder that links to itself is entered once. A link
-    to nowhere is listed: who opens it will name it. UserError for a folder that cannot be read.
+    to nowhere is listed: who opens it will name it. A folder that cannot be read is put into
+    `unreadable`; without that it is a UserError.
     """
 
     def refuse(error: OSError) -> None:
+        if unreadable is not None:
+            unreadable.append(Path(error.filename))
+            return
         missing = isinstance(error, FileNotFoundError)
         require(missing, f"{error.filename}: cannot be read ({error.strerror})")
 
@@ -1438,6 +1483,9 @@ def list_pictures(folder: Path) -> list[Path]:
     return [path for path in list_files(folder) if path.suffix.lower() in picture_formats()]
 
 
+LONGEST_XMP_IN_JPEG = 65504  # bytes
+
+
 def save_picture(image: Image.Image, path: Path) -> None:
     """Write a picture with the metadata in `image.info`, whole or not at all.
 
@@ -1453,6 +1501,13 @@ def save_picture(image: Image.Image, path: Path) -> None:
             options["pnginfo"].add_text(name, value)
         for name, value in chunks.items():
             options["pnginfo"].add(name, value)
+        if "xmp" in options:
+            options["pnginfo"].add_itxt(
+                "XML:com.adobe.xmp", options["xmp"].decode(errors="replace")
+            )
+    if kind == "JPEG" and len(options.get("xmp", b"")) > LONGEST_XMP_IN_JPEG:
+        del options["xmp"]
+        tqdm.write(f"{path}: a JPEG cannot hold XMP of that length; it is left out")
     if kind in ("JPEG", "WEBP", "AVIF", "HEIF"):
         options["quality"] = 95
     if kind == "JPEG":
@@ -1463,7 +1518,8 @@ def save_picture(image: Image.Image, path: Path) -> None:
         try:
             image.save(temporary, format=kind, **options)
         except ValueError as error:  # `replacing` makes a UserError of an OSError
-            raise OSError(f"{error}; transparency needs .png, .webp or .tif") from error
+            remedy = "; transparency needs .png, .webp or .tif" if "A" in image.mode else ""
+            raise OSError(f"{error}{remedy}") from error
 
 
 # --- Pairs: blurred and sharp pictures that belong together ---------------------------------------
@@ -1915,7 +1971,8 @@ def load_restormer(weights: Path | None) -> StemmedRestormer:
         restormer = StemmedRestormer(**dimensions)
         restormer.load_state_dict(state, strict=True)
     except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not the weights of a Restormer; {remedy}") from error
+        cause = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
+        raise UserError(f"{path}: not the weights of a Restormer ({cause}); {remedy}") from error
     channels = 3 * restormer.stem_stride**2
     if dimensions["inp_channels"] != channels or dimensions["out_channels"] != channels:
         raise UserError(f"{path}: this Restormer does not map RGB to RGB; {remedy}")
@@ -2613,7 +2670,7 @@ def load_student(name: str | Path) -> tuple[Student, dict]:
         raise UserError(f"{path}: {error}") from error
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         remedy = "a run's best.pth is one, if this version of the script trained it"
-        cause = str(error).strip().split("\n")[0]
+        cause = " ".join(str(error).split())[:300]
         if isinstance(error, KeyError):
             cause = f"it has no {error}"
         raise UserError(f"{path}: not a student of this script ({cause}); {remedy}") from error
@@ -4274,6 +4331,9 @@ class Streams(Dataset):
         examples = range(16)  # of the mixtures, which may have changed
         digest.update(repr([draw_call((0, i)) for i in examples]).encode())
         digest.update(repr([draw_mixture((0, i)) for i in examples]).encode())
+        noise = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+        for number in examples:
+            digest.update(np.stack(with_sharp_part(*noise, (0, number))).tobytes())
         digest.update(repr((CODECS, CALLS, PROTOCOLS)).encode())
         files: set[Path] = set()
         for sources in self.sources.values():
@@ -4570,7 +4630,7 @@ def naming(source: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, IndexError, ValueError, RuntimeError) as error:  # PyAV's and PyTorch's
+    except Exception as error:  # PyAV and PyTorch have errors of many kinds
         raise UserError(f"{source}: not sharpened ({error})") from error
 
 
@@ -4593,12 +4653,12 @@ class ClipSharpener:
         av = importlib.import_module("av")
         encoder = LOSSLESS if self.lossless else CLIP_ENCODERS[target.suffix.lower()]
         # The file is opened twice: once for its pictures, once for all else.
-        with naming(str(source)), av.open(source) as given, av.open(source) as beside:
+        with naming(str(source)), av.open(source) as given, av.open(source) as again:
             require(given.streams.video, f"{source}: has no pictures in it")
             with replacing(target) as temporary, av.open(temporary, "w") as made:
-                return self.convert(given, beside, made, encoder)
+                return self.convert(given, again, made, encoder)
 
-    def convert(self, given, beside, made, encoder: Encoder) -> int:
+    def convert(self, given, again, made, encoder: Encoder) -> int:
         """Write every frame and every other stream of an open clip into another."""
         video = given.streams.video[0]
         count = 0
@@ -4607,7 +4667,7 @@ class ClipSharpener:
             first = next(frames, None)
             require(first, f"{given.name}: has no frame that can be decoded")
             stream = self.video_stream(made, encoder, video, first.pixels)
-            others = CopiedStreams(beside, made)
+            others = CopiedStreams(again, made)
             bar = progress(frames, "sharpen", total=video.frames or None, initial=1, unit="frame")
             for frame in itertools.chain([first], bar):
                 made.mux(stream.encode(self.picture(frame, stream)))
@@ -4689,8 +4749,8 @@ OTHER_READERS = {
     ".pdf": "export its pages as PNG first",
 }
 
-# Formats that hold no ICC profile when Pillow writes them.
-WITHOUT_PROFILE = ("BMP", "JPEG2000", "PPM", "TGA")
+# Formats that hold an ICC profile when Pillow writes them.
+WITH_PROFILE = ("AVIF", "HEIF", "JPEG", "PNG", "TIFF", "WEBP")
 
 # EXIF tags that say what a picture shows and how it was taken. Others may describe how the input
 # was stored (its size, its strips), which would be wrong in the output.
@@ -4772,9 +4832,9 @@ def find_sources(given: Path) -> tuple[list[Path], list[Path]]:
     require(given.exists(), f"{given}: no such file or folder")
     if not given.is_dir():
         return [given], []
-    files = list_files(given)
     sources = []
-    others = []
+    others: list[Path] = []
+    files = list_files(given, unreadable=others)
     for file in files:
         if file.suffix.lower() not in picture_formats() and not is_clip(file):
             others.append(file)
@@ -4805,15 +4865,15 @@ def plan_jobs(config: SharpenConfig) -> tuple[list[Job], list[Path]]:
                 suffix = writable_suffix(source)
             if config.output is None:
                 stem = source.with_suffix("")
-                target = beside(stem, f"_sharpened{suffix}")
+                target = with_ending(stem, f"_sharpened{suffix}")
             elif to_file:
                 stem = config.output.with_suffix("")
                 target = config.output
             else:
                 stem = config.output / source.relative_to(folder).with_suffix("")
-                target = beside(stem, suffix)
+                target = with_ending(stem, suffix)
             target = numbered(target, taken)
-            sheet = numbered(beside(stem, "_before_after.png"), taken)
+            sheet = numbered(with_ending(stem, "_before_after.png"), taken)
             jobs.append(Job(source, target, sheet))
     require(jobs, f"{config.inputs[0]}: no pictures or clips in this folder")
     check_targets(config, jobs, planned)
@@ -4825,16 +4885,32 @@ def is_own_output(source: Path, files: list[Path]) -> bool:
     match = re.fullmatch(r"(.+)_(sharpened|before_after)(_\d+)?", source.stem)
     if not match:
         return False
-    return any(file.parent == source.parent and file.stem == match[1] for file in files)
+    near = [file.stem for file in files if file.parent == source.parent]
+    return match[1] in near or match[1] in map(shortened, near)
 
 
-def beside(stem: Path, ending: str) -> Path:
-    """A path with this ending; its name is shortened to the 255 bytes that file systems take."""
-    name = os.fsencode(stem.name)
-    longest = 255 - len(os.fsencode(ending)) - len("_9999")  # `numbered` may add that
-    if len(name) > longest + len("_9999"):
-        return stem.with_name(name[:longest].decode(errors="ignore") + ending)
-    return stem.with_name(stem.name + ending)
+LONGEST_NAME = 255  # bytes, on all usual file systems
+
+
+def shortened(stem: str) -> str:
+    """The beginning of a name, and a number that tells it from others that begin so."""
+    name = os.fsencode(stem)
+    beginning = name[: LONGEST_NAME - 40]
+    try:
+        name.decode()
+        text = beginning.decode(errors="ignore")  # without a half letter at its end
+    except UnicodeDecodeError:
+        text = os.fsdecode(beginning)
+    return f"{text}-{zlib.crc32(name):08x}"
+
+
+def with_ending(stem: Path, ending: str) -> Path:
+    """A path with this ending, shortened where file systems would not take its name."""
+    longest = LONGEST_NAME - len("_9999")  # which `numbered` may add
+    name = stem.name + ending
+    if len(os.fsencode(name)) > longest:
+        name = shortened(stem.name) + ending
+    return stem.with_name(name)
 
 
 def numbered(target: Path, taken: set[Path]) -> Path:
@@ -4916,15 +4992,33 @@ def colour_chunks(path: str) -> dict[bytes, bytes]:
     return chunks
 
 
+def kept_xmp(image: Image.Image) -> bytes | None:
+    """The XMP without its orientation, since the picture is upright now; None if there is none."""
+    xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp")  # of JPEG, WebP; of PNG
+    if not xmp:
+        return None
+    if isinstance(xmp, str):
+        xmp = xmp.encode()
+    xmp = re.sub(rb"""\s+tiff:Orientation\s*=\s*("\d*"|'\d*')""", b"", xmp)
+    return re.sub(rb"<tiff:Orientation>\s*\d*\s*</tiff:Orientation>", b"", xmp)
+
+
+def kept_text(image: Image.Image) -> dict[str, str]:
+    """A PNG's texts, but for metadata that is kept as such."""
+    text = getattr(image, "text", {})
+    others = ("XML:com.adobe.xmp", "Raw profile type")
+    return {name: value for name, value in text.items() if not name.startswith(others)}
+
+
 def kept_metadata(image: Image.Image) -> dict[str, object]:
     """EXIF, ICC profile, resolution and texts of a picture as opened, for `save_picture`."""
     kept = {
         "exif": kept_exif(image),
         "icc_profile": kept_profile(image),
-        "xmp": image.info.get("xmp"),
-        "text": dict(getattr(image, "text", {})),  # a PNG's
+        "xmp": kept_xmp(image),
+        "text": kept_text(image),
     }
-    if getattr(image, "filename", ""):
+    with contextlib.suppress(AttributeError, OSError):  # made in memory, or its file is gone
         kept["chunks"] = colour_chunks(image.filename)
     dpi = image.info.get("dpi")
     if dpi and all(0 < side < 1e6 for side in dpi):
@@ -4936,8 +5030,10 @@ def as_srgb(image: Image.Image) -> Image.Image:
     """A picture's colours as sRGB, for formats without a profile; as it is if its does not fit."""
     source = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
     srgb = ImageCms.createProfile("sRGB")
+    others = {name: value for name, value in image.info.items() if name != "icc_profile"}
     with contextlib.suppress(ImageCms.PyCMSError):
         image = ImageCms.profileToProfile(image, source, srgb, outputMode=image.mode)
+        image.info = others
     return image
 
 
@@ -5021,9 +5117,8 @@ def sharpen_file(config: SharpenConfig, job: Job, sharpener: FrameFunction) -> N
     if not config.metadata:
         result.info = {name: v for name, v in result.info.items() if name not in PERSONAL}
     kind = Image.registered_extensions()[job.target.suffix.lower()]
-    if kind in WITHOUT_PROFILE and "icc_profile" in result.info:
-        result = as_srgb(result)
-    save_picture(result, job.target)
+    converting = kind not in WITH_PROFILE and "icc_profile" in result.info
+    save_picture(as_srgb(result) if converting else result, job.target)
     tqdm.write(f"{job.source} -> {job.target}")
     if config.before_after:
         save_picture(before_and_after(image, result), job.before_after)
@@ -5161,8 +5256,7 @@ def carry_out(run: TrainingRun, last: dict | None) -> None:
         pictures = f"{len(run.dataset)} crops an epoch, {len(run.held_out)} pictures held out"
         where = f"results in {run.config.run_dir}"
         print(f"{pictures}; {run.total_steps} steps; {where}", flush=True)
-    with locked(run.config.run_dir) if RANK == 0 else contextlib.nullcontext():
-        run.train()
+    run.train()
     if RANK == 0:
         plot_curves(run)
     if not run.finished:
@@ -5172,6 +5266,18 @@ def carry_out(run: TrainingRun, last: dict | None) -> None:
         raise KeyboardInterrupt
 
 
+def in_its_folder(command: Callable) -> Callable:
+    """The command of a run, while no other process can use the run's folder."""
+
+    @functools.wraps(command)
+    def alone(config: RunConfig) -> None:
+        with locked(config.run_dir) if RANK == 0 else contextlib.nullcontext():
+            command(config)
+
+    return alone
+
+
+@in_its_folder
 def train(config: TrainConfig) -> None:
     """Distil the teacher into a student; without a dataset, on scikit-image's pictures."""
     last = read_last(config)
@@ -5214,6 +5320,7 @@ def report_gain(run: TrainingRun) -> None:
     print(f"after:  {format_scores(best)}")
 
 
+@in_its_folder
 def train_teacher(config: TeacherConfig) -> None:
     """Train a Restormer of any size on the dataset (L1); best.pth is a --teacher-weights file."""
     four = len(config.num_blocks) == len(config.heads) == 4
@@ -5226,7 +5333,11 @@ def train_teacher(config: TeacherConfig) -> None:
     dataset, held_out = training_data(config)
     device = pick_device(config)
     if last:
-        restormer = StemmedRestormer(**last["network"])
+        try:
+            restormer = StemmedRestormer(**last["network"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            wrong = f"{config.run_dir / 'last.pth'}: its network cannot be built ({error})"
+            raise UserError(f"{wrong}; {RESTART}") from error
     elif config.init:  # of whatever size it is
         restormer = load_restormer(Path(config.init))
     else:
@@ -5360,7 +5471,11 @@ def ablate(config: AblateConfig) -> None:
     by_name = {variant.name: variant for variant in variants}
     if config.overwrite:  # all are removed here, since a run that is found below is resumed
         for variant, seed in itertools.product(variants, config.seeds):
-            shutil.rmtree(config.run_dir / f"{variant.folder}_{seed}", ignore_errors=True)
+            folder = config.run_dir / f"{variant.folder}_{seed}"
+            if folder.exists():
+                with locked(folder):
+                    for file in folder.iterdir():
+                        file.unlink()
 
     for variant in variants:
         of_this = config
@@ -5369,7 +5484,7 @@ def ablate(config: AblateConfig) -> None:
             of_this = dataclasses.replace(
                 config,
                 epochs=max(1, round(config.epochs * ratio)),
-                max_steps=round(config.max_steps * ratio),
+                max_steps=math.ceil(config.max_steps * ratio),
             )
         run_variant(of_this, variant, test)
         line = f"{variant.name:<20}{variant.steps:>6} steps of{1000 * variant.seconds:>4.0f} ms"
@@ -6103,7 +6218,7 @@ def resumed_config(config_class: type[RunConfig], given: dict[str, object]) -> R
     last = read_checkpoint(file, RESTART)
     try:
         saved = checked_settings(config_class, last["config"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (IndexError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file}: another command's run, or an older one's ({error})") from error
     return config_class(**(saved | given | {"run_dir": run_dir}))
 
@@ -6129,7 +6244,10 @@ def checked_settings(config_class: type[RunConfig], saved: dict[str, object]) ->
             values = value if isinstance(value, tuple) else (value,)
             if not all(isinstance(each, int | float | str) for each in values):
                 raise TypeError(f"{flag_of(item)} is {value}")
-            arguments += [flag_of(item), *map(str, values)]
+            if values is value:
+                arguments += [flag_of(item), *map(str, values)]
+            else:
+                arguments.append(f"{flag_of(item)}={value}")  # it may begin with a hyphen
     given = parse_command_line(arguments)
     names = {item.name for item in dataclasses.fields(config_class)}
     return left_out | {name: value for name, value in given.items() if name in names}

@@ -1,13 +1,14 @@
 """Give the script damaged files until the time is up: python tests/fuzz.py --seconds 300 --seed 1
 
-Each round damages a picture, a checkpoint or a clip at random and sharpens with it. Right is exit
-status 0 with a picture that can be read, or exit status 2 with one line of error; nothing else may
-be left behind. A file that led to anything else is kept in --keep, and the exit status is 1.
+Each round damages a picture, a checkpoint or a clip at random and sharpens with it. Right is a
+result that can be read, or a UserError with nothing left behind. A file that led to anything else
+is kept in --keep, and the exit status is 1. (It needs a system with alarm signals, not Windows.)
 """
 
 import argparse
 import contextlib
 import io
+import logging
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ import tempfile
 import time
 import traceback
 import warnings
+import zipfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -99,36 +101,54 @@ def damaged(content: bytes, draw: np.random.Generator) -> bytes:
     return bytes(changed)
 
 
-def complaint(file: Path, folder: Path) -> str:
-    """What is wrong with how `sharpen` takes a damaged file; "" if nothing is."""
-    picture = folder / "whole.png"
-    out = folder / "out"
-    command = ["sharpen", str(file), "-o", f"{out}{os.sep}", "--checkpoint", "fast"]
-    if file.suffix == ".pth":
-        command = ["sharpen", str(picture), "-o", f"{out}{os.sep}", "--checkpoint", str(file)]
-    printed, error = io.StringIO(), io.StringIO()
+def damaged_checkpoint(content: bytes, draw: np.random.Generator) -> bytes:
+    """Half of them damaged as they are; in the others an entry, under its true checksum."""
+    if draw.random() < 0.5:
+        return damaged(content, draw)
+    changed = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(content)) as archive,
+        zipfile.ZipFile(changed, "w") as copy,
+    ):
+        names = archive.namelist()
+        chosen = names[draw.integers(len(names))] if draw.random() < 0.5 else names[0]
+        for name in names:
+            data = archive.read(name)
+            copy.writestr(name, damaged(data, draw) if name == chosen and data else data)
+    return changed.getvalue()
+
+
+def complaint(file: Path, folder: Path, sharpener: kd.FrameSharpener) -> str:
+    """What is wrong with how the script takes a damaged file; "" if nothing is."""
+    output = folder / "out"
     try:
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(error):
-            status = kd.main(command)
+        if file.suffix == ".pth":
+            restored = kd.load_sharpener(file)(np.full((24, 32, 3), 90, np.uint8))
+            return "" if restored.shape == (24, 32, 3) else f"a frame of shape {restored.shape}"
+        config = kd.SharpenConfig(inputs=(file,), output=output)
+        (job,), _ = kd.plan_jobs(config)
+        kd.sharpen_file(config, job, sharpener)
+        made = [*output.iterdir()]
+        if made != [job.target]:
+            return f"{made} was written instead of {job.target}"
+        if job.is_clip:
+            kd.clip_frames(job.target)
+        else:
+            Image.open(job.target).load()
+    except kd.UserError:
+        left = [*output.iterdir()] if output.exists() else []
+        return f"{left} is left behind an error" if left else ""
     except BaseException:
         return traceback.format_exc()
-    made = sorted(out.glob("*")) + sorted(out.glob(".*"))
-    if status == 2:
-        one_line = error.getvalue().count("\n") == 1
-        if made:
-            return f"exit status 2, and {made} is left"
-        return "" if one_line else f"not one line of error: {error.getvalue()}"
-    if status != 0 or len(made) != 1:
-        return f"exit status {status}, {made} written"
-    if kd.is_clip(made[0]):
-        kd.clip_frames(made[0])
-    else:
-        Image.open(made[0]).load()
     return ""
 
 
+class HangsError(BaseException):
+    """Not an Exception, which the script might take for one of Pillow's."""
+
+
 def give_up(*_: object) -> None:
-    raise TimeoutError(f"not done after {SLOW} s")
+    raise HangsError(f"not done after {SLOW} s")
 
 
 def main() -> int:
@@ -138,32 +158,33 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, default=Path("fuzz_failures"))
     flags = parser.parse_args()
     warnings.simplefilter("ignore")
-    checkpoint = kd.SHIPPED["fast"].read_bytes()
-    kinds = [whole_pictures(), {".pth": checkpoint}, whole_clips()]
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    sharpener = kd.load_sharpener("fast")
+    kinds = [whole_pictures(), {".pth": kd.SHIPPED["fast"].read_bytes()}, whole_clips()]
     signal.signal(signal.SIGALRM, give_up)
 
     end = time.monotonic() + flags.seconds
-    rounds = failures = 0
+    number = failures = 0
     while time.monotonic() < end:
-        draw = np.random.default_rng((flags.seed, rounds))
-        rounds += 1
+        draw = np.random.default_rng((flags.seed, number))
         files = kinds[draw.choice(3, p=(0.7, 0.15, 0.15))] or kinds[0]
         ending = sorted(files)[draw.integers(len(files))]
+        damage = damaged_checkpoint if ending == ".pth" else damaged
         with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            Image.fromarray(np.full((24, 32, 3), 90, np.uint8)).save(folder / "whole.png")
-            file = folder / f"damaged{ending}"
-            file.write_bytes(damaged(files[ending], draw))
+            file = Path(name, f"damaged{ending}")
+            file.write_bytes(damage(files[ending], draw))
             signal.alarm(SLOW)
-            wrong = complaint(file, folder)
+            with contextlib.redirect_stdout(io.StringIO()):
+                wrong = complaint(file, Path(name), sharpener)
             signal.alarm(0)
             if wrong:
                 failures += 1
                 flags.keep.mkdir(parents=True, exist_ok=True)
-                kept = flags.keep / f"{flags.seed}_{rounds}{ending}"
+                kept = flags.keep / f"{flags.seed}_{number}{ending}"
                 shutil.copy(file, kept)
                 print(f"{kept}: {wrong}")
-    print(f"{rounds} damaged files, {failures} failures (seed {flags.seed})")
+        number += 1
+    print(f"{number} damaged files, {failures} failures (seed {flags.seed})")
     return int(failures > 0)
 
 

@@ -29,7 +29,7 @@ def small_run(data_root, run_dir, steps):
         *("--stem-stride", "2", "--widths", "8", "--convolutions", "2", "--degradation", "x2"),
         *("--lambda-kl", "0", "--lambda-feature", "0", "--lambda-perceptual", "0"),
         *("--image-size", "32", "--batch-size", "4", "--workers", "0", "--device", "cpu"),
-        *("--threads", "1", "--epochs", "500", "--max-steps", str(steps), "--save-every", "0.01"),
+        *("--threads", "1", "--epochs", "5000", "--max-steps", str(steps), "--save-every", "0.01"),
         *("--precision", "float32", "--validate-every", "100"),
     ]
 

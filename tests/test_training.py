@@ -562,6 +562,19 @@ def test_a_folder_belongs_to_one_run_at_a_time(arguments, tmp_path, capsys, monk
     assert kd.main(command) == 0  # the first has ended
 
 
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left = tmp_path / (kd.temporary_name(ended.pid, 1) + ".pth")
+    being_written = tmp_path / (kd.temporary_name(os.getppid(), 1) + ".pth")
+    of_another_computer = tmp_path / f".sharpen_kd-00000000-{ended.pid}-1.pth"
+    for file in (left, being_written, of_another_computer):
+        file.write_bytes(b"half")
+    kd.write_checkpoint({"step": 1}, tmp_path / "last.pth")
+    files = {tmp_path / "last.pth", being_written, of_another_computer}
+    assert set(tmp_path.iterdir()) == files
+
+
 BAD_SETTINGS = {
     "epochs": "many",
     "learning_rate": -1.0,
