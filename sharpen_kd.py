@@ -398,6 +398,7 @@ SHIPPED = {
     "fast": CHECKPOINTS / "student_fast.pth",
     "call": CHECKPOINTS / "student_call.pth",
     "call-fast": CHECKPOINTS / "student_call_fast.pth",
+    "unet": CHECKPOINTS / "student_unet.pth",
 }
 FOR_PICTURES = "quality"
 FOR_CLIPS = "call"
@@ -916,7 +917,7 @@ class ExportConfig:
     """Write a student as a file for other programs; it takes and returns 8-bit frames."""
 
     format: str = flag("onnx", "file format", choices=("onnx", "openvino"))
-    checkpoint: str = same_flag(InferenceConfig, "checkpoint", "quality")
+    checkpoint: str = same_flag(InferenceConfig, "checkpoint", FOR_PICTURES)
     output: Path = flag(CHECKPOINTS / "exported/student", "file to write", short="-o")
 
 
