@@ -441,6 +441,10 @@ def test_pictures_are_upright_as_they_are_read(tmp_path, photographs):
     assert np.array_equal(blurred, sharp)
     dataset = kd.GoProSharpeningDataset([pair], 8, degradation="x2")
     assert np.array_equal(dataset.images(0)[0], sharp)
+    for ending in ("tif", "jpg"):  # the size in the header is the one that is read
+        upright.rotate(90, expand=True).save(tmp_path / f"a.{ending}", exif=exif)
+        assert kd.picture_size(tmp_path / f"a.{ending}") == (30, 40)
+        assert kd.open_picture(tmp_path / f"a.{ending}").size == (30, 40)
 
 
 def test_prepare_leaves_nothing_behind_when_a_picture_is_broken(tmp_path, capsys):

@@ -426,6 +426,79 @@ def test_a_name_that_the_screen_cannot_show_is_escaped(tmp_path, student_file, s
     assert (tmp_path / "写真_sharpened.png").exists()
 
 
+TURNED = b'<x:xmpmeta xmlns:tiff="t" tiff:Orientation="6" tiff:Make="camera"/>'
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
+def test_xmp_does_not_turn_the_upright_picture_again(tmp_path, run_sharpen, small, ending):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", TURNED.decode())
+    small.save(tmp_path / "in.png", exif=exif, pnginfo=info)
+    out = tmp_path / f"out.{ending}"
+    assert run_sharpen(tmp_path / "in.png", "-o", out)[0] == 0
+    assert kd.open_picture(out).size == (30, 40)
+    with Image.open(out) as result:
+        result.load()
+        xmp = result.info.get("xmp") or result.info["XML:com.adobe.xmp"].encode()
+    assert b"Orientation" not in xmp
+    assert b'tiff:Make="camera"' in xmp
+
+
+def test_xmp_that_a_jpeg_cannot_hold_is_left_out_and_said(tmp_path, run_sharpen, small):
+    small.save(tmp_path / "in.webp", xmp=b"<x>" + bytes(70_000) + b"</x>")
+    status, _, output = run_sharpen(tmp_path / "in.webp", "-o", tmp_path / "out.jpg")
+    assert status == 0
+    assert "out.jpg: a JPEG cannot hold XMP of that length" in output
+    assert Image.open(tmp_path / "out.jpg").size == (40, 30)
+
+
+def test_two_long_names_that_begin_alike_have_results_of_their_own(tmp_path, run_sharpen):
+    colours = {"1": (200, 0, 0), "2": (0, 0, 200)}
+    for number, colour in colours.items():
+        path = tmp_path / f"{'a' * 248}{number}.png"
+        Image.new("RGB", (32, 32), colour).save(path)
+        assert run_sharpen(path, "--strength", "0")[0] == 0
+    results = sorted(tmp_path.glob("*_sharpened.png"))
+    found = {Image.open(path).getpixel((5, 5)) for path in results}
+    assert found == set(colours.values())
+    before = names_in(tmp_path)
+    assert run_sharpen(tmp_path)[0] == 0  # takes no result of before for a picture
+    assert names_in(tmp_path) == before
+
+
+def test_a_converted_profile_leaves_resolution_and_comparison_as_they_are(tmp_path, run_sharpen):
+    red = Image.new("RGB", (32, 32), (200, 20, 20))
+    profile = profile_with_red_and_green_exchanged()
+    red.save(tmp_path / "in.png", icc_profile=profile, dpi=(300, 300))
+    out = tmp_path / "out.bmp"
+    assert run_sharpen(tmp_path / "in.png", "-o", out, "--strength", "0", "--before-after")[0] == 0
+    assert Image.open(out).info["dpi"] == pytest.approx((300, 300), abs=0.1)
+    sheet = np.array(Image.open(tmp_path / "out_before_after.png"))
+    assert np.array_equal(sheet[:, :100], sheet[:, -100:])
+
+
+def test_a_folder_that_cannot_be_read_does_not_stop_the_others(
+    tmp_path, run_sharpen, small, monkeypatch
+):
+    (tmp_path / "in/closed").mkdir(parents=True)
+    small.save(tmp_path / "in/a.png")
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    status, _, output = run_sharpen(tmp_path / "in", "-o", tmp_path / "out")
+    assert status == 0
+    assert "1 sharpened; 1 skipped: closed" in output
+    with pytest.raises(kd.UserError, match="closed: cannot be read"):
+        kd.list_files(tmp_path / "in")
+
+
 def test_links_to_nowhere_are_named_and_the_rest_is_done(tmp_path, run_sharpen, small):
     (tmp_path / "in").mkdir()
     small.save(tmp_path / "in/a.png")

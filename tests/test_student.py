@@ -381,6 +381,7 @@ BAD_WEIGHTS = {
     "another shape": {"planes.weight": torch.ones(6, 11, 1, 1)},
     "no tensor": {"planes.weight": 1.0},
     "a number for a name": {5: torch.ones(6)},
+    "one number for many": {"planes.weight": torch.ones(1).expand(6, 12, 1, 1)},
 }
 
 
