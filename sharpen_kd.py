@@ -1291,9 +1291,11 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if [*folder.iterdir()] == [path]:  # the run did not begin: leave nothing
-                path.unlink()
-                folder.rmdir()
+            # If the run did not begin, leave nothing. The folder may be gone by now.
+            with contextlib.suppress(FileNotFoundError):
+                if [*folder.iterdir()] == [path]:
+                    path.unlink()
+                    folder.rmdir()
 
 
 def require_packages(names: Iterable[str], wanted_by: str) -> None:
