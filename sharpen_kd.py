@@ -665,6 +665,9 @@ class StudentConfig:
         "unet: the report's; plain: 3x3 layers at one scale; guided: such layers on the luma, and"
         " a map of where their correction is wanted",
     )
+    luma: bool = flag(
+        False, "unet: see and correct luma and averaged colours, which is faster, instead of RGB"
+    )
     guide_width: int = flag(16, "guided: width of what makes the map", at_least=1, at_most=4096)
     colours: bool = flag(True, "guided: correct colours, too")
     stem_stride: int = flag(
@@ -1902,6 +1905,7 @@ class PreparedCrops(Dataset):
         mirror, flip, turn = draw.random(3) < 0.5
         both = self.pixels[self.used[index]]
         both = both[:, top : top + self.image_size, left : left + self.image_size]
+        both = with_border(both, *(draw.random(2) < 0.1))
         if mirror:
             both = both[:, :, ::-1]
         if flip:
@@ -1922,6 +1926,19 @@ class PreparedCrops(Dataset):
         crops = [PreparedCrop(*self.pixels[i]) for i in left_out[::every]]
         # A crop of one colour arrives as it was sent, and its infinite PSNR would drown all others.
         return [crop for crop in crops if frame_psnr(*crop.load()) < PSNR_CAP]
+
+
+def with_border(both: np.ndarray, at_the_top: bool, at_the_left: bool) -> np.ndarray:
+    """(..., H, W, C) moved down or to the right by MARGIN, and continued as frames are there.
+
+    So a student learns what it will see at a frame's borders.
+    """
+    down = MARGIN if at_the_top else 0
+    right = MARGIN if at_the_left else 0
+    height, width = both.shape[-3:-1]
+    moved = both[..., : height - down, : width - right, :]
+    around = [(0, 0)] * (both.ndim - 3) + [(down, 0), (right, 0), (0, 0)]
+    return np.pad(moved, around, "symmetric")
 
 
 @dataclass(frozen=True)
@@ -2146,10 +2163,60 @@ def initialise(network: nn.Module, output: nn.Conv2d) -> None:
     training the output still equalled the input.
     """
     for module in network.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
+        is_trained = isinstance(module, (nn.Conv2d, nn.Linear)) and module.weight.requires_grad
+        if is_trained:
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             nn.init.zeros_(module.bias)
     nn.init.normal_(output.weight, std=1e-3)
+
+
+def haar() -> Tensor:
+    """(4, 4): from 2x2 pixels, row by row, to twice their mean and three differences.
+
+    It is its own inverse.
+    """
+    signs = [[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]
+    return torch.tensor(signs, dtype=torch.float32) / 2
+
+
+def luma_layers(colours: bool = True) -> tuple[nn.Conv2d, nn.Conv2d]:
+    """(from folded RGB to planes, from planes to folded RGB), with fixed kernels.
+
+    The planes of 2x2 pixels are their luma, as its mean and three differences (`haar`), and their
+    two colour differences averaged, as video has them: half as many as RGB has, and most of the
+    arithmetic goes where most of the error is. Without `colours` there are the four of the luma.
+    """
+    from_rgb = torch.tensor(  # luma, blue - luma, red - luma (ITU-R BT.601)
+        [[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]]
+    )
+    to_rgb = torch.tensor([[1, 0, 1.402], [1, -0.344, -0.714], [1, 1.772, 0]])
+    of_each = haar()  # the mean and the differences of a fold's lumas
+    of_all = torch.full((1, 4), 1 / 4)  # averages a colour difference over the fold's pixels
+    to_each = torch.ones(4, 1)  # gives the same to all four
+    # `pixel_unshuffle` orders the 12 channels of a fold by colour and pixel.
+    into = [torch.kron(from_rgb[:1], of_each), torch.kron(from_rgb[1:], of_all)]
+    back = [torch.kron(to_rgb[:, :1], of_each), torch.kron(to_rgb[:, 1:], to_each)]
+
+    count = 6 if colours else 4
+    planes = nn.Conv2d(12, count, 1)
+    planes.weight.data = torch.cat(into)[:count, :, None, None]
+    nn.init.zeros_(planes.bias)
+    planes.requires_grad_(False)
+    output = nn.Conv2d(count, 12, 1)
+    output.weight.data = torch.cat(back, dim=1)[:, :count, None, None]
+    nn.init.zeros_(output.bias)
+    # The bias is trained: FFmpeg's conversion to RGB makes all frames about a level darker.
+    output.weight.requires_grad_(False)
+    return planes, output
+
+
+def colourfulness(colours: Tensor) -> Tensor:
+    """From 0 for grey to 1 (B, 1, ...), of the mean squares of both colour planes (B, 2, ...).
+
+    Corrections of the colours are scaled by it: where there is no colour none may appear.
+    """
+    strength = colours.sum(1, keepdim=True)
+    return strength / (strength + 1e-4)  # 0.5 at 2.5 levels of 255
 
 
 class SEBlock(nn.Module):
@@ -2223,6 +2290,8 @@ class StudentUNet(Student):
     2017) goes through the stage's first convolution alone, and what comes up is added to the
     result. A student with lateral skips is built for speed: it also shrinks by strided convolutions
     instead of pooling, and has no gates at its finest scale.
+
+    With `luma` it sees and corrects the planes of `luma_layers`; the report's sees RGB.
     """
 
     def __init__(
@@ -2232,6 +2301,7 @@ class StudentUNet(Student):
         widths: Sequence[int] = (),
         skips: str = "concatenate",
         convolutions: Sequence[int] = (2,),
+        luma: bool = False,
     ) -> None:
         super().__init__()
         c = base_channels
@@ -2246,6 +2316,7 @@ class StudentUNet(Student):
         require(len(convolutions) == scales, wanted)
         require(min(*widths, *convolutions) > 0, "--widths, --convolutions: 1 or more each")
         require(skips in ("concatenate", "lateral"), f"--skips {skips}: concatenate or lateral")
+        require(stem_stride == 2 or not luma, "--luma: takes --stem-stride 2")
 
         self.config = {
             "kind": "unet",
@@ -2253,13 +2324,15 @@ class StudentUNet(Student):
             "widths": widths,
             "skips": skips,
             "convolutions": tuple(convolutions),
+            "luma": luma,
         }
         self.stem_stride = stem_stride
+        self.luma = luma
         self.lateral = skips == "lateral"
         self.alignment = max(SEBlock.CELL, stem_stride * 2 ** (scales - 1))
         # Gates see two cells more. (Those of several stages add up, but hardly matter so far away.)
         self.reach = stem_stride * self.reach_in_folds(convolutions) + 2 * self.alignment
-        folded = 3 * stem_stride**2
+        planes = 6 if luma else 3 * stem_stride**2
 
         def stage(scale: int, in_channels: int, stride: int = 1) -> Stage:
             has_gates = scale > 0 or not self.lateral
@@ -2267,7 +2340,7 @@ class StudentUNet(Student):
             return Stage(in_channels, widths[scale], convolutions[scale], stride, cell)
 
         down_stride = 2 if self.lateral else 1  # else max-pooling halves the size
-        down = [stage(0, folded)]
+        down = [stage(0, planes)]
         for scale in range(1, scales):
             down.append(stage(scale, widths[scale - 1], down_stride))
         self.encoder = nn.ModuleList(down[:-1])
@@ -2279,7 +2352,11 @@ class StudentUNet(Student):
             self.up.append(nn.ConvTranspose2d(widths[scale + 1], widths[scale], 2, stride=2))
             merged = widths[scale] if self.lateral else 2 * widths[scale]
             self.decoder.append(stage(scale, merged))
-        self.output = nn.Conv2d(widths[0], folded, 1)
+        if luma:
+            self.planes, self.output = luma_layers()
+            self.correction = nn.Conv2d(widths[0], planes, 1)
+        else:
+            self.output = nn.Conv2d(widths[0], planes, 1)
 
         self.feature_widths = {"e2": widths[1], "e4": widths[-2], "b": widths[-1]}
         self.initialise()
@@ -2288,12 +2365,17 @@ class StudentUNet(Student):
     def from_flags(cls, config: StudentConfig) -> "StudentUNet":
         convolutions = config.convolutions or (2,)
         return cls(
-            config.base_channels, config.stem_stride, config.widths, config.skips, convolutions
+            config.base_channels,
+            config.stem_stride,
+            config.widths,
+            config.skips,
+            convolutions,
+            config.luma,
         )
 
     @property
     def first_layer(self) -> nn.Conv2d:
-        return self.encoder[0].layers[0]
+        return self.planes if self.luma else self.encoder[0].layers[0]
 
     @property
     def multiple(self) -> int:
@@ -2325,7 +2407,7 @@ class StudentUNet(Student):
         Untrained deep stages add noise. If they start at full strength, training switches them off
         and they never recover. From near zero they grow as they learn (0.1 dB better).
         """
-        initialise(self, self.output)
+        initialise(self, self.correction if self.luma else self.output)
         for module in self.modules():
             if isinstance(module, SEBlock):
                 nn.init.constant_(module.excite.bias, 2.0)
@@ -2335,7 +2417,8 @@ class StudentUNet(Student):
 
     def features(self, folded: Tensor) -> Features:
         levels = []  # the encoder's results, finest first, each half as high and wide as the last
-        x = folded
+        planes = self.planes(folded) if self.luma else folded
+        x = planes
         for stage in (*self.encoder, self.bottleneck):
             if levels and not self.lateral:
                 x = F.max_pool2d(x, 2)
@@ -2352,7 +2435,17 @@ class StudentUNet(Student):
         # The student's stem and scales need not be the teacher's, so maps of one name may differ in
         # size; `feature_loss` resizes the teacher's.
         taps = {"e2": levels[1], "e4": levels[-2], "b": levels[-1]}
+        if self.luma:
+            x = self.keep_grey(self.correction(x), planes)
         return Features(x, taps)
+
+    @staticmethod
+    def keep_grey(correction: Tensor, planes: Tensor) -> Tensor:
+        """The correction of the planes, without that of the colours where the picture is grey."""
+        cell = SEBlock.CELL // 4
+        colours = F.avg_pool2d(planes[:, 4:].square(), cell)
+        scale = F.interpolate(colourfulness(colours), scale_factor=cell, mode="bilinear")
+        return torch.cat([correction[:, :4], correction[:, 4:] * scale], 1)
 
 
 def stack_options(config: StudentConfig, kind: str) -> dict[str, int]:
@@ -2408,15 +2501,6 @@ class PlainStack(Student):
         for layer in self.layers:
             x = F.leaky_relu(layer(x), LEAK, inplace=True)
         return Features(x, {})
-
-
-def haar() -> Tensor:
-    """(4, 4): from 2x2 pixels, row by row, to twice their mean and three differences.
-
-    It is its own inverse.
-    """
-    signs = [[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]
-    return torch.tensor(signs, dtype=torch.float32) / 2
 
 
 class Guide(nn.Module):
@@ -2512,21 +2596,12 @@ class Guide(nn.Module):
             x = F.leaky_relu(layer(x), LEAK)
         wanted = torch.sigmoid(self.last(x))
         if planes.shape[1] > 4:
-            # Where there is no colour none may appear: grey stays grey.
-            strength = colours.sum(1, keepdim=True)
-            colourful = strength / (strength + 1e-4)  # 0.5 at 2.5 levels of 255
-            wanted = torch.cat([wanted[:, :4], wanted[:, 4:] * colourful], 1)
+            wanted = torch.cat([wanted[:, :4], wanted[:, 4:] * colourfulness(colours)], 1)
         return F.interpolate(wanted, scale_factor=self.CELL // 2, mode="bilinear")
 
 
 class GuidedStack(Student):
-    """3x3 layers on the luma at half resolution, whose correction a map scales: see Guide.
-
-    The layers see the luma of 2x2 pixels, as its mean and three differences (`haar`), and the two
-    colour differences averaged over them, as video has them: half the planes of RGB, and most of
-    the arithmetic goes where most of the error is. Without `colours` they see and change the luma
-    alone.
-    """
+    """3x3 layers on the planes of `luma_layers`, whose correction a map scales: see Guide."""
 
     def __init__(
         self, width: int = 16, layers: int = 4, guide_width: int = 16, colours: bool = True
@@ -2546,42 +2621,18 @@ class GuidedStack(Student):
         self.reach = max(2 * layers, 4 * Guide.CELL)
         self.feature_widths = {}
         planes = 6 if colours else 4
-        self.planes = nn.Conv2d(12, planes, 1)
+        self.planes, self.output = luma_layers(colours)
         self.layers = nn.ModuleList([nn.Conv2d(planes, width, 3, padding=1)])
         for _ in range(layers - 2):
             self.layers.append(nn.Conv2d(width, width, 3, padding=1))
         self.layers.append(nn.Conv2d(width, planes, 3, padding=1))
         self.guide = Guide(planes, width, guide_width)
-        self.output = nn.Conv2d(planes, 12, 1)
-        self.initialise(planes)
-
-    def initialise(self, planes: int) -> None:
-        """`initialise`, with an open map, and with fixed layers from colours to luma and back.
-
-        While the correction is near zero the map has no reason to close. In two runs the correction
-        began ten times as large: the map closed within some hundred steps, never opened again, and
-        nothing was learned.
-
-        `pixel_unshuffle` orders the 12 channels of a fold by colour and pixel.
-        """
+        # An open map, and a correction near zero: so the map has no reason to close. In two runs
+        # the correction began ten times as large: the map closed within some hundred steps, never
+        # opened again, and nothing was learned.
         initialise(self, self.layers[-1])
         nn.init.zeros_(self.guide.last.weight)
         nn.init.constant_(self.guide.last.bias, 2.0)
-        from_rgb = torch.tensor(  # luma, blue - luma, red - luma (ITU-R BT.601)
-            [[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]]
-        )
-        to_rgb = torch.tensor([[1, 0, 1.402], [1, -0.344, -0.714], [1, 1.772, 0]])
-        of_each = haar()  # the mean and the differences of a fold's lumas
-        of_all = torch.full((1, 4), 1 / 4)  # averages a colour difference over the fold's pixels
-        to_each = torch.ones(4, 1)  # gives the same to all four
-        into = [torch.kron(from_rgb[:1], of_each), torch.kron(from_rgb[1:], of_all)]
-        back = [torch.kron(to_rgb[:, :1], of_each), torch.kron(to_rgb[:, 1:], to_each)]
-        self.planes.weight.data = torch.cat(into)[:planes, :, None, None]
-        self.output.weight.data = torch.cat(back, dim=1)[:, :planes, None, None]
-        self.planes.requires_grad_(False)
-        # The bias is trained: FFmpeg's conversion to RGB makes all frames about a level darker,
-        # also those that the map leaves alone.
-        self.output.weight.requires_grad_(False)
 
     @classmethod
     def from_flags(cls, config: StudentConfig) -> "GuidedStack":

@@ -169,7 +169,34 @@ def test_a_few_crops_have_a_sharp_part_and_keep_the_rest():
     assert np.mean([len(np.unique(caption)) > 3 for caption in captions]) > 0.8  # there are letters
 
 
-def test_a_prepared_crop_is_a_window_mirrored_and_turned_alike_on_both_sides(prepared):
+def test_a_border_is_continued_as_frames_are():
+    both = np.random.default_rng(0).integers(0, 256, (2, 32, 40, 3), np.uint8)
+    for top, left in np.ndindex(2, 2):
+        moved = kd.with_border(both, bool(top), bool(left))
+        assert moved.shape == both.shape
+        for before, after in zip(both, moved, strict=True):
+            frame = before[: 32 - kd.MARGIN * top, : 40 - kd.MARGIN * left]
+            padded, _ = kd.FrameSharpener(kd.GuidedStack()).cut(frame)
+            first = kd.MARGIN * (1 - top), kd.MARGIN * (1 - left)  # what `cut` continues, too
+            assert np.array_equal(after, padded[first[0] :, first[1] :][:32, :40])
+
+
+def test_some_prepared_crops_begin_at_a_border(prepared, monkeypatch):
+    drawn = []
+
+    def note(both, at_the_top, at_the_left):
+        drawn.append((at_the_top, at_the_left))
+        return both
+
+    monkeypatch.setattr(kd, "with_border", note)
+    crops = kd.PreparedCrops(prepared / "train", image_size=48)
+    for epoch in range(1000):
+        crops[epoch, 0]
+    assert np.mean(drawn, axis=0) == pytest.approx([0.1, 0.1], abs=0.03)
+
+
+def test_a_prepared_crop_is_a_window_mirrored_and_turned_alike_on_both_sides(prepared, monkeypatch):
+    monkeypatch.setattr(kd, "with_border", lambda both, *_: both)
     crops = kd.PreparedCrops(prepared / "train", image_size=48, seed=3)
     pixels = crops_in(prepared)
     forms = set()

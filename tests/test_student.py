@@ -23,13 +23,22 @@ STUDENTS = {
 }
 
 
+def luma_unet():
+    """A small U-Net on the planes of the luma, with a correction that is seen."""
+    torch.manual_seed(0)
+    student = awake(kd.StudentUNet(stem_stride=2, widths=(8, 12, 16), skips="lateral", luma=True))
+    torch.nn.init.normal_(student.correction.weight, std=0.05)
+    return student
+
+
 def parameters(**options):
     return sum(p.numel() for p in kd.StudentUNet(**options).parameters())
 
 
 def awake(student):
     """The student with a correction that is seen, and deep stages that are heard."""
-    torch.nn.init.normal_(student.output.weight, std=0.05)
+    if student.output.weight.requires_grad:
+        torch.nn.init.normal_(student.output.weight, std=0.05)
     for up in getattr(student, "up", ()):
         torch.nn.init.normal_(up.weight, std=0.3)
     return student
@@ -185,9 +194,13 @@ def test_luma_and_colour_differences_are_those_of_bt_601():
     assert torch.allclose(again, flat, atol=1e-3)
 
 
-@pytest.mark.parametrize("colours", [True, False])
-def test_what_is_grey_stays_grey(colours):
-    student = awake_guided(colours=colours)
+@pytest.mark.parametrize(
+    "make",
+    [awake_guided, lambda: awake_guided(colours=False), luma_unet],
+    ids=["guided", "without colours", "unet"],
+)
+def test_what_is_grey_stays_grey(make):
+    student = make()
     grey = torch.rand(1, 1, 48, 64).expand(1, 3, 48, 64)
     restored = student(grey)
     assert (restored - grey).abs().mean() > 0.01
@@ -294,6 +307,7 @@ def test_flags_describe_a_student():
         "widths": (4, 6, 8),
         "skips": "lateral",
         "convolutions": (1, 2, 3),
+        "luma": False,
     }
     assert kd.StudentUNet.from_flags(kd.StudentConfig(base_channels=16)).config == {
         "kind": "unet",
@@ -301,6 +315,7 @@ def test_flags_describe_a_student():
         "widths": (4, 8, 16, 32, 48),
         "skips": "concatenate",
         "convolutions": (2, 2, 2, 2, 2),
+        "luma": False,
     }
     plain = kd.StudentConfig(stem_stride=1, widths=(8,), convolutions=(4,))
     expected = {"kind": "plain", "stem_stride": 1, "width": 8, "layers": 4}
@@ -747,6 +762,40 @@ def test_wrong_dimensions_of_a_plain_stack_are_refused():
             kd.PlainStack.from_flags(kd.StudentConfig(**wrong))
 
 
+# --- The U-Net on the luma ------------------------------------------------------------------------
+
+
+def test_a_unet_on_the_luma_corrects_colours_where_there_are_any():
+    student = luma_unet()
+    picture = torch.rand(1, 1, 64, 192).repeat(1, 3, 1, 1)
+    picture[:, 0, :, 128:] = 0.5  # colours at the right, two cells of 16 pixels from the middle
+    colours = student(picture) - picture
+    colours = (colours - colours.mean(1, keepdim=True)).abs()
+    assert colours[..., :104].max() < 1e-5
+    assert colours[..., 128:].mean() > 0.01
+
+
+def test_a_unet_on_the_luma_needs_a_stride_of_two_and_its_config_builds_it_again():
+    with pytest.raises(kd.UserError, match="--luma: takes --stem-stride 2"):
+        kd.StudentUNet.from_flags(kd.StudentConfig(stem_stride=4, luma=True))
+    student = luma_unet()
+    again = kd.build_student(student.config)
+    again.load_state_dict(student.state_dict())
+    picture = torch.rand(1, 3, 35, 50)
+    assert torch.equal(again(picture), student(picture))
+
+
+def test_a_unet_on_the_luma_starts_as_a_copy_and_keeps_its_fixed_layers():
+    student = kd.StudentUNet(stem_stride=2, widths=(8, 12), luma=True)
+    picture = torch.rand(1, 3, 32, 32)
+    assert (student(picture) - picture).abs().max() < 0.05
+    fixed = {name for name, weight in student.named_parameters() if not weight.requires_grad}
+    assert fixed == {"planes.weight", "planes.bias", "output.weight"}
+    planes, output = kd.luma_layers()
+    assert torch.equal(student.planes.weight, planes.weight)
+    assert torch.equal(student.output.weight, output.weight)
+
+
 # --- Networks of frames ---------------------------------------------------------------------------
 
 
@@ -775,6 +824,16 @@ def test_the_network_of_frames_is_the_student(name, stride):
     assert restored.dtype == torch.uint8
     assert difference(plain, restored).max() <= 1
     assert difference(plain, restored).mean() < 0.01
+    assert difference(restored, frames).mean() > 1
+
+
+def test_the_network_of_frames_is_the_unet_on_the_luma():
+    student = luma_unet()
+    frames = to_frames(torch.rand(1, 3, 64, 96))
+    with torch.no_grad():
+        plain = to_frames(student(to_pictures(frames)))
+        restored = kd.FrameNetwork(student)(frames)
+    assert difference(plain, restored).max() <= 1
     assert difference(restored, frames).mean() > 1
 
 
