@@ -18,6 +18,22 @@ sys.path.insert(0, str(ROOT))
 
 import sharpen_kd as kd  # noqa: E402
 
+# No network, here and in commands that tests start: the module denies it where it is imported, and
+# is imported by every Python process that finds one of its name at its start.
+OFFLINE = str(ROOT / "tests/offline")
+os.environ["PYTHONPATH"] = os.pathsep.join([OFFLINE, os.environ.get("PYTHONPATH", "")])
+sys.path.insert(0, OFFLINE)
+sys.modules.pop("sitecustomize", None)  # the system's own
+import sitecustomize  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def denied() -> list[str]:
+    """The addresses that a test's process wanted; a test that expects some takes them out."""
+    sitecustomize.denied.clear()
+    yield sitecustomize.denied
+    assert sitecustomize.denied == []
+
 
 @pytest.fixture(scope="session")
 def photographs() -> dict[str, Image.Image]:

@@ -655,3 +655,17 @@ def test_an_unknown_network_is_named_with_those_there_are(tmp_path, data_root, c
     command = ["train", "--network", "large", "--data-root", str(data_root)]
     assert kd.main([*command, "--run-dir", str(tmp_path / "run")]) == 2
     assert "--network large: choose from unet, plain" in capsys.readouterr().err
+
+
+# --- No network -----------------------------------------------------------------------------------
+
+
+def test_the_network_is_denied_to_tests_and_to_what_they_start(denied):
+    """So every other test shows that its command works without; VGG19 alone is ever fetched."""
+    code = "import socket; socket.create_connection(('192.0.2.1', 80), timeout=5)"
+    with pytest.raises(OSError, match="the tests have no network"):
+        exec(code)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "the tests have no network" in done.stderr
+    assert denied == ["192.0.2.1"]
+    denied.clear()

@@ -163,16 +163,14 @@ def test_the_perceptual_term_is_l1_between_vgg_features(vgg_cache):
     assert not any(parameter.requires_grad for parameter in loss.parameters())
 
 
-def test_missing_vgg_weights_name_file_place_and_flag(tmp_path, monkeypatch):
+def test_missing_vgg_weights_name_file_place_address_and_flag(tmp_path, monkeypatch, denied):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-
-    def offline(*arguments, **options):
-        raise OSError("no network")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    named = r"checkpoints/vgg19-dcbb9e9d.pth.*--lambda-perceptual 0"
+    address = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
+    named = rf"checkpoints/vgg19-dcbb9e9d.pth.*{address}.*--lambda-perceptual 0"
     with pytest.raises(kd.UserError, match=named):
         kd.DistillationLoss({"perceptual": 0.01})
+    assert denied == ["download.pytorch.org"]
+    denied.clear()
 
 
 @pytest.fixture

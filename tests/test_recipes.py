@@ -265,38 +265,27 @@ def test_a_run_is_not_replaced_by_mistake(arguments, tmp_path, capsys):
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-@pytest.fixture
-def no_download(tmp_path, monkeypatch):
-    """An empty folder for PyTorch's downloads; returns the list of those that were tried."""
-    tried = []
-
-    def download(url, *arguments, **options):
-        tried.append(url)
-        raise OSError("no network in tests")
-
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch_home"))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    return tried
-
-
 def test_the_teacher_is_looked_for_before_vgg19_is_downloaded(
-    data_root, tmp_path, no_download, capsys
+    data_root, tmp_path, monkeypatch, denied, capsys
 ):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch_home"))
     command = ["train", "--preset", "report", "--data-root", str(data_root)]
     command += ["--base-channels", "8", "--run-dir", str(tmp_path / "run")]
     none = ["--teacher-weights", str(tmp_path / "none.pth")]
     assert kd.main([*command, *none]) == 2
     assert "none.pth: no such file; get motion_deblurring.pth" in capsys.readouterr().err
-    assert no_download == []
+    assert denied == []
 
 
 def test_a_missing_vgg19_is_told_with_what_to_do(
-    data_root, tiny_teacher, tmp_path, no_download, capsys
+    data_root, tiny_teacher, tmp_path, monkeypatch, denied, capsys
 ):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch_home"))
     command = ["train", "--preset", "report", "--data-root", str(data_root)]
     command += ["--base-channels", "8", "--run-dir", str(tmp_path / "run")]
     assert kd.main([*command, "--teacher-weights", str(tiny_teacher)]) == 2
-    assert len(no_download) == 1
+    assert denied == ["download.pytorch.org"]
+    denied.clear()
     printed = capsys.readouterr()
     assert "Downloading VGG19 (548 MB)" in printed.out
     assert "--lambda-perceptual 0" in printed.err
