@@ -1517,8 +1517,11 @@ def save_picture(image: Image.Image, path: Path) -> None:
         tqdm.write(f"{path}: a JPEG cannot hold XMP of that length; it is left out")
     if kind in ("JPEG", "WEBP", "AVIF", "HEIF"):
         options["quality"] = 95
+    # Full-size colour, where it can be had: the student has just sharpened its edges.
     if kind == "JPEG":
-        options["subsampling"] = 0  # full-size colour: the student has just sharpened its edges
+        options["subsampling"] = 0
+    if kind == "AVIF":
+        options["subsampling"] = "4:4:4"
     if kind == "TIFF":
         options["compression"] = "tiff_lzw"
     with replacing(path) as temporary:

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import os
 import statistics
 from pathlib import Path
 
@@ -469,6 +470,22 @@ def test_finished_runs_are_kept_and_overwrite_gives_up_those_of_the_named_seeds(
     for path, time in before.items():
         assert (path.stat().st_mtime_ns > time) == path.parent.name.endswith("_0")
     assert len(read_log(tmp_path / "all_0")) == len(read_log(tmp_path / "all_1")) / 2
+
+
+def test_a_run_belongs_to_one_ablation_at_a_time(short_ablation, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("fcntl")
+    seen = []
+
+    def a_second_ablation_begins(run):
+        seen.append(kd.main([*short_ablation, "0"]))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kd.TrainingRun, "train", a_second_ablation_begins)
+        assert kd.main([*short_ablation, "0"]) == 130
+    assert seen == [2]
+    assert f"process {os.getpid()} is training there" in capsys.readouterr().err
+    assert kd.main([*short_ablation, "0"]) == 0
 
 
 def test_a_run_that_was_killed_after_its_best_file_is_continued(

@@ -6,7 +6,7 @@ import struct
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, PngImagePlugin
+from PIL import Image, ImageCms, PngImagePlugin, features
 
 import sharpen_kd as kd
 
@@ -557,14 +557,21 @@ def test_an_empty_gps_group_is_left_out(tmp_path, run_sharpen, small, ending):
     assert 0x8825 not in result.getexif()
 
 
-def test_a_jpeg_keeps_its_colours_and_a_tiff_is_packed(tmp_path, run_sharpen, photographs):
-    coloured = photographs["astronaut"].resize((40, 30))
-    coloured.save(tmp_path / "in.png", dpi=(0, 0))
-    for name in ("out.jpg", "out.tif"):
-        target = tmp_path / name
-        assert run_sharpen(tmp_path / "in.png", "-o", target, "--strength", "0")[0] == 0
-    written = np.array(Image.open(tmp_path / "out.jpg")).astype(int)
-    assert np.abs(written - np.array(coloured)).mean() < 3.5  # 5 with half the colour, 8 at 75
+@pytest.mark.parametrize(("ending", "at_least"), [(".jpg", 39), (".avif", 42), (".webp", 35)])
+def test_compression_costs_little(tmp_path, run_sharpen, photographs, ending, at_least):
+    """Pillow's defaults give 29.9, 33.5 and 32.6 dB; WebP always halves the colours."""
+    if ending == ".avif" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    coloured = photographs["astronaut"].resize((160, 120))
+    coloured.save(tmp_path / "in.png")
+    target = tmp_path / f"out{ending}"
+    assert run_sharpen(tmp_path / "in.png", "-o", target, "--strength", "0")[0] == 0
+    assert kd.frame_psnr(np.array(Image.open(target)), np.array(coloured)) > at_least
+
+
+def test_a_tiff_is_packed(tmp_path, run_sharpen, small):
+    small.save(tmp_path / "in.png")
+    assert run_sharpen(tmp_path / "in.png", "-o", tmp_path / "out.tif")[0] == 0
     assert Image.open(tmp_path / "out.tif").info["compression"] == "tiff_lzw"
 
 
