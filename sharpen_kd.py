@@ -47,6 +47,7 @@ Map of this file. The story is read from top to bottom and needs nothing from th
 
 import abc
 import argparse
+import collections
 import contextlib
 import copy
 import csv
@@ -80,6 +81,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -403,6 +405,7 @@ SHIPPED = {
 }
 FOR_PICTURES = "quality"
 FOR_CLIPS = "call"
+FASTER_FOR_CLIPS = "call-fast"
 
 # The backends of inference, and the packages that each one needs beyond requirements.txt.
 BACKENDS = {
@@ -517,10 +520,20 @@ class InferenceConfig(DeviceConfig):
 class SharpenConfig(InferenceConfig):
     """Sharpen pictures and clips: files, or folders with everything in them."""
 
-    inputs: tuple[Path, ...] = flag((), "pictures, clips or folders", positional=True, nargs="+")
+    inputs: tuple[Path, ...] = flag((), "pictures, clips or folders", positional=True, nargs="*")
     output: Path | None = flag(
         None, "file or folder (default: NAME_sharpened beside each input)", short="-o"
     )
+    live: str = flag(
+        "",
+        "sharpen what comes from a camera (/dev/video0), a screen (:0.0), a stream's address or a"
+        " file at its own rate into -o: camera (a virtual one), window, an address or a file",
+    )
+    live_format: str = flag(
+        "", "--live: FFmpeg's name of what it is (x11grab, gdigrab, avfoundation, dshow, v4l2)"
+    )
+    fps: float = flag(0.0, "--live: frames a second to ask a camera or screen for", at_least=0,
+        at_most=1000)  # fmt: skip
     strength: float = flag(
         1.0, "scale of the student's correction; 0 returns the input", at_least=0, at_most=100
     )
@@ -535,7 +548,9 @@ class SharpenConfig(InferenceConfig):
         179, "pictures: refuse larger ones, which may be made to fill the memory", at_least=1,
         at_most=10**5,
     )  # fmt: skip
-    size: str = flag("", "clips: enlarge frames to WIDTHxHEIGHT first, as a call's window does")
+    size: str = flag(
+        "", "clips, --live: enlarge frames to WIDTHxHEIGHT first, as a call's window does"
+    )
     lossless: bool = flag(False, "clips: store them without loss (FFV1 in .mkv)")
 
 
@@ -2116,6 +2131,7 @@ class Student(nn.Module, abc.ABC):
     stem_stride: int  # r
     alignment: int  # tiles that start at multiples of it start on a whole position of every map
     reach: int  # about how far away, in pixels, an input can change an output
+    far_reach: int  # beyond it, an input changes nothing at all
     feature_widths: dict[str, int]  # channels of each tap; {} if there is nothing to compare
     output: nn.Conv2d  # the last layer, 1x1 or 3x3, which writes 3 r^2 channels of folded pixels
 
@@ -2334,7 +2350,10 @@ class StudentUNet(Student):
         self.lateral = skips == "lateral"
         self.alignment = max(SEBlock.CELL, stem_stride * 2 ** (scales - 1))
         # Gates see two cells more. (Those of several stages add up, but hardly matter so far away.)
-        self.reach = stem_stride * self.reach_in_folds(convolutions) + 2 * self.alignment
+        of_layers = stem_stride * self.reach_in_folds(convolutions)
+        self.reach = of_layers + 2 * self.alignment
+        gated_stages = 2 * scales - 1 - (2 if self.lateral else 0)
+        self.far_reach = of_layers + 3 * self.alignment * gated_stages
         planes = 6 if luma else 3 * stem_stride**2
 
         def stage(scale: int, in_channels: int, stride: int = 1) -> Stage:
@@ -2482,7 +2501,7 @@ class PlainStack(Student):
         }
         self.stem_stride = stem_stride
         self.alignment = stem_stride
-        self.reach = stem_stride * layers
+        self.reach = self.far_reach = stem_stride * layers
         self.feature_widths = {}
         folded = 3 * stem_stride**2
         self.layers = nn.ModuleList([nn.Conv2d(folded, width, 3, padding=1)])
@@ -2621,7 +2640,7 @@ class GuidedStack(Student):
         self.stem_stride = 2
         self.alignment = Guide.CELL
         # A cell's value depends on two cells on each side, and is blended with its neighbours'.
-        self.reach = max(2 * layers, 4 * Guide.CELL)
+        self.reach = self.far_reach = max(2 * layers, 4 * Guide.CELL)
         self.feature_widths = {}
         planes = 6 if colours else 4
         self.planes, self.output = luma_layers(colours)
@@ -3898,6 +3917,8 @@ class FrameSharpener:
         fits = not tile or overlap < tile
         require(fits, f"--tile {tile} --overlap {overlap}: tiles must exceed their overlap")
         dtype = pick_precision(precision, device)
+        self.alignment = student.alignment
+        self.student_reach = student.far_reach
         self.engine = make_engine(student, device, dtype, backend, strength)
         self.spans = functools.lru_cache(
             functools.partial(cut_side, tile=tile, overlap=overlap, alignment=student.alignment)
@@ -3907,12 +3928,16 @@ class FrameSharpener:
     def __call__(self, frame: np.ndarray) -> np.ndarray:
         self.check(frame)
         result = np.empty_like(frame)
+        padded, tiles = self.cut(frame)
+        self.compute(padded, tiles, result)
+        return result
+
+    def compute(self, padded: np.ndarray, tiles: list[tuple[Span, Span]], result: np.ndarray):
+        """Write what the tiles of a padded frame contribute into a result."""
         with self.lock:
-            padded, tiles = self.cut(frame)
             for row, column in tiles:
                 restored = self.engine(padded[None, row.taken, column.taken])[0]
                 result[row.given, column.given] = restored[row.inner, column.inner]
-        return result
 
     @staticmethod
     def check(frame: np.ndarray) -> None:
@@ -3937,6 +3962,81 @@ class FrameSharpener:
             padding.append((before, spans[-1].taken.stop - length - before))
         padded = np.pad(frame, (*padding, (0, 0)), "symmetric")
         return padded, list(itertools.product(*sides))
+
+
+class SteadySharpener:
+    """Sharpens the frames of one clip or call; what has not changed keeps its result.
+
+    In a call and on a shared screen much of the picture stands still, and an encoder repeats it to
+    the last bit. Only the rectangle around all that changed since the last frame is computed, with
+    as much around it as the student sees: the results are those of the whole frame.
+    """
+
+    def __init__(self, sharpener: FrameSharpener) -> None:
+        self.sharpener = sharpener
+        self.frame: np.ndarray | None = None  # the last one, and what became of it
+        self.result: np.ndarray | None = None
+        self.phase = (0, 0)
+        self.pixels = 0  # of all frames so far
+        self.computed = 0  # of these, including what is computed around what changed
+
+    def __call__(self, frame: np.ndarray) -> np.ndarray:
+        """uint8 (H, W, 3) to uint8 (H, W, 3); the caller must not write into either."""
+        self.sharpener.check(frame)
+        size = frame.shape[0] * frame.shape[1]
+        self.pixels += size
+        phase = grid_phase(frame)
+        alike = self.frame is not None and self.frame.shape == frame.shape and self.phase == phase
+        part = self.changed_part(frame) if alike else None
+        if part is None:
+            self.result = self.sharpener(frame)
+            self.computed += size
+        elif part:
+            padded, _ = self.sharpener.cut(frame)
+            self.result = self.result.copy()
+            self.sharpener.compute(padded, [part], self.result)
+            row, column = part
+            taken = (row.taken.stop - row.taken.start) * (column.taken.stop - column.taken.start)
+            self.computed += min(taken, size)
+        self.frame = frame
+        self.phase = phase
+        return self.result
+
+    def changed_part(self, frame: np.ndarray) -> tuple[Span, Span] | tuple[()] | None:
+        """The tile that has to be computed anew: () for none, None for the whole frame."""
+        changed = (frame != self.frame).any(axis=2)
+        if not changed.any():
+            return ()
+        sides = []
+        smaller = False
+        for axis, phase in enumerate(self.phase):
+            lines = np.flatnonzero(changed.any(axis=1 - axis))
+            spans = self.sharpener.spans(frame.shape[axis], phase)
+            if len(spans) > 1:  # a frame of several tiles
+                return None
+            sides.append(self.span_around(lines[0], lines[-1] + 1, spans[0]))
+            if sides[-1].taken != spans[0].taken:
+                smaller = True
+        return tuple(sides) if smaller else None
+
+    def span_around(self, start: int, stop: int, whole: Span) -> Span:
+        """The part of one side of a frame whose lines from `start` to `stop` changed.
+
+        It is half of the side or the whole: OpenVINO compiles for every size, for 0.3 s each.
+        """
+        reach = self.sharpener.student_reach
+        alignment = self.sharpener.alignment
+        before = whole.inner.start
+        length = whole.taken.stop
+        given = slice(max(start - reach, whole.given.start), min(stop + reach, whole.given.stop))
+        first = (given.start + before - reach) // alignment * alignment
+        last = given.stop + before + reach
+        size = round_up(length / 2, alignment)
+        if last - max(first, 0) > size:
+            size = length
+        first = min(max(first, 0), length - size)
+        inner = slice(given.start + before - first, given.stop + before - first)
+        return Span(slice(first, first + size), given, inner)
 
 
 def load_sharpener(name: str | Path = FOR_PICTURES, **options) -> FrameSharpener:
@@ -4794,6 +4894,481 @@ class ClipSharpener:
         return picture
 
 
+# --- Live: frames as they come --------------------------------------------------------------------
+#
+# A frame that is late is worth nothing, so none ever waits for its turn: a thread reads the source
+# and leaves its newest frame in one place, and whoever is ready takes what is there.
+
+
+@dataclass
+class LiveFrame:
+    """A decoded frame, as PyAV has it."""
+
+    picture: object  # av.VideoFrame
+    seconds: float  # its time in the source, from the first frame on
+    arrived: float  # time.perf_counter() then
+
+
+class LatestFrame:
+    """One frame's place between two threads: a newer frame replaces one that was not taken."""
+
+    def __init__(self) -> None:
+        self.frame: LiveFrame | None = None
+        self.closed = False
+        self.received = 0
+        self.dropped = 0
+        self.changed = threading.Condition()
+
+    def put(self, frame: LiveFrame) -> None:
+        with self.changed:
+            self.received += 1
+            if self.frame is not None:
+                self.dropped += 1
+            self.frame = frame
+            self.changed.notify()
+
+    def take(self) -> LiveFrame | None:
+        """The newest frame, as soon as there is one; None after the last."""
+        with self.changed:
+            while self.frame is None and not self.closed:
+                self.changed.wait(timeout=0.2)  # Ctrl-C is noticed between two waits
+            frame = self.frame
+            self.frame = None
+            return frame
+
+    def close(self) -> None:
+        """Say that no more frames come."""
+        with self.changed:
+            self.closed = True
+            self.changed.notify()
+
+
+# FFmpeg's names of what a source is, by how it begins. Others are named by --live-format.
+LIVE_FORMATS = {"/dev/video": "v4l2", ":": "x11grab", "desktop": "gdigrab", "title=": "gdigrab"}
+
+
+class LiveSource:
+    """A camera, a screen, a stream or a file, read by a thread of its own.
+
+    A file comes at its own rate. `sound` are the packets of its first audio stream, in order, if
+    they are wanted.
+    """
+
+    def __init__(
+        self, name: str, kind: str = "", rate: float = 0, with_sound: bool = False
+    ) -> None:
+        self.av = importlib.import_module("av")
+        self.is_file = Path(name).is_file()
+        for beginning, format_name in LIVE_FORMATS.items():
+            if not kind and not self.is_file and name.startswith(beginning):
+                kind = format_name
+        options = {"framerate": f"{rate:g}"} if rate and kind and not self.is_file else {}
+        with naming_live(name):
+            self.container = self.av.open(name, format=kind or None, options=options)
+        require(self.container.streams.video, f"--live {name}: has no pictures in it")
+        self.name = name
+        self.video = self.container.streams.video[0]
+        self.audio = None
+        if with_sound and self.container.streams.audio:
+            self.audio = self.container.streams.audio[0]
+        self.rate = rate or float(self.video.average_rate or FRAMES_A_SECOND)
+        self.latest = LatestFrame()
+        self.sound: queue.SimpleQueue = queue.SimpleQueue()
+        self.first_pts: float | None = None  # of the first frame, in seconds
+        self.error: Exception | None = None
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self.run, daemon=True)
+
+    def run(self) -> None:
+        """Read until the end, an error or `close`."""
+        try:
+            self.read()
+        except Exception as error:  # PyAV has errors of many kinds; raised again by `close`
+            if not self.stopped.is_set():
+                self.error = error
+        finally:
+            self.latest.close()
+
+    def read(self) -> None:
+        begin = time.perf_counter()
+        streams = [stream for stream in (self.video, self.audio) if stream is not None]
+        for packet in self.container.demux(streams):
+            if self.stopped.is_set():
+                return
+            if packet.stream is self.audio:
+                if packet.dts is not None:  # else it marks the end
+                    self.sound.put(packet)
+                continue
+            for picture in packet.decode():
+                seconds = picture.time or 0.0
+                if self.first_pts is None:
+                    self.first_pts = seconds
+                seconds -= self.first_pts
+                if self.is_file:
+                    self.stopped.wait(begin + seconds - time.perf_counter())
+                self.latest.put(LiveFrame(picture, seconds, time.perf_counter()))
+
+    def close(self) -> None:
+        """Stop reading; UserError if reading failed."""
+        self.stopped.set()
+        if self.thread.is_alive():
+            self.thread.join(timeout=5)  # a camera may be waiting for a frame
+        if not self.thread.is_alive():
+            self.container.close()
+        if self.error:
+            raise UserError(f"--live {self.name}: {self.error}") from self.error
+
+
+@contextlib.contextmanager
+def naming_live(name: str) -> Iterator[None]:
+    """Errors in here are about what --live names."""
+    try:
+        yield
+    except Exception as error:  # PyAV has errors of many kinds
+        remedy = "see `ffmpeg -sources` for cameras, and --live-format"
+        raise UserError(f"--live {name}: cannot be opened ({error}); {remedy}") from error
+
+
+class LiveSink(typing.Protocol):
+    """Where sharpened frames go."""
+
+    def show(self, pixels: np.ndarray, seconds: float) -> bool:
+        """Take a frame, 8-bit RGB (H, W, 3), and its time; False when there is nobody to see it."""
+
+    def close(self) -> None:
+        """Finish what was begun."""
+
+
+class CameraSink:
+    """A virtual camera that call programs offer beside real ones (v4l2loopback, OBS)."""
+
+    def __init__(self, size: Size, rate: float) -> None:
+        camera = importlib.import_module("pyvirtualcam")
+        try:
+            self.camera = camera.Camera(*size, fps=rate, fmt=camera.PixelFormat.RGB)
+        except RuntimeError as error:
+            remedy = "on Linux `modprobe v4l2loopback`, elsewhere install OBS"
+            raise UserError(f"-o camera: no virtual camera ({error}); {remedy}") from error
+        print(f"the camera is {self.camera.device}")
+
+    def show(self, pixels: np.ndarray, seconds: float) -> bool:
+        self.camera.send(pixels)
+        return True
+
+    def close(self) -> None:
+        self.camera.close()
+
+
+class WindowSink:
+    """A window that shows the frames; closing it ends the call."""
+
+    def __init__(self, size: Size) -> None:
+        tkinter = importlib.import_module("tkinter")
+        try:
+            self.root = tkinter.Tk()
+        except tkinter.TclError as error:
+            raise UserError(f"-o window: no screen to open one on ({error})") from error
+        self.root.title("sharpen_kd")
+        self.root.protocol("WM_DELETE_WINDOW", self.leave)
+        self.picture = tkinter.PhotoImage(width=size[0], height=size[1])
+        tkinter.Label(self.root, image=self.picture, borderwidth=0).pack()
+        self.is_open = True
+
+    def leave(self) -> None:
+        self.is_open = False
+
+    def show(self, pixels: np.ndarray, seconds: float) -> bool:
+        height, width = pixels.shape[:2]
+        header = f"P6 {width} {height} 255 ".encode()  # a PPM picture, which Tk reads fastest
+        self.picture.configure(data=header + pixels.tobytes())
+        self.root.update()
+        return self.is_open
+
+    def close(self) -> None:
+        self.root.destroy()
+
+
+# The containers of streams, by how an address begins.
+STREAM_FORMATS = {"rtmp": "flv", "udp": "mpegts", "tcp": "mpegts", "srt": "mpegts", "rtsp": "rtsp"}
+LIVE_X264 = Encoder(
+    "libx264", "yuv420p", {"crf": "18", "preset": "ultrafast", "tune": "zerolatency"}
+)
+
+
+class StreamSink:
+    """A file, a named pipe or a stream's address; sound is copied, as long as its packets fit."""
+
+    def __init__(self, name: str, size: Size, source: LiveSource) -> None:
+        scheme = re.match(r"(\w+)://", name)
+        kind = STREAM_FORMATS.get(scheme[1]) if scheme else None
+        if kind is None and Path(name).suffix.lower() not in CLIP_ENCODERS:
+            kind = "mpegts"
+        try:
+            self.container = source.av.open(name, "w", format=kind)
+            self.video = self.video_stream(size, source.rate)
+            self.sound = source.sound
+            self.audio = None
+            if source.audio is not None:
+                self.audio = self.container.add_stream_from_template(source.audio)
+        except Exception as error:  # PyAV has errors of many kinds
+            raise UserError(f"-o {name}: cannot be written ({error})") from error
+        self.name = name
+        self.source = source
+        self.last_pts = -1
+        self.copied = 0  # packets of sound
+
+    def video_stream(self, size: Size, rate: float):
+        stream = self.container.add_stream(LIVE_X264.codec, rate=round(rate) or FRAMES_A_SECOND)
+        stream.width = size[0] // 2 * 2
+        stream.height = size[1] // 2 * 2
+        stream.pix_fmt = LIVE_X264.pixel_format
+        stream.options = LIVE_X264.options
+        stream.codec_context.time_base = Fraction(1, 90000)
+        return stream
+
+    def show(self, pixels: np.ndarray, seconds: float) -> bool:
+        cut = np.ascontiguousarray(pixels[: self.video.height, : self.video.width])
+        picture = self.source.av.VideoFrame.from_ndarray(cut, format="rgb24")
+        picture = picture.reformat(format=self.video.pix_fmt)
+        picture.time_base = self.video.codec_context.time_base
+        picture.pts = max(round(seconds * 90000), self.last_pts + 1)
+        self.last_pts = picture.pts
+        self.mux(self.video.encode(picture))
+        self.copy_sound()
+        return True
+
+    def copy_sound(self) -> None:
+        """Write the sound that has come so far, on the clock of the frames."""
+        while self.audio is not None and not self.sound.empty():
+            packet = self.sound.get()
+            shift = round((self.source.first_pts or 0) / packet.time_base)
+            packet.pts -= shift
+            packet.dts -= shift
+            packet.stream = self.audio
+            self.mux(packet)
+            self.copied += 1
+
+    def mux(self, packets) -> None:
+        try:
+            self.container.mux(packets)
+        except OSError as error:  # whoever listened has gone, or the disk is full
+            raise UserError(f"-o {self.name}: {error.strerror or error}") from error
+
+    def close(self) -> None:
+        self.copy_sound()
+        self.mux(self.video.encode(None))
+        self.container.close()
+
+
+def is_plain_file(name: str) -> bool:
+    """Whether a sink is a file or will be one: no address, no named pipe, no device."""
+    return "://" not in name and (os.path.isfile(name) or not os.path.lexists(name))
+
+
+@contextlib.contextmanager
+def open_sink(name: str, size: Size, source: LiveSource) -> Iterator[LiveSink]:
+    """The sink that -o names; a file appears under its name when it is whole."""
+    with contextlib.ExitStack() as stack:
+        if name == "camera":
+            sink = CameraSink(size, source.rate)
+        elif name == "window":
+            sink = WindowSink(size)
+        else:
+            if is_plain_file(name):
+                temporary = str(stack.enter_context(replacing(Path(name))))
+                sink = StreamSink(temporary, size, source)
+            else:
+                sink = StreamSink(name, size, source)
+        with contextlib.closing(sink):
+            yield sink
+
+
+@dataclass(frozen=True)
+class Level:
+    """A way to sharpen live: which student, and at which part of the size."""
+
+    checkpoint: str  # "" lets frames through as they are
+    scale: float = 1.0
+
+    def __str__(self) -> str:
+        if not self.checkpoint:
+            return "frames as they are"
+        if self.scale == 1:
+            return self.checkpoint
+        return f"{self.checkpoint} at {self.scale:.0%} of the size"
+
+
+def live_levels(checkpoint: str) -> list[Level]:
+    """What to try, best first: --checkpoint's student, or `call` and then `call-fast` for auto."""
+    students = [FOR_CLIPS, FASTER_FOR_CLIPS] if checkpoint == "auto" else [checkpoint]
+    levels = [Level(student) for student in students]
+    return [*levels, Level(students[-1], 0.75), Level(students[-1], 0.5), Level("")]
+
+
+class Governor:
+    """Chooses the level at which frames are ready in time.
+
+    When half of the last 9 frames took longer than there is between two, it goes one level down.
+    When the next better level took little enough time before, or was never tried, it goes up again
+    after 300 frames that took less than a third of the time; twice as many after each failure.
+    """
+
+    WINDOW = 9
+    PATIENCE = 300
+
+    def __init__(self, levels: list[Level], budget: float) -> None:
+        self.levels = levels
+        self.budget = budget  # seconds between two frames
+        self.index = 0
+        self.times: collections.deque = collections.deque(maxlen=self.WINDOW)
+        self.calm = 0  # frames in a row that took little
+        self.patience = self.PATIENCE
+
+    @property
+    def level(self) -> Level:
+        return self.levels[self.index]
+
+    def note(self, seconds: float) -> bool:
+        """Note how long a frame took; True if the level has changed."""
+        self.times.append(seconds)
+        self.calm = self.calm + 1 if seconds < self.budget / 3 else 0
+        is_full = len(self.times) == self.WINDOW
+        if is_full and statistics.median(self.times) > self.budget:
+            return self.change(1)
+        if self.calm >= self.patience and self.index > 0:
+            self.patience *= 2
+            return self.change(-1)
+        return False
+
+    def change(self, by: int) -> bool:
+        index = min(self.index + by, len(self.levels) - 1)
+        if index == self.index:
+            return False
+        self.index = index
+        self.times.clear()
+        self.calm = 0
+        return True
+
+
+class LiveSharpener:
+    """Sharpens live frames at one of several levels; students are loaded when they are needed."""
+
+    def __init__(self, config: SharpenConfig) -> None:
+        self.config = config
+        self.size = clip_size(config.size)
+        self.loaded: dict[str, SteadySharpener] = {}
+
+    def sharpener_of(self, checkpoint: str) -> SteadySharpener:
+        if checkpoint not in self.loaded:
+            config = dataclasses.replace(self.config, checkpoint=checkpoint)
+            sharpener = sharpener_of(config, config.strength, for_clips=True)
+            self.loaded[checkpoint] = SteadySharpener(sharpener)
+        return self.loaded[checkpoint]
+
+    @property
+    def saved(self) -> float:
+        """The share of all pixels that were not computed, because they had not changed."""
+        pixels = sum(sharpener.pixels for sharpener in self.loaded.values())
+        computed = sum(sharpener.computed for sharpener in self.loaded.values())
+        return 1 - computed / max(pixels, 1)
+
+    def __call__(self, picture, level: Level) -> np.ndarray:
+        """An av.VideoFrame to 8-bit RGB (H, W, 3), as large as --size or the frame."""
+        pixels = picture.to_ndarray(format="rgb24")
+        height, width = pixels.shape[:2]
+        wanted = self.size or (width, height)
+        small = tuple(max(16, round(side * level.scale)) for side in wanted)
+        if small != (width, height):
+            pixels = resized(pixels, small)
+        if level.checkpoint:
+            pixels = self.sharpener_of(level.checkpoint)(pixels)
+        return pixels if small == wanted else resized(pixels, wanted)
+
+
+class LiveReport:
+    """What is printed while a call runs, and at its end."""
+
+    def __init__(self, latest: LatestFrame) -> None:
+        self.latest = latest
+        self.begin = time.perf_counter()
+        self.busy = time.process_time()
+        self.shown = 0
+        self.latencies: collections.deque = collections.deque(maxlen=1000)
+        self.printed = 0.0
+
+    def note(self, arrived: float) -> None:
+        """Note that a frame which arrived then is shown now."""
+        self.shown += 1
+        self.latencies.append(time.perf_counter() - arrived)
+
+    def __str__(self) -> str:
+        seconds = time.perf_counter() - self.begin
+        cores = (time.process_time() - self.busy) / seconds
+        latencies = np.array(self.latencies or [0.0]) * 1000
+        return (
+            f"{self.latest.received / seconds:.1f} frames/s in, {self.shown / seconds:.1f} out,"
+            f" {self.latest.dropped} dropped; latency {np.median(latencies):.0f} ms"
+            f" (95 %: {np.percentile(latencies, 95):.0f}); {cores:.1f} of {os.cpu_count()} cores"
+        )
+
+    def show_line(self, level: Level) -> None:
+        """Print it on one line, once a second."""
+        now = time.perf_counter()
+        if now - self.printed > 1 and sys.stderr.isatty():
+            self.printed = now
+            print(f"\r{self}; {level} ", end="", file=sys.stderr, flush=True)
+
+
+def sharpen_live(config: SharpenConfig) -> None:
+    """Sharpen what comes from --live into -o, until it ends, its window is closed, or Ctrl-C."""
+    sink_name = sink_of(config)
+    with_sound = sink_name not in ("camera", "window")
+    source = LiveSource(config.live, config.live_format, config.fps, with_sound)
+    sharpener = LiveSharpener(config)
+    governor = Governor(live_levels(config.checkpoint), 1 / source.rate)
+    size = sharpener.size or (source.video.width, source.video.height)
+    sharpener.sharpener_of(governor.level.checkpoint)  # now, while nobody waits for frames
+    with contextlib.closing(source), open_sink(sink_name, size, source) as sink:
+        source.thread.start()
+        report = LiveReport(source.latest)
+        print(f"{config.live}: {source.rate:g} frames/s; {governor.level}; Ctrl-C ends it")
+        with contextlib.suppress(KeyboardInterrupt):
+            show_live(source, sharpener, governor, sink, report)
+    print(f"{report}; {sharpener.saved:.0%} of the pixels stood still")
+
+
+def show_live(
+    source: LiveSource,
+    sharpener: LiveSharpener,
+    governor: Governor,
+    sink: LiveSink,
+    report: LiveReport,
+) -> None:
+    """Take the newest frame, sharpen and show it, as long as there are frames and viewers."""
+    while (frame := source.latest.take()) is not None:
+        begin = time.perf_counter()
+        pixels = sharpener(frame.picture, governor.level)
+        is_seen = sink.show(pixels, frame.seconds)
+        report.note(frame.arrived)
+        if governor.note(time.perf_counter() - begin):
+            print(f"\nfrom {frame.seconds:.1f} s on: {governor.level}")
+        report.show_line(governor.level)
+        if not is_seen:
+            return
+
+
+def sink_of(config: SharpenConfig) -> str:
+    """-o as --live takes it; UserError for what it cannot take."""
+    require(config.output, "--live: name with -o where it goes: camera, window, an address, a file")
+    require(not config.inputs, "--live: takes no other input")
+    name = re.sub(r"^(\w+):/+", r"\1://", str(config.output))  # Path drops a slash
+    packages = ["av", "pyvirtualcam"] if name == "camera" else ["av"]
+    require_packages(packages, f"--live into {name}")
+    if os.path.isfile(name) and not config.overwrite:
+        raise UserError(f"-o {name}: exists; add --overwrite, or choose another -o")
+    return name
+
+
 # --- Command: sharpen -----------------------------------------------------------------------------
 
 # Formats that hold 8-bit colour, and that Pillow writes. Others (GIF, ICO, ...) become PNG.
@@ -5186,6 +5761,10 @@ def sharpen_file(config: SharpenConfig, job: Job, sharpener: FrameFunction) -> N
 def sharpen(config: SharpenConfig) -> None:
     """Sharpen pictures and clips: files, or folders with everything in them."""
     clip_size(config.size)  # UserError now
+    if config.live:
+        sharpen_live(config)
+        return
+    require(config.inputs, "name a picture, a clip or a folder to sharpen")
     Image.MAX_IMAGE_PIXELS = 500_000 * config.max_megapixels  # Pillow refuses twice as many
     jobs, others = plan_jobs(config)
     clips = [job for job in jobs if job.is_clip]

@@ -1,0 +1,362 @@
+"""`sharpen --live`: the newest frame wins, sound is whole, and what stands still costs nothing."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+import types
+
+import numpy as np
+import pytest
+import torch
+from PIL import ImageOps
+
+import sharpen_kd as kd
+
+av = pytest.importorskip("av", reason="pip install av")
+imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg", reason="pip install imageio-ffmpeg")
+
+# --- What stands still ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def changing_frames(photographs):
+    """640x360 frames in which one rectangle after the other is replaced."""
+    first, other = (
+        np.array(kd.degrade(ImageOps.fit(photographs[name], (640, 360)), kd.PROTOCOLS["x2"]))
+        for name in ("coffee", "astronaut")
+    )
+    frames = [first]
+    draw = np.random.default_rng(0)
+    for top, left in ((0, 0), (150, 300), (300, 560), (340, 20), (0, 600)):
+        height, width = draw.integers(1, 60, 2)
+        place = (slice(top, top + height), slice(left, left + width))
+        frames.append(frames[-1].copy())
+        frames[-1][place] = other[place]
+    return frames
+
+
+@pytest.mark.parametrize("backend", ["torch", "openvino"])
+@pytest.mark.parametrize("name", ["call-fast", "unet"])
+def test_what_stands_still_keeps_its_result_to_the_last_bit(changing_frames, name, backend):
+    if backend == "openvino":
+        pytest.importorskip("openvino", reason="pip install openvino")
+    sharpener = kd.load_sharpener(name, precision="float32", backend=backend)
+    steady = kd.SteadySharpener(sharpener)
+    for frame in changing_frames:
+        assert np.array_equal(steady(frame), sharpener(frame))
+    assert not np.array_equal(sharpener(changing_frames[0]), sharpener(changing_frames[-1]))
+    if name == "call-fast":
+        assert steady.computed < 0.6 * steady.pixels
+
+
+def test_a_repeated_frame_costs_nothing(changing_frames):
+    steady = kd.SteadySharpener(kd.load_sharpener("call-fast"))
+    first = steady(changing_frames[0])
+    before = first.copy()
+    computed = steady.computed
+    assert computed == steady.pixels == 640 * 360
+    assert steady(changing_frames[0].copy()) is first
+    assert steady.computed == computed
+    steady(changing_frames[1])
+    assert np.array_equal(first, before)  # results that were given away stay as they are
+
+
+@pytest.mark.parametrize("change", ["size", "phase"])
+def test_a_frame_of_another_size_or_pattern_is_computed_whole(changing_frames, change):
+    sharpener = kd.load_sharpener("call-fast", precision="float32")
+    steady = kd.SteadySharpener(sharpener)
+    steady(changing_frames[0][:, :-1])
+    if change == "size":
+        other = changing_frames[0][:-8]
+    else:
+        other = np.ascontiguousarray(changing_frames[0][:, 1:])
+        assert kd.grid_phase(other) != kd.grid_phase(changing_frames[0])
+    before = steady.computed
+    assert np.array_equal(steady(other), sharpener(other))
+    assert steady.computed - before == other.shape[0] * other.shape[1]
+
+
+def test_a_frame_of_several_tiles_is_computed_whole(changing_frames):
+    sharpener = kd.load_sharpener("call-fast", precision="float32", tile=256)
+    steady = kd.SteadySharpener(sharpener)
+    for frame in changing_frames[:3]:
+        assert np.array_equal(steady(frame), sharpener(frame))
+
+
+@pytest.mark.parametrize("name", ["call-fast", "unet"])
+def test_beyond_its_far_reach_an_input_changes_nothing(name):
+    student, _ = kd.load_student(name)
+    reach = student.far_reach
+    width = kd.round_up(reach + 64, 64)
+    picture = torch.rand(1, 3, 64, width)
+    changed = picture.clone()
+    changed[..., -16:] = torch.rand(1, 3, 64, 16)
+    with torch.no_grad():
+        difference = (student(picture) - student(changed)).abs().amax((0, 1, 2))
+    assert difference[: width - 16 - reach].max() == 0
+    assert difference[-16:].max() > 0.01
+
+
+# --- The newest frame, and the level --------------------------------------------------------------
+
+
+def test_the_newest_frame_wins_and_the_others_are_counted():
+    latest = kd.LatestFrame()
+    for number in range(3):
+        latest.put(kd.LiveFrame(number, 0.0, 0.0))
+    assert latest.take().picture == 2
+    latest.put(kd.LiveFrame(3, 0.0, 0.0))
+    latest.close()
+    assert latest.take().picture == 3
+    assert latest.take() is None
+    assert (latest.received, latest.dropped) == (4, 2)
+
+
+def test_a_frame_is_taken_as_soon_as_it_comes():
+    latest = kd.LatestFrame()
+    taken = []
+    thread = threading.Thread(target=lambda: taken.append(latest.take()))
+    thread.start()
+    latest.put(kd.LiveFrame("frame", 0.0, 0.0))
+    thread.join(timeout=10)
+    assert taken[0].picture == "frame"
+
+
+def test_levels_begin_with_the_best_student_and_end_without_one():
+    assert [str(level) for level in kd.live_levels("auto")] == [
+        "call",
+        "call-fast",
+        "call-fast at 75% of the size",
+        "call-fast at 50% of the size",
+        "frames as they are",
+    ]
+    assert [level.checkpoint for level in kd.live_levels("fast")] == ["fast"] * 3 + [""]
+
+
+def test_the_governor_goes_down_when_half_of_the_frames_are_late():
+    governor = kd.Governor(kd.live_levels("auto"), budget=0.04)
+    for late in (0.01, 0.05) * 4:
+        assert not governor.note(late)
+    assert governor.note(0.05)  # 5 of 9
+    assert str(governor.level) == "call-fast"
+    for _ in range(8):
+        assert not governor.note(0.05)  # the window has begun anew
+    assert governor.note(0.05)
+
+
+def test_the_governor_ends_with_frames_as_they_are():
+    governor = kd.Governor(kd.live_levels("fast"), budget=0.04)
+    changes = [governor.note(1.0) for _ in range(100)]
+    assert sum(changes) == 3
+    assert str(governor.level) == "frames as they are"
+
+
+def test_the_governor_goes_up_after_calm_and_waits_twice_as_long_the_next_time():
+    governor = kd.Governor(kd.live_levels("auto"), budget=0.03)
+    for _ in range(9):
+        governor.note(0.1)
+    calm = [governor.note(0.009) for _ in range(300)]
+    assert calm.index(True) == 299
+    assert str(governor.level) == "call"
+    for _ in range(9):
+        governor.note(0.1)
+    calm = [governor.note(0.009) for _ in range(600)]
+    assert calm.index(True) == 599
+
+
+def test_a_frame_that_takes_some_time_ends_the_calm():
+    governor = kd.Governor(kd.live_levels("auto"), budget=0.03)
+    for _ in range(9):
+        governor.note(0.1)
+    for _ in range(10):
+        assert not any(governor.note(0.009) for _ in range(299))
+        assert not governor.note(0.011)
+
+
+# --- From a file as the camera --------------------------------------------------------------------
+
+
+def ffmpeg(*arguments):
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *map(str, arguments)]
+    subprocess.run(command, check=True)
+
+
+@pytest.fixture(scope="module")
+def camera(tmp_path_factory):
+    """Two seconds of 96x64 at 10 frames/s, with sound; the first frame is at 0.5 s."""
+    path = tmp_path_factory.mktemp("camera") / "camera.mp4"
+    ffmpeg(
+        *("-f", "lavfi", "-i", "testsrc2=size=96x64:rate=10:duration=2"),
+        *("-f", "lavfi", "-i", "sine=440:duration=2", "-output_ts_offset", "0.5"),
+        *("-c:v", "libx264", "-crf", "10", "-pix_fmt", "yuv420p", "-c:a", "aac", path),
+    )
+    return path
+
+
+def frames_of(path):
+    """(times, frames) of a clip."""
+    with av.open(str(path)) as container:
+        decoded = list(container.decode(video=0))
+    return [frame.time for frame in decoded], [f.to_ndarray(format="rgb24") for f in decoded]
+
+
+def sound_of(path):
+    with av.open(str(path)) as container:
+        return [bytes(packet) for packet in container.demux(audio=0) if packet.size]
+
+
+def live(*arguments):
+    return kd.main(["sharpen", "--checkpoint", "call-fast", *map(str, arguments)])
+
+
+def test_a_file_is_a_camera_and_another_takes_what_it_shows(camera, tmp_path, capsys):
+    begin = time.perf_counter()
+    assert live("--live", camera, "-o", tmp_path / "out.mp4") == 0
+    assert time.perf_counter() - begin > 1.8  # at its own rate
+    times, frames = frames_of(tmp_path / "out.mp4")
+    given_times, given = frames_of(camera)
+    given_times = np.array(given_times) - given_times[0]
+    assert 0 < len(frames) <= len(given) == 20
+    sharpener = kd.load_sharpener("call-fast")
+    for moment, frame in zip(times, frames, strict=True):
+        number = np.abs(given_times - moment).argmin()
+        assert given_times[number] == pytest.approx(moment, abs=0.002)
+        wanted = sharpener(given[number]).astype(int)
+        assert np.abs(frame.astype(int) - wanted).mean() < 8  # encoded with loss
+    assert sound_of(tmp_path / "out.mp4") == sound_of(camera)
+    printed = capsys.readouterr().out
+    assert f" out, {20 - len(frames)} dropped; latency " in printed
+
+
+def test_a_pipe_takes_a_stream_of_the_wanted_size(camera, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    received = []
+    reader = threading.Thread(target=lambda: received.append(pipe.read_bytes()))
+    reader.start()
+    assert live("--live", camera, "-o", pipe, "--size", "192x128") == 0
+    reader.join(timeout=20)
+    (tmp_path / "stream.ts").write_bytes(received[0])
+    _, frames = frames_of(tmp_path / "stream.ts")
+    assert {frame.shape for frame in frames} == {(128, 192, 3)}
+    assert len(sound_of(tmp_path / "stream.ts")) == len(sound_of(camera))
+
+
+def test_a_slow_network_drops_frames_and_the_level_falls(camera, tmp_path, capsys, monkeypatch):
+    long = tmp_path / "long.mp4"
+    ffmpeg("-stream_loop", "2", "-i", camera, "-c", "copy", long)
+    compute = kd.FrameSharpener.__call__
+
+    def slow(sharpener, frame):
+        time.sleep(0.25)  # two and a half frames
+        return compute(sharpener, frame)
+
+    monkeypatch.setattr(kd.FrameSharpener, "__call__", slow)
+    monkeypatch.setattr(kd.Governor, "WINDOW", 3)
+    assert live("--live", long, "-o", tmp_path / "out.mp4") == 0
+    printed = capsys.readouterr().out
+    levels = [line.split(": ")[1] for line in printed.splitlines() if line.startswith("from ")]
+    assert levels == [str(level) for level in kd.live_levels("call-fast")[1:]]
+    summary = printed.splitlines()[-1]
+    dropped = int(summary.split(" dropped")[0].split()[-1])
+    shown = len(frames_of(tmp_path / "out.mp4")[1])
+    assert dropped >= 9
+    assert dropped + shown == 60
+    late = float(summary.split("(95 %: ")[1].split(")")[0])
+    assert late < 1000  # no queue: a frame waits for the one before it at most
+    assert len(sound_of(tmp_path / "out.mp4")) == len(sound_of(long))
+
+
+def test_ctrl_c_ends_it_with_a_whole_file(camera, tmp_path):
+    command = [sys.executable, kd.__file__, "sharpen", "--checkpoint", "call-fast"]
+    looped = tmp_path / "looped.mp4"
+    ffmpeg("-stream_loop", "30", "-i", camera, "-c", "copy", looped)
+    command += ["--live", str(looped), "-o", str(tmp_path / "out.mp4")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, **pipes) as process:
+        assert "Ctrl-C ends it" in process.stdout.readline()
+        time.sleep(2)
+        process.send_signal(2)
+        printed = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, printed
+    assert "frames/s in" in printed
+    assert len(frames_of(tmp_path / "out.mp4")[1]) > 0
+
+
+# --- Other sinks ----------------------------------------------------------------------------------
+
+
+def test_a_virtual_camera_gets_the_frames(camera, monkeypatch):
+    sent = []
+
+    class Camera:
+        device = "/dev/video9"
+
+        def __init__(self, width, height, fps, fmt):
+            self.about = (width, height, fps, fmt)
+
+        def send(self, pixels):
+            sent.append((self.about, pixels.shape, pixels.dtype))
+
+        def close(self):
+            sent.append("closed")
+
+    module = types.ModuleType("pyvirtualcam")
+    module.Camera = Camera
+    module.PixelFormat = types.SimpleNamespace(RGB="RGB")
+    module.__spec__ = types.SimpleNamespace(name="pyvirtualcam")
+    monkeypatch.setitem(sys.modules, "pyvirtualcam", module)
+    assert live("--live", camera, "-o", "camera", "--size", "192x128") == 0
+    assert sent[-1] == "closed"
+    assert set(sent[:-1]) == {((192, 128, 10.0, "RGB"), (128, 192, 3), np.dtype(np.uint8))}
+
+
+def test_mistakes_are_named_before_any_work(camera, tmp_path, capsys, monkeypatch):
+    taken = tmp_path / "taken.mp4"
+    taken.write_bytes(b"mine")
+    folder = tmp_path / "none"
+    monkeypatch.delenv("DISPLAY", raising=False)
+    for arguments, named in (
+        (["--live", camera], "name with -o where it goes"),
+        (["--live", camera, "-o", taken], f"{taken}: exists; add --overwrite"),
+        (["--live", folder, "-o", tmp_path / "out.mp4"], f"--live {folder}: cannot be opened"),
+        (["--live", camera, camera, "-o", "window"], "--live: takes no other input"),
+        (["--live", camera, "-o", "camera"], "pip install pyvirtualcam"),
+        (["--live", camera, "-o", "window"], "-o window: no screen"),
+        (["--live", camera, "-o", "out.mp4", "--live-format", "nonsense"], "cannot be opened"),
+        ([], "name a picture, a clip or a folder to sharpen"),
+    ):
+        assert live(*arguments) == 2
+        printed = capsys.readouterr().err
+        assert named in printed
+        assert printed.count("\n") == 1
+    assert taken.read_bytes() == b"mine"
+    assert sorted(tmp_path.iterdir()) == [taken]
+
+
+def test_an_address_keeps_its_slashes():
+    config = kd.SharpenConfig(live="x", output=kd.named_path("udp://127.0.0.1:5000"))
+    assert kd.sink_of(config) == "udp://127.0.0.1:5000"
+
+
+def test_devices_are_known_by_their_names(monkeypatch):
+    opened = []
+
+    def note(name, format=None, options=None):
+        opened.append((name, format, options))
+        raise OSError("there is none")
+
+    monkeypatch.setattr(av, "open", note)
+    for name in ("/dev/video7", ":0.0", "rtsp://127.0.0.1/call"):
+        with pytest.raises(kd.UserError, match="cannot be opened"):
+            kd.LiveSource(name, rate=15)
+    with pytest.raises(kd.UserError, match="cannot be opened"):
+        kd.LiveSource("0", "avfoundation")
+    assert opened == [
+        ("/dev/video7", "v4l2", {"framerate": "15"}),
+        (":0.0", "x11grab", {"framerate": "15"}),
+        ("rtsp://127.0.0.1/call", None, {}),
+        ("0", "avfoundation", {}),
+    ]
