@@ -40,6 +40,7 @@ Map of this file. The story is read from top to bottom and needs nothing from th
     Clips             what real encoders do to frames, and how clips are scored
     Prepared crops    what training on calls reads
     Clips, sharpened  from one file to another
+    Live              a camera, a screen or a stream, as it comes
     Commands          sharpen, prepare, train, teacher, ablate, eval, export, fps
     Plots             curves, scores and speeds as pictures
     Command line      from the arguments to one of those commands
