@@ -533,8 +533,10 @@ class SharpenConfig(InferenceConfig):
     live_format: str = flag(
         "", "--live: FFmpeg's name of what it is (x11grab, gdigrab, avfoundation, dshow, v4l2)"
     )
-    fps: float = flag(0.0, "--live: frames a second to ask a camera or screen for", at_least=0,
-        at_most=1000)  # fmt: skip
+    live_size: str = flag("", "--live: WIDTHxHEIGHT to ask a camera or screen for")
+    fps: float = flag(
+        0.0, "--live: frames a second to ask a camera or screen for", at_least=0, at_most=1000
+    )
     strength: float = flag(
         1.0, "scale of the student's correction; 0 returns the input", at_least=0, at_most=100
     )
@@ -4956,14 +4958,24 @@ class LiveSource:
     """
 
     def __init__(
-        self, name: str, kind: str = "", rate: float = 0, with_sound: bool = False
+        self,
+        name: str,
+        kind: str = "",
+        rate: float = 0,
+        size: Size | None = None,
+        with_sound: bool = False,
     ) -> None:
         self.av = importlib.import_module("av")
         self.is_file = Path(name).is_file()
         for beginning, format_name in LIVE_FORMATS.items():
             if not kind and not self.is_file and name.startswith(beginning):
                 kind = format_name
-        options = {"framerate": f"{rate:g}"} if rate and kind and not self.is_file else {}
+        options = {}
+        is_device = kind and not self.is_file
+        if is_device and rate:
+            options["framerate"] = f"{rate:g}"
+        if is_device and size:
+            options["video_size"] = f"{size[0]}x{size[1]}"
         with naming_live(name):
             self.container = self.av.open(name, format=kind or None, options=options)
         require(self.container.streams.video, f"--live {name}: has no pictures in it")
@@ -5324,7 +5336,8 @@ def sharpen_live(config: SharpenConfig) -> None:
     """Sharpen what comes from --live into -o, until it ends, its window is closed, or Ctrl-C."""
     sink_name = sink_of(config)
     with_sound = sink_name not in ("camera", "window")
-    source = LiveSource(config.live, config.live_format, config.fps, with_sound)
+    asked = clip_size(config.live_size, "--live-size")
+    source = LiveSource(config.live, config.live_format, config.fps, asked, with_sound)
     sharpener = LiveSharpener(config)
     governor = Governor(live_levels(config.checkpoint), 1 / source.rate)
     size = sharpener.size or (source.video.width, source.video.height)
@@ -5728,14 +5741,14 @@ def before_and_after(image: Image.Image, result: Image.Image) -> Image.Image:
     return sheet
 
 
-def clip_size(text: str) -> Size | None:
+def clip_size(text: str, name: str = "--size") -> Size | None:
     """(width, height) of --size 1280x720; UserError for another form."""
     if not text:
         return None
     match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
-    require(match, f"--size {text}: write it as WIDTHxHEIGHT, such as 1280x720")
+    require(match, f"{name} {text}: write it as WIDTHxHEIGHT, such as 1280x720")
     size = (int(match[1]), int(match[2]))
-    require(min(size) >= 16, f"--size {text}: at least 16x16")
+    require(min(size) >= 16, f"{name} {text}: at least 16x16")
     return size
 
 

@@ -351,12 +351,13 @@ def test_devices_are_known_by_their_names(monkeypatch):
     monkeypatch.setattr(av, "open", note)
     for name in ("/dev/video7", ":0.0", "rtsp://127.0.0.1/call"):
         with pytest.raises(kd.UserError, match="cannot be opened"):
-            kd.LiveSource(name, rate=15)
+            kd.LiveSource(name, rate=15, size=(640, 360))
     with pytest.raises(kd.UserError, match="cannot be opened"):
         kd.LiveSource("0", "avfoundation")
+    asked = {"framerate": "15", "video_size": "640x360"}
     assert opened == [
-        ("/dev/video7", "v4l2", {"framerate": "15"}),
-        (":0.0", "x11grab", {"framerate": "15"}),
+        ("/dev/video7", "v4l2", asked),
+        (":0.0", "x11grab", asked),
         ("rtsp://127.0.0.1/call", None, {}),
         ("0", "avfoundation", {}),
     ]
