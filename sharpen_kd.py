@@ -5325,11 +5325,17 @@ class LiveReport:
         )
 
     def show_line(self, level: Level) -> None:
-        """Print it on one line, once a second."""
+        """Print it once a second, always on the same line of the screen."""
         now = time.perf_counter()
         if now - self.printed > 1 and sys.stderr.isatty():
             self.printed = now
             print(f"\r{self}; {level} ", end="", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """Print a line of its own."""
+        if self.printed:
+            print(file=sys.stderr)
+        print(text, flush=True)
 
 
 def sharpen_live(config: SharpenConfig) -> None:
@@ -5345,10 +5351,10 @@ def sharpen_live(config: SharpenConfig) -> None:
     with contextlib.closing(source), open_sink(sink_name, size, source) as sink:
         source.thread.start()
         report = LiveReport(source.latest)
-        print(f"{config.live}: {source.rate:g} frames/s; {governor.level}; Ctrl-C ends it")
+        report.say(f"{config.live}: {source.rate:g} frames/s; {governor.level}; Ctrl-C ends it")
         with contextlib.suppress(KeyboardInterrupt):
             show_live(source, sharpener, governor, sink, report)
-    print(f"{report}; {sharpener.saved:.0%} of the pixels stood still")
+    report.say(f"{report}; {sharpener.saved:.0%} of the pixels stood still")
 
 
 def show_live(
@@ -5365,7 +5371,7 @@ def show_live(
         is_seen = sink.show(pixels, frame.seconds)
         report.note(frame.arrived)
         if governor.note(time.perf_counter() - begin):
-            print(f"\nfrom {frame.seconds:.1f} s on: {governor.level}")
+            report.say(f"from {frame.seconds:.1f} s on: {governor.level}")
         report.show_line(governor.level)
         if not is_seen:
             return
