@@ -336,7 +336,11 @@ def fill_template(template: str, data: dict) -> str:
 
 
 def write_study(folder: Path, page: str, named: dict[str, Stimulus]) -> None:
-    """The page and its media. Copies carry no time of the originals, which could tell methods."""
+    """The page and its media.
+
+    Copies carry no times of the originals, which could tell methods. Their bytes and endings stay
+    as they are: who searches within them may find a method there.
+    """
     (folder / "media").mkdir()
     for name, stimulus in named.items():
         target = folder / "media" / (name + stimulus.file.suffix.lower())
@@ -369,6 +373,7 @@ def build(
     again; who knows the seed can tell the names.
     """
     output = Path(os.path.normpath(output))
+    require(output.name, f"-o {output}: name a new folder")
     key = key or output.with_name(output.name + "_key.json")
     require_new(output, key)
     methods = find_methods(folders, reference)
@@ -821,7 +826,8 @@ def print_comparisons(comparisons: Sequence[Comparison]) -> None:
     for each in comparisons:
         pair = f"{shown(each.first)} - {shown(each.second)}"
         verdict = "differ" if each.p < SIGNIFICANCE else "not shown to differ"
-        table.append((pair, f"{each.difference:+.2f}", format(each.p, ".4f"), verdict))
+        p = format(each.p, ".4f") if each.p >= 0.0001 else "< 0.0001"
+        table.append((pair, f"{each.difference:+.2f}", p, verdict))
     print_table(table)
     # The smallest p of all is that of equal signs everywhere.
     participants = comparisons[0].participants
@@ -927,7 +933,7 @@ def require_plot(file: Path) -> None:
     require(file.suffix.lower() in endings, f"--plot {file}: its ending is none of {endings}")
 
 
-def leave(ratings: Ratings, names: Sequence[str]) -> Ratings:
+def without(ratings: Ratings, names: Sequence[str]) -> Ratings:
     """The ratings without those of these participants."""
     for name in names:
         message = f"--leave-out {name}: the files hold no such participant"
@@ -952,7 +958,7 @@ def score(
     for file in filter(None, (output, plot)):
         require(file.parent.is_dir(), f"{file}: there is no folder {file.parent}; make it first")
         require(not file.is_dir(), f"{file}: is a folder; name a file")
-    ratings = leave(read_ratings(files, read_key(key)), leave_out)
+    ratings = without(read_ratings(files, read_key(key)), leave_out)
     print(f"{len(ratings.participants)} participants, ", end="")
     print(f"{len(ratings.methods)} methods, {len(ratings.sources)} sources\n")
     screened = screen(ratings.flat())

@@ -214,6 +214,12 @@ def test_a_study_and_its_key_are_never_replaced(folders, tmp_path, capsys):
     assert "participants would get it" in one_error(capsys)
 
 
+@pytest.mark.parametrize("output", [".", "/"])
+def test_a_study_is_a_new_folder(folders, capsys, output):
+    assert build(folders, output) == 2
+    assert f"-o {output}: name a new folder" in one_error(capsys)
+
+
 def test_one_folder_is_nothing_to_compare(folders, tmp_path, capsys):
     assert build(folders[:1], tmp_path / "study") == 2
     assert "the only folder" in one_error(capsys)
@@ -841,6 +847,11 @@ def test_no_key_counts_before_the_picture_is_there(folders, tmp_path, open_study
     page.keyboard.press("Control+5")
     page.keyboard.press("0")
     assert where(page) == "Training 1 of 3"
+    page.keyboard.down("3")
+    page.wait_for_function("document.getElementById('where').textContent.startsWith('Training 2')")
+    page.wait_for_selector(READY)
+    page.keyboard.down("3")  # held down, it repeats itself, and is no second answer
+    assert where(page) == "Training 2 of 3"
 
 
 def test_a_reload_goes_on_where_it_stopped_and_others_begin_anew(folders, tmp_path, open_study):
