@@ -666,11 +666,13 @@ def test_names_that_steer_terminals_spreadsheets_and_plots_stay_names(tmp_path, 
         written = "'" + name if number else "\x1b[2J"
         file = tmp_path / f"{number}.csv"
         files.append(write_ratings(file, read_json(key_file), written, rate))
+    write_rows(files[0], read_rows(files[0])[:-1])  # so that a warning names it
     out, plot = tmp_path / "scores.csv", tmp_path / "plot.png"
     assert score(files, key_file, "-o", out, "--plot", plot) == 0
     printed = capsys.readouterr()
     assert "\x1b" not in printed.out + printed.err
     assert "\\x1b[2J" in printed.out
+    assert "\\x1b[2J rated" in printed.err
     assert f"\n{name} " in printed.out
     rows = read_rows(out)
     assert {row["method"] for row in rows} == {"sharp", "'=1+1", "$\\frac$", "<b>\x1b[31m"}
