@@ -926,6 +926,14 @@ def test_orders_differ_stay_and_keep_a_sources_versions_apart(tmp_path, open_stu
     assert min(first.count(method) for method in METHODS) >= 10
 
 
+def test_the_last_of_the_training_is_not_repeated_at_once(tmp_path, open_study):
+    build(make_folders(tmp_path / "in", items=("a/x", "b/y")), tmp_path / "study")
+    page = open_study(tmp_path / "study")
+    for number in range(20):
+        last, first = order_for(page, f"p{number}")[2:4]
+        assert last["source"] != first["source"]
+
+
 def test_a_source_repeats_itself_only_where_it_must(folders, tmp_path, open_study):
     build(folders, tmp_path / "study")
     page = open_study(tmp_path / "study")
