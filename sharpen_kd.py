@@ -41,12 +41,14 @@ Map of this file. The story is read from top to bottom and needs nothing from th
     Prepared crops    what training on calls reads
     Clips, sharpened  from one file to another
     Commands          sharpen, prepare, train, teacher, ablate, eval, export, fps
+    Report            eval's results as a page, between eval and export
     Plots             curves, scores and speeds as pictures
     Command line      from the arguments to one of those commands
 """
 
 import abc
 import argparse
+import base64
 import contextlib
 import copy
 import csv
@@ -65,6 +67,7 @@ import os
 import platform
 import queue
 import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -914,6 +917,7 @@ class EvalConfig(InferenceConfig):
         SAMPLES / "sharpened_test_outputs", "folder for scores.csv and pictures"
     )
     json: Path | None = flag(None, "write the averages to this file")
+    report: Path | None = flag(None, "write the scores and a gallery as one HTML page")
 
 
 @dataclass
@@ -1033,6 +1037,18 @@ def shown_default(default: object) -> str:
 def flag_of(item: dataclasses.Field) -> str:
     """The flag of a setting: `--learning-rate` for `learning_rate`."""
     return "--" + item.name.replace("_", "-")
+
+
+def arguments_of(item: dataclasses.Field, value: object) -> list[str]:
+    """A setting as it is given on a command line: its flag, then its values."""
+    name = flag_of(item)
+    if item.type is bool:
+        return [name if value else name.replace("--", "--no-", 1)]
+    if isinstance(value, tuple):
+        return [name, *map(str, value)]
+    if str(value).startswith("-"):  # which argparse would take for a flag
+        return [f"{name}={value}"]
+    return [name, str(value)]
 
 
 def add_flag(parser: Parser, item: dataclasses.Field) -> None:
@@ -1174,10 +1190,14 @@ def write_text(text: str, path: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def without_infinities(content: dict) -> dict:
+    """The content as JSON can hold it: infinite numbers and those that are none become None."""
+    return json.loads(json.dumps(content), parse_constant=lambda name: None)
+
+
 def write_json(content: dict, path: Path) -> None:
     """Write a JSON file; JSON knows no infinite numbers, which become null."""
-    plain = json.loads(json.dumps(content), parse_constant=lambda name: None)
-    write_text(json.dumps(plain, indent=1) + "\n", path)
+    write_text(json.dumps(without_infinities(content), indent=1) + "\n", path)
 
 
 def write_csv(rows: list[dict], path: Path) -> None:
@@ -3948,15 +3968,19 @@ def load_sharpener(name: str | Path = FOR_PICTURES, **options) -> FrameSharpener
     return FrameSharpener(student, **options)
 
 
+def chosen_checkpoint(config: InferenceConfig, for_clips: bool) -> str:
+    """--checkpoint; "auto" is the student for clips or the one for pictures."""
+    if config.checkpoint != "auto":
+        return config.checkpoint
+    return FOR_CLIPS if for_clips else FOR_PICTURES
+
+
 def sharpener_of(
     config: InferenceConfig, strength: float = 1.0, for_clips: bool = False
 ) -> FrameSharpener:
-    """The student of --checkpoint; "auto" is the one for clips or the one for pictures."""
-    name = config.checkpoint
-    if name == "auto":
-        name = FOR_CLIPS if for_clips else FOR_PICTURES
+    """The student of --checkpoint, as a function of frames."""
     return load_sharpener(
-        name,
+        chosen_checkpoint(config, for_clips),
         device=pick_device(config),
         tile=config.tile,
         overlap=config.overlap,
@@ -3972,6 +3996,7 @@ CLIP_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi")
 FRAMES_A_SECOND = 25
 ALL_FRAMES = slice(None)
 FIRST_SCORED = 2  # the third frame: a stream's first ones are better than those that follow
+SHOWN_FRAMES = 60  # of a clip, in a report
 
 
 @dataclass(frozen=True)
@@ -4223,11 +4248,16 @@ def score_clip(outputs: list[np.ndarray], sharp: list[np.ndarray]) -> dict[str, 
     return scores | vmaf_scores(outputs, sharp)
 
 
-def evaluate_clip(clip: Clip, call: Call | None, methods: dict[str, FrameFunction]) -> dict:
+def evaluate_clip(
+    clip: Clip,
+    call: Call | None,
+    methods: dict[str, FrameFunction],
+    gallery: "Gallery | None" = None,
+) -> dict:
     """{"picture", "category", "kilobits", "scores": {method: scores}} of a clip in a call.
 
     Without a call the clip has a received side of its own. Flicker is the ratio to the input's; of
-    an input without any it is not a number.
+    an input without any it is not a number. The gallery is offered the first frames.
     """
     if call is None:
         received, sharp = encoded_pair(clip)
@@ -4239,13 +4269,20 @@ def evaluate_clip(clip: Clip, call: Call | None, methods: dict[str, FrameFunctio
     if call is not None:
         received, kilobits = received_frames(sharp, call, clip.path)
     scores = {}
+    first_frames = {}
     for name, method in methods.items():
-        scores[name] = score_clip([method(frame) for frame in received], sharp)
+        outputs = [method(frame) for frame in received]
+        scores[name] = score_clip(outputs, sharp)
+        first_frames[name] = outputs[:SHOWN_FRAMES]
+    first_frames["sharp"] = sharp[:SHOWN_FRAMES]
     level = scores["input"]["flicker"]
     for method_scores in scores.values():
         method_scores["flicker"] = method_scores["flicker"] / level if level else math.nan
     row = {"picture": clip.path.stem, "category": clip.kind, "kilobits": kilobits}
-    return row | {"scores": scores}
+    row |= {"scores": scores}
+    if gallery:
+        gallery.offer(row, first_frames)
+    return row
 
 
 def mean_of_clips(rows: list[dict], methods: Iterable[str]) -> dict[str, dict[str, float]]:
@@ -5614,7 +5651,12 @@ def evaluation_data(config: EvalConfig) -> dict[str, list[Pair] | list[Clip]]:
 
 
 def score_pair(
-    config: EvalConfig, protocol: str, pair: Pair, methods: dict[str, FrameFunction], sheet: bool
+    config: EvalConfig,
+    protocol: str,
+    pair: Pair,
+    methods: dict[str, FrameFunction],
+    sheet: bool,
+    gallery: "Gallery | None",
 ) -> dict:
     """{"picture", "category", "scores": {method: scores}}; writes the pictures that are wanted."""
     pictures = config.output_dir / protocol
@@ -5635,29 +5677,39 @@ def score_pair(
         save_picture(side_by_side(panels), pictures / "side_by_side" / f"{pair.category}.png")
     wanted = condition.scored(sharp)
     scores = {name: score(condition.scored(output), wanted) for name, output in outputs.items()}
-    return {"picture": pair.key, "category": pair.category, "scores": scores}
+    row = {"picture": pair.key, "category": pair.category, "scores": scores}
+    if gallery:
+        gallery.offer(row, {name: [frame] for name, frame in (outputs | {"sharp": sharp}).items()})
+    return row
 
 
 def evaluate_pairs(
-    config: EvalConfig, protocol: str, pairs: list[Pair], methods: dict[str, FrameFunction]
+    config: EvalConfig,
+    protocol: str,
+    pairs: list[Pair],
+    methods: dict[str, FrameFunction],
+    gallery: "Gallery | None",
 ) -> tuple[dict, list[dict]]:
     """(the table of a protocol, its rows), printed."""
     with_sheet = [group[0] for group in grouped(pairs, lambda pair: pair.category).values()]
     rows = []
     for pair in progress(pairs, protocol or "eval"):
-        rows.append(score_pair(config, protocol, pair, methods, pair in with_sheet))
+        rows.append(score_pair(config, protocol, pair, methods, pair in with_sheet, gallery))
     table = scores_by_category(rows, methods)
     print_table(protocol or "pairs", table)
     return table | {"images": len(rows)}, rows
 
 
 def evaluate_clips(
-    protocol: str, clips: list[Clip], methods: dict[str, FrameFunction]
+    protocol: str,
+    clips: list[Clip],
+    methods: dict[str, FrameFunction],
+    gallery: "Gallery | None",
 ) -> tuple[dict, list[dict]]:
     """(the table of a call, its rows), printed: PSNR, SSIM, flicker, VMAF, VMAF-NEG."""
     rows = []
     for clip in progress(clips, protocol):
-        rows.append(evaluate_clip(clip, CALLS.get(protocol), methods))
+        rows.append(evaluate_clip(clip, CALLS.get(protocol), methods, gallery))
     table = clip_table(rows, methods)
     print_table(protocol, table, format_clip_scores)
     if protocol in CALLS:
@@ -5669,7 +5721,7 @@ def evaluate_clips(
 def evaluate(config: EvalConfig) -> None:
     """Average PSNR and SSIM of input, student and teacher, over a split and for each category."""
     require(not 0 < config.resize < 7, f"--resize {config.resize}: SSIM needs at least 7x7 pixels")
-    require_writable(config.json, config.output_dir / "scores.csv")
+    require_writable(config.json, config.report, config.output_dir / "scores.csv")
     data = evaluation_data(config)
     methods: dict[str, FrameFunction] = {"input": lambda frame: frame}
     if config.teacher or config.teacher_weights:
@@ -5679,21 +5731,30 @@ def evaluate(config: EvalConfig) -> None:
     for for_clips in {protocol in CLIP_PROTOCOLS for protocol in data}:
         students[for_clips] = sharpener_of(config, for_clips=for_clips)
 
+    galleries = {}
+    if config.report:
+        galleries = empty_galleries(
+            {protocol: len(examples) for protocol, examples in data.items()}
+        )
+
     tables: dict[str, dict] = {}
     lines = []
     for protocol, examples in data.items():
         for_clips = protocol in CLIP_PROTOCOLS
         methods["student"] = students[for_clips]
+        gallery = galleries.get(protocol)
         if for_clips:
-            table, rows = evaluate_clips(protocol, examples, methods)
+            table, rows = evaluate_clips(protocol, examples, methods, gallery)
         else:
-            table, rows = evaluate_pairs(config, protocol, examples, methods)
+            table, rows = evaluate_pairs(config, protocol, examples, methods, gallery)
         tables[protocol] = table
         lines += [csv_line(protocol, row) for row in rows]
     write_csv(lines, config.output_dir / "scores.csv")
     if config.json:
         stored_pairs = "" in tables
         write_json(tables[""] if stored_pairs else tables, config.json)
+    if config.report:
+        write_report(config, tables, galleries)
 
 
 def csv_line(protocol: str, row: dict) -> dict:
@@ -5703,6 +5764,304 @@ def csv_line(protocol: str, row: dict) -> dict:
     for method, scores in row["scores"].items():
         line |= {f"{method}_{metric}": value for metric, value in scores.items()}
     return line
+
+
+# --- Report: eval's results as a page -------------------------------------------------------------
+#
+# One HTML file holds everything, pictures and clips as well, and opens without a network. The page
+# itself is inference_samples/report.html; here its data is gathered and put into it.
+
+REPORT_PAGE = SAMPLES / "report.html"
+MOST_WORST = 5  # of each protocol, those that gained least
+MOST_OTHERS = 12  # spread evenly over all others
+PAGE_BYTES = 21_000_000  # all pictures and clips; as base64 they take a third more
+# Sides in pixels. What is larger than the first, or has more bytes than its share, is cut to one.
+WINDOWS = (1280, 960, 720, 540, 400, 300, 224, 160)
+
+# A clip in a page: a format that every browser plays, close to the frames that were scored. Frames
+# refer to earlier ones only, and every eighth to none, so stepping through them is quick.
+PAGE_CLIP = Encoder("libx264", "yuv420p", {"crf": "12", "preset": "veryfast", "bf": "0", "g": "8"})
+BT709 = 1  # FFmpeg's number for the colours of high-definition video
+LIMITED_RANGE = 1  # and for black at 16, white at 235
+CLIP_BORDER = 8  # rows around each side in the stack, so that no side colours its neighbour
+
+Sides = dict[
+    str, list[np.ndarray]
+]  # {"input", methods, "sharp"}: a clip's frames; of a picture one
+
+
+def psnr_gain(row: dict) -> float:
+    """What the student adds to the input's PSNR in dB; 0 where both are without any error."""
+    gain = row["scores"]["student"]["psnr"] - row["scores"]["input"]["psnr"]
+    return 0.0 if math.isnan(gain) else gain
+
+
+class Gallery:
+    """What the report shows of a protocol: those that gained least, and others spread evenly.
+
+    Of all that is offered it keeps only what may still be shown: encoded, and each within
+    `item_bytes`.
+    """
+
+    def __init__(self, count: int, others: int, item_bytes: float) -> None:
+        self.item_bytes = item_bytes
+        self.spread = {index * count // others for index in range(others)}
+        self.gains: list[float] = []
+        self.items: dict[int, dict] = {}  # by their number among all that were offered
+
+    def worst(self) -> list[int]:
+        """The numbers of those that gained least so far, the worst first."""
+        numbers = range(len(self.gains))
+        return sorted(numbers, key=lambda number: self.gains[number])[:MOST_WORST]
+
+    def offer(self, row: dict, sides: Sides) -> None:
+        """Keep an example if it may be shown, and drop what a worse one has displaced."""
+        number = len(self.gains)
+        self.gains.append(psnr_gain(row))
+        shown = self.spread.union(self.worst())
+        if number in shown:
+            self.items[number] = gallery_item(row, sides, self.item_bytes)
+        self.items = {n: item for n, item in self.items.items() if n in shown}
+
+    def shown(self) -> tuple[list[dict], list[dict]]:
+        """(the worst, the others)."""
+        worst = self.worst()
+        others = [item for number, item in self.items.items() if number not in worst]
+        return [self.items[number] for number in worst], others
+
+
+def empty_galleries(counts: dict[str, int]) -> dict[str, Gallery]:
+    """A gallery for each protocol with so many examples; all share the page's bytes."""
+    others = max(1, MOST_OTHERS // len(counts))
+    items = sum(min(count, MOST_WORST + others) for count in counts.values())
+    item_bytes = PAGE_BYTES / items
+    return {protocol: Gallery(count, others, item_bytes) for protocol, count in counts.items()}
+
+
+def gallery_item(row: dict, sides: Sides, most_bytes: float) -> dict:
+    """An example as the page shows it: its scores, and its sides in the largest window that fits.
+
+    A clip is one video with its sides stacked, so that both halves of a slider always show the same
+    frame. Pictures are stored without loss.
+    """
+    frames = sides["input"]
+    for window in WINDOWS:
+        seen = in_window(sides, window)
+        if len(frames) > 1:
+            media = {"clip": stacked_clip(seen), "border": CLIP_BORDER, "frames": len(frames)}
+            size = len(media["clip"])
+        else:
+            media = {"pictures": [picture_url(picture) for (picture,) in seen.values()]}
+            size = sum(len(url) for url in media["pictures"])
+        if size * 3 / 4 <= most_bytes:  # four characters of base64 are three bytes
+            break
+    height, width = seen["input"][0].shape[:2]
+    return {
+        "name": row["picture"],
+        "scores": row["scores"],
+        "gain": psnr_gain(row),
+        "note": size_note(frames[0].shape, seen["input"][0].shape),
+        "sides": list(seen),
+        "width": width,
+        "height": height,
+        **media,
+    }
+
+
+def size_note(whole_shape: tuple, seen_shape: tuple) -> str:
+    """The size that is shown, and what of."""
+    (height, width), (seen_height, seen_width) = whole_shape[:2], seen_shape[:2]
+    if (height, width) == (seen_height, seen_width):
+        return f"{width} by {height} pixels"
+    part = f"{seen_width} by {seen_height} of {width} by {height} pixels"
+    return f"{part}, where the student changed most; the scores are of all"
+
+
+def in_window(sides: Sides, window: int) -> Sides:
+    """The same part of every frame, where the student changed the middle one most.
+
+    No side of it is above `window`, and a clip's are even.
+    """
+    frames = sides["input"]
+    height, width = (min(side, window) for side in frames[0].shape[:2])
+    if len(frames) > 1:
+        height -= height % 2
+        width -= width % 2
+    middle = len(frames) // 2
+    top, left = most_changed(frames[middle], sides["student"][middle], height, width)
+    part = (slice(top, top + height), slice(left, left + width))
+    return {name: [frame[part] for frame in each] for name, each in sides.items()}
+
+
+def most_changed(before: np.ndarray, after: np.ndarray, height: int, width: int) -> tuple[int, int]:
+    """(top, left) of the part of this size in which two frames differ most."""
+    change = np.square(before.astype(np.int64) - after).sum(2)
+    # sums[i, j] is the change above row i and left of column j, and any part's follows from four.
+    sums = np.pad(change.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    above = sums[:-height]
+    below = sums[height:]
+    inside = (below - above)[:, width:] - (below - above)[:, :-width]
+    top, left = np.unravel_index(inside.argmax(), inside.shape)
+    return int(top), int(left)
+
+
+def data_url(kind: str, content: bytes) -> str:
+    """A file's content as an address that holds it."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def picture_url(picture: np.ndarray) -> str:
+    """A frame without loss, as an address."""
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "WEBP", lossless=True, exact=True, method=3)
+    return data_url("image/webp", file.getvalue())
+
+
+def stacked_clip(sides: Sides) -> str:
+    """A video of all sides, one below the other with a border around each, as an address."""
+    av = importlib.import_module("av")
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = None
+        for frames in zip(*sides.values(), strict=True):
+            border = ((CLIP_BORDER, CLIP_BORDER), (0, 0), (0, 0))
+            stack = np.concatenate([np.pad(frame, border, "edge") for frame in frames])
+            stream = stream or page_stream(container, stack)
+            picture = av.VideoFrame.from_ndarray(stack, format="rgb24")
+            colours = {"dst_colorspace": BT709, "dst_color_range": LIMITED_RANGE}
+            container.mux(stream.encode(picture.reformat(format=PAGE_CLIP.pixel_format, **colours)))
+        container.mux(stream.encode(None))
+    return data_url("video/mp4", file.getvalue())
+
+
+def page_stream(container, first: np.ndarray):
+    """A page's video stream, as large as the first frame."""
+    stream = container.add_stream(PAGE_CLIP.codec, rate=FRAMES_A_SECOND, options=PAGE_CLIP.options)
+    stream.height, stream.width = first.shape[:2]
+    stream.pix_fmt = PAGE_CLIP.pixel_format
+    for name in ("colorspace", "color_primaries", "color_trc"):
+        setattr(stream.codec_context, name, BT709)
+    stream.codec_context.color_range = LIMITED_RANGE
+    return stream
+
+
+def table_for_page(protocol: str, table: dict) -> dict:
+    """A protocol's scores in the page: a row for all, for each category, and for each clip."""
+    rows = []
+    for name, scores in table.items():
+        if name in ("images", "clips"):
+            examples = f"{scores} {'pictures' if name == 'images' else 'clips'}"
+        else:
+            rows.append({"name": name, "scores": scores})
+    return {"protocol": protocol or "pairs", "examples": examples, "rows": rows}
+
+
+def gallery_for_page(galleries: dict[str, Gallery]) -> list[dict]:
+    """[{"title", "items"}]: the worst of every protocol, then the others."""
+    worst = []
+    others = []
+    for protocol, gallery in galleries.items():
+        name = protocol or "pairs"
+        least, more = gallery.shown()
+        worst.append({"title": f"{name}: the {len(least)} that gained least", "items": least})
+        if more:
+            others.append({"title": f"{name}: {len(more)} others, spread evenly", "items": more})
+    return worst + others
+
+
+def command_line(config: EvalConfig) -> str:
+    """The command with these settings; what is by default is not named."""
+    words = ["python", "sharpen_kd.py", "eval"]
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if value != item.default:
+            words += arguments_of(item, value)
+    return shlex.join(words)
+
+
+def describe_weights(path: Path) -> str:
+    """A weight file by its name and what it holds."""
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return f"{path.name}, SHA-256 {digest[:16]}…"
+
+
+def describe_student(name: str) -> str:
+    """A student's checkpoint: its file, its network and how long it was trained."""
+    student, content = load_student(name)
+    parameters = sum(weights.numel() for weights in student.parameters())
+    kind = student.config.get("kind", "unet")
+    text = describe_weights(SHIPPED.get(name) or Path(name))
+    text += f", {kind} with {parameters:,} parameters"
+    if isinstance(content.get("step"), int):
+        text += f", {content['step']:,} training steps"
+    return text
+
+
+def processor_name() -> str:
+    """The processor as its maker calls it, where Linux says so."""
+    with contextlib.suppress(OSError):
+        match = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+        if match:
+            return match[1]
+    return platform.processor() or platform.machine()
+
+
+def machine_name(device: torch.device) -> str:
+    """What computed, and under which system."""
+    name = f"{processor_name()}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        name = f"{torch.cuda.get_device_name(device)}; {name}"
+    return f"{name}; {platform.system()} {platform.release()}"
+
+
+def report_facts(config: EvalConfig, protocols: Iterable[str]) -> dict[str, str]:
+    """What was run, where and when: {what: text}."""
+    facts = {"command": command_line(config)}
+    names = {chosen_checkpoint(config, protocol in CLIP_PROTOCOLS) for protocol in protocols}
+    facts["student"] = "; ".join(describe_student(name) for name in sorted(names))
+    if config.teacher or config.teacher_weights:
+        facts["teacher"] = describe_weights(config.teacher_weights or OFFICIAL_TEACHER)
+    device = pick_device(config)
+    precision = str(pick_precision(config.precision, device)).removeprefix("torch.")
+    facts["computed by"] = f"{config.backend} in {precision} on {device}"
+    facts["machine"] = machine_name(device)
+    facts["date"] = time.strftime("%Y-%m-%d %H:%M %z")
+    python = platform.python_version()
+    facts["versions"] = f"sharpen_kd {__version__}, PyTorch {torch.__version__}, Python {python}"
+    return facts
+
+
+def json_in_html(content: dict) -> str:
+    """JSON for a script element: no text in it can end that element or begin a comment."""
+    text = json.dumps(without_infinities(content))
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def page_with(content: dict) -> str:
+    """The report's page with its data, and with the hashes of the only code that it may run."""
+    page = REPORT_PAGE.read_text(encoding="utf-8")
+    for element in ("style", "script"):
+        (code,) = re.findall(f"<{element}>(.*?)</{element}>", page, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+        page = page.replace(f"HASH_OF_{element.upper()}", f"sha256-{digest}")
+    before, after = page.split("DATA_OF_REPORT")
+    return before + json_in_html(content) + after
+
+
+def write_report(config: EvalConfig, tables: dict, galleries: dict[str, Gallery]) -> None:
+    """Write `eval`'s tables and galleries as one HTML page."""
+    digits = {name: metric.digits for name, metric in METRICS.items()} | CLIP_DIGITS
+    content = {
+        "facts": report_facts(config, tables),
+        "digits": digits,
+        "tables": [table_for_page(protocol, table) for protocol, table in tables.items()],
+        "gallery": gallery_for_page(galleries),
+        "frames_a_second": FRAMES_A_SECOND,
+    }
+    write_text(page_with(content), config.report)
+    print(config.report)
 
 
 # --- Command: export ------------------------------------------------------------------------------
@@ -6296,16 +6655,11 @@ def checked_settings(config_class: type[RunConfig], saved: dict[str, object]) ->
         may_be_none = type(None) in typing.get_args(item.type)
         if value in ((), "") or (value is None and may_be_none):
             left_out[item.name] = value
-        elif item.type is bool:
-            arguments.append(flag_of(item) if value else flag_of(item).replace("--", "--no-", 1))
-        else:
-            values = value if isinstance(value, tuple) else (value,)
-            if not all(isinstance(each, int | float | str) for each in values):
-                raise TypeError(f"{flag_of(item)} is {value}")
-            if values is value:
-                arguments += [flag_of(item), *map(str, values)]
-            else:
-                arguments.append(f"{flag_of(item)}={value}")  # it may begin with a hyphen
+            continue
+        values = value if isinstance(value, tuple) else (value,)
+        if not all(isinstance(each, int | float | str) for each in values):
+            raise TypeError(f"{flag_of(item)} is {value}")
+        arguments += arguments_of(item, value)
     given = parse_command_line(arguments)
     names = {item.name for item in dataclasses.fields(config_class)}
     return left_out | {name: value for name, value in given.items() if name in names}
