@@ -5957,15 +5957,17 @@ def table_for_page(protocol: str, table: dict) -> dict:
 
 
 def gallery_for_page(galleries: dict[str, Gallery]) -> list[dict]:
-    """[{"title", "items"}]: the worst of every protocol, then the others."""
+    """[{"title", "items"}]: the worst of every protocol, then some of the others."""
     worst = []
     others = []
     for protocol, gallery in galleries.items():
         name = protocol or "pairs"
         least, more = gallery.shown()
-        worst.append({"title": f"{name}: the {len(least)} that gained least", "items": least})
+        title = f"{name}: all {len(least)}, those that gained least first"
         if more:
+            title = f"{name}: the {len(least)} that gained least"
             others.append({"title": f"{name}: {len(more)} others, spread evenly", "items": more})
+        worst.append({"title": title, "items": least})
     return worst + others
 
 
@@ -6008,7 +6010,7 @@ def processor_name() -> str:
 
 def machine_name(device: torch.device) -> str:
     """What computed, and under which system."""
-    name = f"{processor_name()}, {torch.get_num_threads()} threads"
+    name = f"{processor_name()}, threads: {torch.get_num_threads()}"
     if device.type == "cuda":
         name = f"{torch.cuda.get_device_name(device)}; {name}"
     return f"{name}; {platform.system()} {platform.release()}"
