@@ -5859,7 +5859,6 @@ def gallery_item(row: dict, sides: Sides, most_bytes: float) -> dict:
     return {
         "name": row["picture"],
         "scores": row["scores"],
-        "gain": psnr_gain(row),
         "note": size_note(frames[0].shape, seen["input"][0].shape),
         "sides": list(seen),
         "width": width,

@@ -294,7 +294,7 @@ def show(browser):
             problems.append(request.url)
 
     def note_message(message):
-        if message.type in ("error", "warning"):
+        if message.type == "error":
             problems.append(message.text)
 
     def note_dialog(dialog):
@@ -360,8 +360,10 @@ def assert_divided(shown, left, right, column):
     """
     doubled = [side.repeat(2, 0).repeat(2, 1) for side in (left, right)]
     assert shown.shape == doubled[0].shape
-    assert np.array_equal(shown[:, : column - 20], doubled[0][:, : column - 20])
-    assert np.array_equal(shown[:, column + 20 :], doubled[1][:, column + 20 :])
+    before = max(0, column - 20)
+    after = column + 20
+    assert np.array_equal(shown[:, :before], doubled[0][:, :before])
+    assert np.array_equal(shown[:, after:], doubled[1][:, after:])
 
 
 def test_dragging_the_divider_changes_what_is_seen(show, report, first_item):
