@@ -5775,8 +5775,8 @@ REPORT_PAGE = SAMPLES / "report.html"
 MOST_WORST = 5  # of each protocol, those that gained least
 MOST_OTHERS = 12  # spread evenly over all others
 PAGE_BYTES = 21_000_000  # all pictures and clips; as base64 they take a third more
-# Sides in pixels. What is larger than the first, or has more bytes than its share, is cut to one.
-WINDOWS = (1280, 960, 720, 540, 400, 300, 224, 160)
+LONGEST_SIDE = 1280  # in pixels; larger pictures are cut, and so are those with too many bytes
+SHORTEST_SIDE = 96  # which is not cut further
 
 # A clip in a page: a format that every browser plays, close to the frames that were scored. Frames
 # refer to earlier ones only, and every eighth to none, so stepping through them is quick.
@@ -5844,27 +5844,32 @@ def gallery_item(row: dict, sides: Sides, most_bytes: float) -> dict:
     A clip is one video with its sides stacked, so that both halves of a slider always show the same
     frame. Pictures are stored without loss.
     """
-    frames = sides["input"]
-    for window in WINDOWS:
+    whole = sides["input"][0].shape
+    window = min(LONGEST_SIDE, max(whole))
+    while True:
         seen = in_window(sides, window)
-        if len(frames) > 1:
-            media = {"clip": stacked_clip(seen), "border": CLIP_BORDER, "frames": len(frames)}
-            size = len(media["clip"])
-        else:
-            media = {"pictures": [picture_url(picture) for (picture,) in seen.values()]}
-            size = sum(len(url) for url in media["pictures"])
-        if size * 3 / 4 <= most_bytes:  # four characters of base64 are three bytes
+        media, size = encoded_sides(seen)
+        if size <= most_bytes or window <= SHORTEST_SIDE:
             break
+        wanted = 0.95 * window * math.sqrt(most_bytes / size)
+        window = max(SHORTEST_SIDE, int(wanted))
     height, width = seen["input"][0].shape[:2]
-    return {
-        "name": row["picture"],
-        "scores": row["scores"],
-        "note": size_note(frames[0].shape, seen["input"][0].shape),
-        "sides": list(seen),
-        "width": width,
-        "height": height,
-        **media,
-    }
+    item = {"name": row["picture"], "scores": row["scores"], "sides": list(seen)}
+    item |= {"width": width, "height": height}
+    item["note"] = size_note(whole, seen["input"][0].shape)
+    return item | media
+
+
+def encoded_sides(sides: Sides) -> tuple[dict, int]:
+    """(pictures or a clip as addresses, their bytes before base64)."""
+    count = len(sides["input"])
+    if count > 1:
+        clip = stacked_clip(sides)
+        media = {"clip": data_url("video/mp4", clip), "border": CLIP_BORDER, "frames": count}
+        return media, len(clip)
+    pictures = [lossless(picture) for (picture,) in sides.values()]
+    media = {"pictures": [data_url("image/webp", picture) for picture in pictures]}
+    return media, sum(map(len, pictures))
 
 
 def size_note(whole_shape: tuple, seen_shape: tuple) -> str:
@@ -5909,15 +5914,15 @@ def data_url(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def picture_url(picture: np.ndarray) -> str:
-    """A frame without loss, as an address."""
+def lossless(picture: np.ndarray) -> bytes:
+    """A frame as a WebP file without loss."""
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "WEBP", lossless=True, exact=True, method=3)
-    return data_url("image/webp", file.getvalue())
+    return file.getvalue()
 
 
-def stacked_clip(sides: Sides) -> str:
-    """A video of all sides, one below the other with a border around each, as an address."""
+def stacked_clip(sides: Sides) -> bytes:
+    """A video file of all sides, one below the other with a border around each."""
     av = importlib.import_module("av")
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
@@ -5930,7 +5935,7 @@ def stacked_clip(sides: Sides) -> str:
             colours = {"dst_colorspace": BT709, "dst_color_range": LIMITED_RANGE}
             container.mux(stream.encode(picture.reformat(format=PAGE_CLIP.pixel_format, **colours)))
         container.mux(stream.encode(None))
-    return data_url("video/mp4", file.getvalue())
+    return file.getvalue()
 
 
 def page_stream(container, first: np.ndarray):
