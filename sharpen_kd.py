@@ -6523,9 +6523,12 @@ def plot(path: Path, panels: list[tuple[dict, dict[str, tuple]]]) -> None:
     except ImportError:
         print(f"no {path.name}: `pip install matplotlib` would draw it")
         return
-    figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
-    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (settings, curves) in zip(all_axes, panels, strict=True):
+    rows = 1 if len(panels) <= 3 else 2
+    columns = math.ceil(len(panels) / rows)
+    figure = Figure(figsize=(5.5 * columns, 4 * rows), layout="constrained")
+    for number, (settings, curves) in enumerate(panels, start=1):
+        axes = figure.add_subplot(rows, columns, number)
+        axes.grid(alpha=0.3)
         for label, (x, y, style) in curves.items():
             axes.plot(x, y, style, label=label, lw=0.8)
         axes.set(**settings)
@@ -6535,28 +6538,42 @@ def plot(path: Path, panels: list[tuple[dict, dict[str, tuple]]]) -> None:
 
 
 def plot_curves(run: TrainingRun) -> None:
-    """curves.png: the loss terms, the held-out PSNR and the learning rate of a run."""
+    """curves.png: the loss terms, the held-out scores and the learning rate of a run."""
     if not run.rows:
         return
     steps = [row["step"] for row in run.rows]
-    scored = [row for row in run.rows if "val_psnr" in row]
     terms = {
         name: (steps, [row.get(name) for row in run.rows], "-")
         for name in run.objective.loss.lambdas
     }
-    psnr = [row["val_psnr"] for row in scored]
-    rates = [row["learning_rate"] for row in run.rows]
-    plot(
-        run.config.run_dir / "curves.png",
-        [
-            ({"title": "weighted loss terms", "xlabel": "step", "yscale": "log"}, terms),
-            (
-                {"title": "held-out PSNR in dB", "xlabel": "step"},
-                {"averaged weights": ([row["step"] for row in scored], psnr, ".-")},
-            ),
-            ({"title": "learning rate", "xlabel": "step"}, {"Adam": (steps, rates, "-")}),
-        ],
-    )
+    panels = [({"title": "weighted loss terms", "xlabel": "step", "yscale": "log"}, terms)]
+    for metric in METRICS:
+        scored = [row for row in run.rows if f"val_{metric}" in row]
+        at = [row["step"] for row in scored]
+        scores = [row[f"val_{metric}"] for row in scored]
+        settings = {"title": f"held-out {metric.upper()}", "xlabel": "step"}
+        panels.append((settings, {"averaged weights": (at, scores, ".-")}))
+    rates = rate_curves(run.rows, run.config.restart_epochs)
+    panels.append(({"title": "learning rate", "xlabel": "step"}, rates))
+    plot(run.config.run_dir / "curves.png", panels)
+
+
+def rate_curves(rows: list[dict], restart_epochs: int) -> dict[str, tuple]:
+    """The learning rate over the steps, and a mark where each cycle but the first begins."""
+    restarts = []
+    cycle = restart_epochs
+    end = cycle
+    for row in rows:
+        if row["epoch"] >= end:
+            restarts.append(row)
+            cycle *= 2
+            end += cycle
+    curves = {}
+    for label, some, style in (("Adam", rows, "-"), ("restart", restarts, "^")):
+        if some:
+            steps = [row["step"] for row in some]
+            curves[label] = (steps, [row["learning_rate"] for row in some], style)
+    return curves
 
 
 def plot_ablation(path: Path, variants: list[Variant]) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -600,7 +601,7 @@ def test_the_table_folds_and_has_the_scores(show, report):
     gain = student["psnr"] - scores["all"]["input"]["psnr"]
     assert cells[3] == f"{gain:+.2f}".replace("-", "\N{MINUS SIGN}")
     assert page.locator("tr.category").first.is_visible()
-    page.get_by_role("button", name="x2, 9 pictures").click()
+    page.get_by_role("button", name="x2").click()
     assert not page.locator("tr.category").first.is_visible()
 
 
@@ -631,3 +632,37 @@ def test_it_fits_a_phone_in_both_themes(show, report, clip_report, colours):
         }""")
         brightness = [int(re.search(r"\d+", colour)[0]) for colour in (ink, paper)]
         assert (brightness[0] < brightness[1]) == (colours == "light")
+
+
+# --- curves.png -----------------------------------------------------------------------------------
+
+
+def test_the_curve_of_the_learning_rate_marks_where_cycles_begin():
+    config = kd.RunConfig(restart_epochs=2)
+    rows = []
+    for step in range(16):  # two steps an epoch: cycles begin at epochs 0, 2 and 6
+        rate = kd.learning_rate(step, 2, config)
+        rows.append({"step": step + 1, "epoch": step / 2, "learning_rate": rate})
+    curves = kd.rate_curves(rows, 2)
+    assert curves["restart"] == ([5, 13], [config.learning_rate] * 2, "^")
+    assert curves["Adam"][0] == list(range(1, 17))
+    assert list(kd.rate_curves(rows[:4], 2)) == ["Adam"]
+
+
+def test_the_curves_are_every_term_every_score_and_the_rate(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(kd, "plot", lambda path, panels: drawn.update({path: panels}))
+    terms = {"reconstruction": 0.1, "ssim": 2.0}
+    rows = [
+        {"step": step, "epoch": step - 1, "learning_rate": 1e-4, **terms} for step in range(1, 4)
+    ]
+    rows[1] |= {"val_psnr": 30.5, "val_ssim": 0.91}
+
+    objective = SimpleNamespace(loss=SimpleNamespace(lambdas=terms))
+    config = kd.RunConfig(run_dir=tmp_path)
+    kd.plot_curves(SimpleNamespace(rows=rows, config=config, objective=objective))
+    curves = {settings["title"]: lines for settings, lines in drawn[tmp_path / "curves.png"]}
+    assert list(curves["weighted loss terms"]) == ["reconstruction", "ssim"]
+    assert curves["held-out PSNR"]["averaged weights"][:2] == ([2], [30.5])
+    assert curves["held-out SSIM"]["averaged weights"][:2] == ([2], [0.91])
+    assert curves["learning rate"]["Adam"][0] == [1, 2, 3]
