@@ -6537,25 +6537,44 @@ def plot(path: Path, panels: list[tuple[dict, dict[str, tuple]]]) -> None:
         figure.savefig(temporary, dpi=110)
 
 
+MOST_POINTS = 200  # of a loss term's curve, about
+
+
 def plot_curves(run: TrainingRun) -> None:
     """curves.png: the loss terms, the held-out scores and the learning rate of a run."""
     if not run.rows:
         return
-    steps = [row["step"] for row in run.rows]
-    terms = {
-        name: (steps, [row.get(name) for row in run.rows], "-")
-        for name in run.objective.loss.lambdas
-    }
-    panels = [({"title": "weighted loss terms", "xlabel": "step", "yscale": "log"}, terms)]
+    every = max(1, len(run.rows) // MOST_POINTS)  # single steps would hide the course
+    terms = {name: term_curve(run.rows, name, every) for name in run.objective.loss.lambdas}
+    title = "weighted loss terms"
+    if every > 1:
+        title += f", means of {every} steps"
+    panels = [({"title": title, "xlabel": "step", "yscale": "log"}, terms)]
     for metric in METRICS:
         scored = [row for row in run.rows if f"val_{metric}" in row]
         at = [row["step"] for row in scored]
         scores = [row[f"val_{metric}"] for row in scored]
-        settings = {"title": f"held-out {metric.upper()}", "xlabel": "step"}
+        unit = " in dB" if metric == "psnr" else ""
+        settings = {"title": f"held-out {metric.upper()}{unit}", "xlabel": "step"}
         panels.append((settings, {"averaged weights": (at, scores, ".-")}))
     rates = rate_curves(run.rows, run.config.restart_epochs)
     panels.append(({"title": "learning rate", "xlabel": "step"}, rates))
     plot(run.config.run_dir / "curves.png", panels)
+
+
+def term_curve(rows: list[dict], name: str, every: int) -> tuple:
+    """(steps, means, style) of a loss term over every so many steps.
+
+    A run that was resumed with another term has none of it in its first rows.
+    """
+    having = [row for row in rows if row.get(name) is not None]
+    steps = []
+    means = []
+    for start in range(0, len(having), every):
+        some = having[start : start + every]
+        steps.append(some[-1]["step"])
+        means.append(statistics.fmean(row[name] for row in some))
+    return steps, means, "-"
 
 
 def rate_curves(rows: list[dict], restart_epochs: int) -> dict[str, tuple]:

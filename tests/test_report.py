@@ -663,6 +663,15 @@ def test_the_curves_are_every_term_every_score_and_the_rate(tmp_path, monkeypatc
     kd.plot_curves(SimpleNamespace(rows=rows, config=config, objective=objective))
     curves = {settings["title"]: lines for settings, lines in drawn[tmp_path / "curves.png"]}
     assert list(curves["weighted loss terms"]) == ["reconstruction", "ssim"]
-    assert curves["held-out PSNR"]["averaged weights"][:2] == ([2], [30.5])
+    assert curves["held-out PSNR in dB"]["averaged weights"][:2] == ([2], [30.5])
     assert curves["held-out SSIM"]["averaged weights"][:2] == ([2], [0.91])
     assert curves["learning rate"]["Adam"][0] == [1, 2, 3]
+
+
+def test_a_long_runs_loss_terms_are_drawn_as_means():
+    rows = [{"step": step, "ssim": float(step % 3)} for step in range(1, 8)]
+    # (1 + 2 + 0) / 3, (1 + 2 + 0) / 3, and the last one alone
+    assert kd.term_curve(rows, "ssim", 3) == ([3, 6, 7], [1, 1, 1], "-")
+    assert kd.term_curve(rows, "ssim", 1)[1] == [1, 2, 0, 1, 2, 0, 1]
+    rows[5]["kl"] = 3.0  # a term that the run was resumed with
+    assert kd.term_curve(rows, "kl", 3) == ([6], [3], "-")
