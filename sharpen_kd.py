@@ -42,12 +42,14 @@ Map of this file. The story is read from top to bottom and needs nothing from th
     Clips, sharpened  from one file to another
     Live              a camera, a screen or a stream, as it comes
     Commands          sharpen, prepare, train, teacher, ablate, eval, export, fps
+    Report            eval's results as a page, between eval and export
     Plots             curves, scores and speeds as pictures
     Command line      from the arguments to one of those commands
 """
 
 import abc
 import argparse
+import base64
 import collections
 import contextlib
 import copy
@@ -67,6 +69,7 @@ import os
 import platform
 import queue
 import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -932,6 +935,7 @@ class EvalConfig(InferenceConfig):
         SAMPLES / "sharpened_test_outputs", "folder for scores.csv and pictures"
     )
     json: Path | None = flag(None, "write the averages to this file")
+    report: Path | None = flag(None, "write the scores and a gallery as one HTML page")
 
 
 @dataclass
@@ -1051,6 +1055,18 @@ def shown_default(default: object) -> str:
 def flag_of(item: dataclasses.Field) -> str:
     """The flag of a setting: `--learning-rate` for `learning_rate`."""
     return "--" + item.name.replace("_", "-")
+
+
+def arguments_of(item: dataclasses.Field, value: object) -> list[str]:
+    """A setting as it is given on a command line: its flag, then its values."""
+    name = flag_of(item)
+    if item.type is bool:
+        return [name if value else name.replace("--", "--no-", 1)]
+    if isinstance(value, tuple):
+        return [name, *map(str, value)]
+    if str(value).startswith("-"):  # which argparse would take for a flag
+        return [f"{name}={value}"]
+    return [name, str(value)]
 
 
 def add_flag(parser: Parser, item: dataclasses.Field) -> None:
@@ -1192,10 +1208,14 @@ def write_text(text: str, path: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def without_infinities(content: dict) -> dict:
+    """The content as JSON can hold it: infinite numbers and those that are none become None."""
+    return json.loads(json.dumps(content), parse_constant=lambda name: None)
+
+
 def write_json(content: dict, path: Path) -> None:
     """Write a JSON file; JSON knows no infinite numbers, which become null."""
-    plain = json.loads(json.dumps(content), parse_constant=lambda name: None)
-    write_text(json.dumps(plain, indent=1) + "\n", path)
+    write_text(json.dumps(without_infinities(content), indent=1) + "\n", path)
 
 
 def write_csv(rows: list[dict], path: Path) -> None:
@@ -4051,15 +4071,19 @@ def load_sharpener(name: str | Path = FOR_PICTURES, **options) -> FrameSharpener
     return FrameSharpener(student, **options)
 
 
+def chosen_checkpoint(config: InferenceConfig, for_clips: bool) -> str:
+    """--checkpoint; "auto" is the student for clips or the one for pictures."""
+    if config.checkpoint != "auto":
+        return config.checkpoint
+    return FOR_CLIPS if for_clips else FOR_PICTURES
+
+
 def sharpener_of(
     config: InferenceConfig, strength: float = 1.0, for_clips: bool = False
 ) -> FrameSharpener:
-    """The student of --checkpoint; "auto" is the one for clips or the one for pictures."""
-    name = config.checkpoint
-    if name == "auto":
-        name = FOR_CLIPS if for_clips else FOR_PICTURES
+    """The student of --checkpoint, as a function of frames."""
     return load_sharpener(
-        name,
+        chosen_checkpoint(config, for_clips),
         device=pick_device(config),
         tile=config.tile,
         overlap=config.overlap,
@@ -4075,6 +4099,7 @@ CLIP_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi")
 FRAMES_A_SECOND = 25
 ALL_FRAMES = slice(None)
 FIRST_SCORED = 2  # the third frame: a stream's first ones are better than those that follow
+SHOWN_FRAMES = 60  # of a clip, in a report
 
 
 @dataclass(frozen=True)
@@ -4326,11 +4351,16 @@ def score_clip(outputs: list[np.ndarray], sharp: list[np.ndarray]) -> dict[str, 
     return scores | vmaf_scores(outputs, sharp)
 
 
-def evaluate_clip(clip: Clip, call: Call | None, methods: dict[str, FrameFunction]) -> dict:
+def evaluate_clip(
+    clip: Clip,
+    call: Call | None,
+    methods: dict[str, FrameFunction],
+    gallery: "Gallery | None" = None,
+) -> dict:
     """{"picture", "category", "kilobits", "scores": {method: scores}} of a clip in a call.
 
     Without a call the clip has a received side of its own. Flicker is the ratio to the input's; of
-    an input without any it is not a number.
+    an input without any it is not a number. The gallery is offered the first frames.
     """
     if call is None:
         received, sharp = encoded_pair(clip)
@@ -4342,13 +4372,20 @@ def evaluate_clip(clip: Clip, call: Call | None, methods: dict[str, FrameFunctio
     if call is not None:
         received, kilobits = received_frames(sharp, call, clip.path)
     scores = {}
+    first_frames = {}
     for name, method in methods.items():
-        scores[name] = score_clip([method(frame) for frame in received], sharp)
+        outputs = [method(frame) for frame in received]
+        scores[name] = score_clip(outputs, sharp)
+        first_frames[name] = outputs[:SHOWN_FRAMES]
+    first_frames["sharp"] = sharp[:SHOWN_FRAMES]
     level = scores["input"]["flicker"]
     for method_scores in scores.values():
         method_scores["flicker"] = method_scores["flicker"] / level if level else math.nan
     row = {"picture": clip.path.stem, "category": clip.kind, "kilobits": kilobits}
-    return row | {"scores": scores}
+    row |= {"scores": scores}
+    if gallery:
+        gallery.offer(row, first_frames)
+    return row
 
 
 def mean_of_clips(rows: list[dict], methods: Iterable[str]) -> dict[str, dict[str, float]]:
@@ -6213,7 +6250,12 @@ def evaluation_data(config: EvalConfig) -> dict[str, list[Pair] | list[Clip]]:
 
 
 def score_pair(
-    config: EvalConfig, protocol: str, pair: Pair, methods: dict[str, FrameFunction], sheet: bool
+    config: EvalConfig,
+    protocol: str,
+    pair: Pair,
+    methods: dict[str, FrameFunction],
+    sheet: bool,
+    gallery: "Gallery | None",
 ) -> dict:
     """{"picture", "category", "scores": {method: scores}}; writes the pictures that are wanted."""
     pictures = config.output_dir / protocol
@@ -6234,29 +6276,39 @@ def score_pair(
         save_picture(side_by_side(panels), pictures / "side_by_side" / f"{pair.category}.png")
     wanted = condition.scored(sharp)
     scores = {name: score(condition.scored(output), wanted) for name, output in outputs.items()}
-    return {"picture": pair.key, "category": pair.category, "scores": scores}
+    row = {"picture": pair.key, "category": pair.category, "scores": scores}
+    if gallery:
+        gallery.offer(row, {name: [frame] for name, frame in (outputs | {"sharp": sharp}).items()})
+    return row
 
 
 def evaluate_pairs(
-    config: EvalConfig, protocol: str, pairs: list[Pair], methods: dict[str, FrameFunction]
+    config: EvalConfig,
+    protocol: str,
+    pairs: list[Pair],
+    methods: dict[str, FrameFunction],
+    gallery: "Gallery | None",
 ) -> tuple[dict, list[dict]]:
     """(the table of a protocol, its rows), printed."""
     with_sheet = [group[0] for group in grouped(pairs, lambda pair: pair.category).values()]
     rows = []
     for pair in progress(pairs, protocol or "eval"):
-        rows.append(score_pair(config, protocol, pair, methods, pair in with_sheet))
+        rows.append(score_pair(config, protocol, pair, methods, pair in with_sheet, gallery))
     table = scores_by_category(rows, methods)
     print_table(protocol or "pairs", table)
     return table | {"images": len(rows)}, rows
 
 
 def evaluate_clips(
-    protocol: str, clips: list[Clip], methods: dict[str, FrameFunction]
+    protocol: str,
+    clips: list[Clip],
+    methods: dict[str, FrameFunction],
+    gallery: "Gallery | None",
 ) -> tuple[dict, list[dict]]:
     """(the table of a call, its rows), printed: PSNR, SSIM, flicker, VMAF, VMAF-NEG."""
     rows = []
     for clip in progress(clips, protocol):
-        rows.append(evaluate_clip(clip, CALLS.get(protocol), methods))
+        rows.append(evaluate_clip(clip, CALLS.get(protocol), methods, gallery))
     table = clip_table(rows, methods)
     print_table(protocol, table, format_clip_scores)
     if protocol in CALLS:
@@ -6268,7 +6320,7 @@ def evaluate_clips(
 def evaluate(config: EvalConfig) -> None:
     """Average PSNR and SSIM of input, student and teacher, over a split and for each category."""
     require(not 0 < config.resize < 7, f"--resize {config.resize}: SSIM needs at least 7x7 pixels")
-    require_writable(config.json, config.output_dir / "scores.csv")
+    require_writable(config.json, config.report, config.output_dir / "scores.csv")
     data = evaluation_data(config)
     methods: dict[str, FrameFunction] = {"input": lambda frame: frame}
     if config.teacher or config.teacher_weights:
@@ -6278,21 +6330,30 @@ def evaluate(config: EvalConfig) -> None:
     for for_clips in {protocol in CLIP_PROTOCOLS for protocol in data}:
         students[for_clips] = sharpener_of(config, for_clips=for_clips)
 
+    galleries = {}
+    if config.report:
+        galleries = empty_galleries(
+            {protocol: len(examples) for protocol, examples in data.items()}
+        )
+
     tables: dict[str, dict] = {}
     lines = []
     for protocol, examples in data.items():
         for_clips = protocol in CLIP_PROTOCOLS
         methods["student"] = students[for_clips]
+        gallery = galleries.get(protocol)
         if for_clips:
-            table, rows = evaluate_clips(protocol, examples, methods)
+            table, rows = evaluate_clips(protocol, examples, methods, gallery)
         else:
-            table, rows = evaluate_pairs(config, protocol, examples, methods)
+            table, rows = evaluate_pairs(config, protocol, examples, methods, gallery)
         tables[protocol] = table
         lines += [csv_line(protocol, row) for row in rows]
     write_csv(lines, config.output_dir / "scores.csv")
     if config.json:
         stored_pairs = "" in tables
         write_json(tables[""] if stored_pairs else tables, config.json)
+    if config.report:
+        write_report(config, tables, galleries)
 
 
 def csv_line(protocol: str, row: dict) -> dict:
@@ -6302,6 +6363,310 @@ def csv_line(protocol: str, row: dict) -> dict:
     for method, scores in row["scores"].items():
         line |= {f"{method}_{metric}": value for metric, value in scores.items()}
     return line
+
+
+# --- Report: eval's results as a page -------------------------------------------------------------
+#
+# One HTML file holds everything, pictures and clips as well, and opens without a network. The page
+# itself is inference_samples/report.html; here its data is gathered and put into it.
+
+REPORT_PAGE = SAMPLES / "report.html"
+MOST_WORST = 5  # of each protocol, those that gained least
+MOST_OTHERS = 12  # spread evenly over all others
+PAGE_BYTES = 21_000_000  # all pictures and clips; as base64 they take a third more
+LONGEST_SIDE = 1280  # in pixels; larger pictures are cut, and so are those with too many bytes
+SHORTEST_SIDE = 96  # which is not cut further
+
+# A clip in a page: a format that every browser plays, close to the frames that were scored. Frames
+# refer to earlier ones only, and every eighth to none, so stepping through them is quick.
+PAGE_CLIP = Encoder("libx264", "yuv420p", {"crf": "12", "preset": "veryfast", "bf": "0", "g": "8"})
+BT709 = 1  # FFmpeg's number for the colours of high-definition video
+LIMITED_RANGE = 1  # and for black at 16, white at 235
+CLIP_BORDER = 8  # rows around each side in the stack, so that no side colours its neighbour
+
+Sides = dict[
+    str, list[np.ndarray]
+]  # {"input", methods, "sharp"}: a clip's frames; of a picture one
+
+
+def psnr_gain(row: dict) -> float:
+    """What the student adds to the input's PSNR in dB; 0 where both are without any error."""
+    gain = row["scores"]["student"]["psnr"] - row["scores"]["input"]["psnr"]
+    return 0.0 if math.isnan(gain) else gain
+
+
+class Gallery:
+    """What the report shows of a protocol: those that gained least, and others spread evenly.
+
+    Of all that is offered it keeps only what may still be shown: encoded, and each within
+    `item_bytes`.
+    """
+
+    def __init__(self, count: int, others: int, item_bytes: float) -> None:
+        self.item_bytes = item_bytes
+        self.spread = {index * count // others for index in range(others)}
+        self.gains: list[float] = []
+        self.items: dict[int, dict] = {}  # by their number among all that were offered
+
+    def worst(self) -> list[int]:
+        """The numbers of those that gained least so far, the worst first."""
+        numbers = range(len(self.gains))
+        return sorted(numbers, key=lambda number: self.gains[number])[:MOST_WORST]
+
+    def offer(self, row: dict, sides: Sides) -> None:
+        """Keep an example if it may be shown, and drop what a worse one has displaced."""
+        number = len(self.gains)
+        self.gains.append(psnr_gain(row))
+        shown = self.spread.union(self.worst())
+        if number in shown:
+            self.items[number] = gallery_item(row, sides, self.item_bytes)
+        self.items = {n: item for n, item in self.items.items() if n in shown}
+
+    def shown(self) -> tuple[list[dict], list[dict]]:
+        """(the worst, the others)."""
+        worst = self.worst()
+        others = [item for number, item in self.items.items() if number not in worst]
+        return [self.items[number] for number in worst], others
+
+
+def empty_galleries(counts: dict[str, int]) -> dict[str, Gallery]:
+    """A gallery for each protocol with so many examples; all share the page's bytes."""
+    others = max(1, MOST_OTHERS // len(counts))
+    items = sum(min(count, MOST_WORST + others) for count in counts.values())
+    item_bytes = PAGE_BYTES / items
+    return {protocol: Gallery(count, others, item_bytes) for protocol, count in counts.items()}
+
+
+def gallery_item(row: dict, sides: Sides, most_bytes: float) -> dict:
+    """An example as the page shows it: its scores, and its sides in the largest window that fits.
+
+    A clip is one video with its sides stacked, so that both halves of a slider always show the same
+    frame. Pictures are stored without loss.
+    """
+    whole = sides["input"][0].shape
+    window = min(LONGEST_SIDE, max(whole))
+    while True:
+        seen = in_window(sides, window)
+        media, size = encoded_sides(seen)
+        if size <= most_bytes or window <= SHORTEST_SIDE:
+            break
+        wanted = 0.95 * window * math.sqrt(most_bytes / size)
+        window = max(SHORTEST_SIDE, int(wanted))
+    height, width = seen["input"][0].shape[:2]
+    item = {"name": row["picture"], "scores": row["scores"], "sides": list(seen)}
+    item |= {"width": width, "height": height}
+    item["note"] = size_note(whole, seen["input"][0].shape)
+    return item | media
+
+
+def encoded_sides(sides: Sides) -> tuple[dict, int]:
+    """(pictures or a clip as addresses, their bytes before base64)."""
+    count = len(sides["input"])
+    if count > 1:
+        clip = stacked_clip(sides)
+        media = {"clip": data_url("video/mp4", clip), "border": CLIP_BORDER, "frames": count}
+        return media, len(clip)
+    pictures = [lossless(picture) for (picture,) in sides.values()]
+    media = {"pictures": [data_url("image/webp", picture) for picture in pictures]}
+    return media, sum(map(len, pictures))
+
+
+def size_note(whole_shape: tuple, seen_shape: tuple) -> str:
+    """The size that is shown, and what of."""
+    (height, width), (seen_height, seen_width) = whole_shape[:2], seen_shape[:2]
+    if (height, width) == (seen_height, seen_width):
+        return f"{width} by {height} pixels"
+    part = f"{seen_width} by {seen_height} of {width} by {height} pixels"
+    return f"{part}, where the student changed most; the scores are of all"
+
+
+def in_window(sides: Sides, window: int) -> Sides:
+    """The same part of every frame, where the student changed the middle one most.
+
+    No side of it is above `window`, and a clip's are even.
+    """
+    frames = sides["input"]
+    height, width = (min(side, window) for side in frames[0].shape[:2])
+    if len(frames) > 1:
+        height -= height % 2
+        width -= width % 2
+    middle = len(frames) // 2
+    top, left = most_changed(frames[middle], sides["student"][middle], height, width)
+    part = (slice(top, top + height), slice(left, left + width))
+    return {name: [frame[part] for frame in each] for name, each in sides.items()}
+
+
+def most_changed(before: np.ndarray, after: np.ndarray, height: int, width: int) -> tuple[int, int]:
+    """(top, left) of the part of this size in which two frames differ most."""
+    change = np.square(before.astype(np.int64) - after).sum(2)
+    # sums[i, j] is the change above row i and left of column j, and any part's follows from four.
+    sums = np.pad(change.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    above = sums[:-height]
+    below = sums[height:]
+    inside = (below - above)[:, width:] - (below - above)[:, :-width]
+    top, left = np.unravel_index(inside.argmax(), inside.shape)
+    return int(top), int(left)
+
+
+def data_url(kind: str, content: bytes) -> str:
+    """A file's content as an address that holds it."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def lossless(picture: np.ndarray) -> bytes:
+    """A frame as a WebP file without loss."""
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "WEBP", lossless=True, exact=True, method=3)
+    return file.getvalue()
+
+
+def stacked_clip(sides: Sides) -> bytes:
+    """A video file of all sides, one below the other with a border around each."""
+    av = importlib.import_module("av")
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = None
+        for frames in zip(*sides.values(), strict=True):
+            border = ((CLIP_BORDER, CLIP_BORDER), (0, 0), (0, 0))
+            stack = np.concatenate([np.pad(frame, border, "edge") for frame in frames])
+            stream = stream or page_stream(container, stack)
+            picture = av.VideoFrame.from_ndarray(stack, format="rgb24")
+            colours = {"dst_colorspace": BT709, "dst_color_range": LIMITED_RANGE}
+            container.mux(stream.encode(picture.reformat(format=PAGE_CLIP.pixel_format, **colours)))
+        container.mux(stream.encode(None))
+    return file.getvalue()
+
+
+def page_stream(container, first: np.ndarray):
+    """A page's video stream, as large as the first frame."""
+    stream = container.add_stream(PAGE_CLIP.codec, rate=FRAMES_A_SECOND, options=PAGE_CLIP.options)
+    stream.height, stream.width = first.shape[:2]
+    stream.pix_fmt = PAGE_CLIP.pixel_format
+    for name in ("colorspace", "color_primaries", "color_trc"):
+        setattr(stream.codec_context, name, BT709)
+    stream.codec_context.color_range = LIMITED_RANGE
+    return stream
+
+
+def table_for_page(protocol: str, table: dict) -> dict:
+    """A protocol's scores in the page: a row for all, for each category, and for each clip."""
+    rows = []
+    for name, scores in table.items():
+        if name in ("images", "clips"):
+            examples = f"{scores} {'pictures' if name == 'images' else 'clips'}"
+        else:
+            rows.append({"name": name, "scores": scores})
+    return {"protocol": protocol or "pairs", "examples": examples, "rows": rows}
+
+
+def gallery_for_page(galleries: dict[str, Gallery]) -> list[dict]:
+    """[{"title", "items"}]: the worst of every protocol, then some of the others."""
+    worst = []
+    others = []
+    for protocol, gallery in galleries.items():
+        name = protocol or "pairs"
+        least, more = gallery.shown()
+        title = f"{name}: all {len(least)}, those that gained least first"
+        if more:
+            title = f"{name}: the {len(least)} that gained least"
+            others.append({"title": f"{name}: {len(more)} others, spread evenly", "items": more})
+        worst.append({"title": title, "items": least})
+    return worst + others
+
+
+def command_line(config: EvalConfig) -> str:
+    """The command with these settings; what is by default is not named."""
+    words = ["python", "sharpen_kd.py", "eval"]
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if value != item.default:
+            words += arguments_of(item, value)
+    return shlex.join(words)
+
+
+def describe_weights(path: Path) -> str:
+    """A weight file by its name and what it holds."""
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return f"{path.name}, SHA-256 {digest[:16]}…"
+
+
+def describe_student(name: str) -> str:
+    """A student's checkpoint: its file, its network and how long it was trained."""
+    student, content = load_student(name)
+    parameters = sum(weights.numel() for weights in student.parameters())
+    kind = student.config.get("kind", "unet")
+    text = describe_weights(SHIPPED.get(name) or Path(name))
+    text += f", {kind} with {parameters:,} parameters"
+    if isinstance(content.get("step"), int):
+        text += f", {content['step']:,} training steps"
+    return text
+
+
+def processor_name() -> str:
+    """The processor as its maker calls it, where Linux says so."""
+    with contextlib.suppress(OSError):
+        match = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+        if match:
+            return match[1]
+    return platform.processor() or platform.machine()
+
+
+def machine_name(device: torch.device) -> str:
+    """What computed, and under which system."""
+    name = f"{processor_name()}, threads: {torch.get_num_threads()}"
+    if device.type == "cuda":
+        name = f"{torch.cuda.get_device_name(device)}; {name}"
+    return f"{name}; {platform.system()} {platform.release()}"
+
+
+def report_facts(config: EvalConfig, protocols: Iterable[str]) -> dict[str, str]:
+    """What was run, where and when: {what: text}."""
+    facts = {"command": command_line(config)}
+    names = {chosen_checkpoint(config, protocol in CLIP_PROTOCOLS) for protocol in protocols}
+    facts["student"] = "; ".join(describe_student(name) for name in sorted(names))
+    if config.teacher or config.teacher_weights:
+        facts["teacher"] = describe_weights(config.teacher_weights or OFFICIAL_TEACHER)
+    device = pick_device(config)
+    precision = str(pick_precision(config.precision, device)).removeprefix("torch.")
+    facts["computed by"] = f"{config.backend} in {precision} on {device}"
+    facts["machine"] = machine_name(device)
+    facts["date"] = time.strftime("%Y-%m-%d %H:%M %z")
+    python = platform.python_version()
+    facts["versions"] = f"sharpen_kd {__version__}, PyTorch {torch.__version__}, Python {python}"
+    return facts
+
+
+def json_in_html(content: dict) -> str:
+    """JSON for a script element: no text in it can end that element or begin a comment."""
+    text = json.dumps(without_infinities(content))
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def page_with(content: dict) -> str:
+    """The report's page with its data, and with the hashes of the only code that it may run."""
+    page = REPORT_PAGE.read_text(encoding="utf-8")
+    for element in ("style", "script"):
+        (code,) = re.findall(f"<{element}>(.*?)</{element}>", page, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+        page = page.replace(f"HASH_OF_{element.upper()}", f"sha256-{digest}")
+    before, after = page.split("DATA_OF_REPORT")
+    return before + json_in_html(content) + after
+
+
+def write_report(config: EvalConfig, tables: dict, galleries: dict[str, Gallery]) -> None:
+    """Write `eval`'s tables and galleries as one HTML page."""
+    digits = {name: metric.digits for name, metric in METRICS.items()} | CLIP_DIGITS
+    content = {
+        "facts": report_facts(config, tables),
+        "digits": digits,
+        "tables": [table_for_page(protocol, table) for protocol, table in tables.items()],
+        "gallery": gallery_for_page(galleries),
+        "frames_a_second": FRAMES_A_SECOND,
+    }
+    write_text(page_with(content), config.report)
+    print(config.report)
 
 
 # --- Command: export ------------------------------------------------------------------------------
@@ -6757,9 +7122,12 @@ def plot(path: Path, panels: list[tuple[dict, dict[str, tuple]]]) -> None:
     except ImportError:
         print(f"no {path.name}: `pip install matplotlib` would draw it")
         return
-    figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
-    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (settings, curves) in zip(all_axes, panels, strict=True):
+    rows = 1 if len(panels) <= 3 else 2
+    columns = math.ceil(len(panels) / rows)
+    figure = Figure(figsize=(5.5 * columns, 4 * rows), layout="constrained")
+    for number, (settings, curves) in enumerate(panels, start=1):
+        axes = figure.add_subplot(rows, columns, number)
+        axes.grid(alpha=0.3)
         for label, (x, y, style) in curves.items():
             axes.plot(x, y, style, label=label, lw=0.8)
         axes.set(**settings)
@@ -6768,29 +7136,62 @@ def plot(path: Path, panels: list[tuple[dict, dict[str, tuple]]]) -> None:
         figure.savefig(temporary, dpi=110)
 
 
+MOST_POINTS = 200  # of a loss term's curve, about
+
+
 def plot_curves(run: TrainingRun) -> None:
-    """curves.png: the loss terms, the held-out PSNR and the learning rate of a run."""
+    """curves.png: the loss terms, the held-out scores and the learning rate of a run."""
     if not run.rows:
         return
-    steps = [row["step"] for row in run.rows]
-    scored = [row for row in run.rows if "val_psnr" in row]
-    terms = {
-        name: (steps, [row.get(name) for row in run.rows], "-")
-        for name in run.objective.loss.lambdas
-    }
-    psnr = [row["val_psnr"] for row in scored]
-    rates = [row["learning_rate"] for row in run.rows]
-    plot(
-        run.config.run_dir / "curves.png",
-        [
-            ({"title": "weighted loss terms", "xlabel": "step", "yscale": "log"}, terms),
-            (
-                {"title": "held-out PSNR in dB", "xlabel": "step"},
-                {"averaged weights": ([row["step"] for row in scored], psnr, ".-")},
-            ),
-            ({"title": "learning rate", "xlabel": "step"}, {"Adam": (steps, rates, "-")}),
-        ],
-    )
+    every = max(1, len(run.rows) // MOST_POINTS)  # single steps would hide the course
+    terms = {name: term_curve(run.rows, name, every) for name in run.objective.loss.lambdas}
+    title = "weighted loss terms"
+    if every > 1:
+        title += f", means of {every} steps"
+    panels = [({"title": title, "xlabel": "step", "yscale": "log"}, terms)]
+    for metric in METRICS:
+        scored = [row for row in run.rows if f"val_{metric}" in row]
+        at = [row["step"] for row in scored]
+        scores = [row[f"val_{metric}"] for row in scored]
+        unit = " in dB" if metric == "psnr" else ""
+        settings = {"title": f"held-out {metric.upper()}{unit}", "xlabel": "step"}
+        panels.append((settings, {"averaged weights": (at, scores, ".-")}))
+    rates = rate_curves(run.rows, run.config.restart_epochs)
+    panels.append(({"title": "learning rate", "xlabel": "step"}, rates))
+    plot(run.config.run_dir / "curves.png", panels)
+
+
+def term_curve(rows: list[dict], name: str, every: int) -> tuple:
+    """(steps, means, style) of a loss term over every so many steps.
+
+    A run that was resumed with another term has none of it in its first rows.
+    """
+    having = [row for row in rows if row.get(name) is not None]
+    steps = []
+    means = []
+    for start in range(0, len(having), every):
+        some = having[start : start + every]
+        steps.append(some[-1]["step"])
+        means.append(statistics.fmean(row[name] for row in some))
+    return steps, means, "-"
+
+
+def rate_curves(rows: list[dict], restart_epochs: int) -> dict[str, tuple]:
+    """The learning rate over the steps, and a mark where each cycle but the first begins."""
+    restarts = []
+    cycle = restart_epochs
+    end = cycle
+    for row in rows:
+        if row["epoch"] >= end:
+            restarts.append(row)
+            cycle *= 2
+            end += cycle
+    curves = {}
+    for label, some, style in (("Adam", rows, "-"), ("restart", restarts, "^")):
+        if some:
+            steps = [row["step"] for row in some]
+            curves[label] = (steps, [row["learning_rate"] for row in some], style)
+    return curves
 
 
 def plot_ablation(path: Path, variants: list[Variant]) -> None:
@@ -6895,16 +7296,11 @@ def checked_settings(config_class: type[RunConfig], saved: dict[str, object]) ->
         may_be_none = type(None) in typing.get_args(item.type)
         if value in ((), "") or (value is None and may_be_none):
             left_out[item.name] = value
-        elif item.type is bool:
-            arguments.append(flag_of(item) if value else flag_of(item).replace("--", "--no-", 1))
-        else:
-            values = value if isinstance(value, tuple) else (value,)
-            if not all(isinstance(each, int | float | str) for each in values):
-                raise TypeError(f"{flag_of(item)} is {value}")
-            if values is value:
-                arguments += [flag_of(item), *map(str, values)]
-            else:
-                arguments.append(f"{flag_of(item)}={value}")  # it may begin with a hyphen
+            continue
+        values = value if isinstance(value, tuple) else (value,)
+        if not all(isinstance(each, int | float | str) for each in values):
+            raise TypeError(f"{flag_of(item)} is {value}")
+        arguments += arguments_of(item, value)
     given = parse_command_line(arguments)
     names = {item.name for item in dataclasses.fields(config_class)}
     return left_out | {name: value for name, value in given.items() if name in names}
