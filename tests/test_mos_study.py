@@ -657,7 +657,7 @@ def test_names_that_steer_terminals_spreadsheets_and_plots_stay_names(tmp_path, 
     methods = ("sharp", "=1+1", "$\\frac$", "<b>\x1b[31m")
     items = ("@a/-1", "@a/x\ny", "$^$/_1")
     folders = make_folders(tmp_path / "in", methods, items)
-    assert build(folders, tmp_path / "study") == 0
+    assert build(folders, tmp_path / "study", "--training", "0") == 0
     key_file = tmp_path / "study_key.json"
     rate = lambda method, *source: 1 + len(method) % 5  # noqa: E731
     name = "=HYPERLINK(1)"
@@ -904,7 +904,9 @@ def test_a_second_window_of_one_participant_takes_over(folders, tmp_path, open_s
 
 def test_orders_differ_stay_and_keep_a_sources_versions_apart(tmp_path, open_study):
     items = [f"a/{number}" for number in range(6)]
-    build(make_folders(tmp_path / "in", items=items, size=(2, 2)), tmp_path / "study")
+    build(
+        make_folders(tmp_path / "in", items=items, size=(2, 2)), tmp_path / "study", "--seed", "1"
+    )
     page = open_study(tmp_path / "study")
     every = {each["id"] for each in order_for(page, "x")}
     assert len(every) == 18
