@@ -472,8 +472,10 @@ def test_the_wheel_zooms_after_a_click_and_else_scrolls(show, report):
     stage = stage_of(page)
     box = stage.bounding_box()
     page.mouse.move(box["x"] + 30, box["y"] + 30)
-    page.mouse.wheel(0, 60)
-    page.wait_for_function("before => scrollY !== before", arg=0)
+    before = page.evaluate("scrollY")
+    assert before > 60
+    page.mouse.wheel(0, -60)  # upwards, which would zoom in
+    page.wait_for_function("before => scrollY < before", arg=before)
     page.wait_for_timeout(300)
     assert page.locator("output").first.text_content() == "200 %"
 
