@@ -5389,9 +5389,22 @@ def sharpen_live(config: SharpenConfig) -> None:
         source.thread.start()
         report = LiveReport(source.latest)
         report.say(f"{config.live}: {source.rate:g} frames/s; {governor.level}; Ctrl-C ends it")
-        with contextlib.suppress(KeyboardInterrupt):
+        with contextlib.suppress(KeyboardInterrupt), ended_by_signals():
             show_live(source, sharpener, governor, sink, report)
     report.say(f"{report}; {sharpener.saved:.0%} of the pixels stood still")
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt, also where a shell has turned Ctrl-C off."""
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def show_live(

@@ -1,6 +1,7 @@
 """`sharpen --live`: the newest frame wins, sound is whole, and what stands still costs nothing."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -269,7 +270,8 @@ def test_a_slow_network_drops_frames_and_the_level_falls(camera, tmp_path, capsy
     assert len(sound_of(tmp_path / "out.mp4")) == len(sound_of(long))
 
 
-def test_ctrl_c_ends_it_with_a_whole_file(camera, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_with_a_whole_file(camera, tmp_path, number):
     command = [sys.executable, kd.__file__, "sharpen", "--checkpoint", "call-fast"]
     looped = tmp_path / "looped.mp4"
     ffmpeg("-stream_loop", "30", "-i", camera, "-c", "copy", looped)
@@ -278,7 +280,7 @@ def test_ctrl_c_ends_it_with_a_whole_file(camera, tmp_path):
     with subprocess.Popen(command, **pipes) as process:
         assert "Ctrl-C ends it" in process.stdout.readline()
         time.sleep(2)
-        process.send_signal(2)
+        process.send_signal(number)
         printed = process.communicate(timeout=60)[0]
     assert process.returncode == 0, printed
     assert "frames/s in" in printed
