@@ -61,7 +61,8 @@ def test_tiled_and_whole_agree_at_1080p(engine_of, photographs, name, checkpoint
     whole = engine_of(checkpoint, backend)(frame)
     tiled = engine_of(checkpoint, backend, tile=1024)(frame)
     assert difference(whole, frame).mean() > 0.5  # the network does something
-    assert difference(whole, tiled).max() <= 2
+    # What gates of several stages see far away adds up, and int8 makes steps of it.
+    assert difference(whole, tiled).max() <= (3 if backend == "openvino-int8" else 2)
     assert difference(whole, tiled).mean() <= 0.05
 
 
