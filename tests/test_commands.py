@@ -570,7 +570,6 @@ def test_every_command_has_settings_and_a_function():
         (["train", "--learning-rate", "0"], "--learning-rate: 0 must be above 0"),
         (["train", "--lambda-kl", "nan"], "--lambda-kl: nan must be at least 0"),
         (["eval", "--protocol", "x5"], "--protocol: invalid choice: 'x5'"),
-        (["sharpen"], "inputs"),
         (["ablate", "--validate-every", "3"], "--validate-every"),
         (["ablate", "--seed", "3"], "--seed"),  # not an abbreviation of --seeds
     ],

@@ -744,7 +744,7 @@ def open_study(chromium):
     def open_page(study, hurry=True, browser=chromium, **options):
         options = {"viewport": {"width": 1280, "height": 800}} | options
         contexts.append(browser.new_context(**options))
-        contexts[-1].set_default_timeout(15000)  # on a busy machine
+        contexts[-1].set_default_timeout(60000)  # on a busy machine
         if hurry:
             contexts[-1].add_init_script(HURRY)
         contexts[-1].on("page", watch)
@@ -866,7 +866,7 @@ def test_a_reload_goes_on_where_it_stopped_and_others_begin_anew(folders, tmp_pa
     page.wait_for_selector(READY)
     shown = page.get_attribute("#stage img", "src")
     page.reload()
-    assert page.input_value("#name") == "Ada"
+    page.wait_for_function("document.querySelector('#name').value === 'Ada'")
     assert page.text_content("#known") == "5 of 9 are answered in this browser."
     assert page.text_content("#begin") == "Continue"
     page.fill("#name", "Ben")

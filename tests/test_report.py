@@ -271,7 +271,7 @@ def test_a_pages_clip_is_all_sides_in_one_video(tmp_path, photographs):
 # --- In a browser ---------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # two of these cannot be open at once
 def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
     chromium = shutil.which("chromium")
@@ -564,6 +564,10 @@ def test_a_clip_goes_by_single_frames(show, clip_report):
         page.wait_for_function(
             "text => document.querySelectorAll('output')[1].textContent === text", arg=text
         )
+        for _ in range(100):  # the panes are drawn a moment later
+            if frames_shown(page) == pytest.approx((frame, frame), abs=0.3):
+                break
+            page.wait_for_timeout(100)
         assert frames_shown(page) == pytest.approx((frame, frame), abs=0.3)
     page.keyboard.press("Space")
     page.wait_for_function("!document.querySelector('video').paused")
@@ -611,6 +615,7 @@ def test_the_chart_has_a_mark_for_every_method_at_its_psnr(show, report):
     page = show(report / "report.html")
     scores = json.loads((report / "scores.json").read_text())["x2"]
     names = [name for name in scores if name != "images"]
+    page.wait_for_selector("#chart circle")
     centres = page.locator("#chart circle").evaluate_all(
         "all => all.map((mark) => mark.cx.baseVal.value)"
     )
