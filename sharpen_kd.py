@@ -685,9 +685,7 @@ class StudentConfig:
         "unet: the report's; plain: 3x3 layers at one scale; guided: such layers on the luma, and"
         " a map of where their correction is wanted",
     )
-    luma: bool = flag(
-        False, "unet: see and correct luma and averaged colours, which is faster, instead of RGB"
-    )
+    luma: bool = flag(False, "unet: see and correct luma and averaged colours instead of RGB")
     guide_width: int = flag(16, "guided: width of what makes the map", at_least=1, at_most=4096)
     colours: bool = flag(True, "guided: correct colours, too")
     stem_stride: int = flag(
@@ -3992,6 +3990,9 @@ class SteadySharpener:
     In a call and on a shared screen much of the picture stands still, and an encoder repeats it to
     the last bit. Only the rectangle around all that changed since the last frame is computed, with
     as much around it as the student sees: the results are those of the whole frame.
+
+    The guided stacks see 64 pixels far. The gates of a U-Net see so far that only repeated frames
+    cost nothing.
     """
 
     def __init__(self, sharpener: FrameSharpener) -> None:
@@ -4831,6 +4832,14 @@ def naming(source: str) -> Iterator[None]:
         raise UserError(f"{source}: not sharpened ({error})") from error
 
 
+def upright(frame) -> np.ndarray:
+    """An av.VideoFrame as 8-bit RGB (H, W, 3), turned as its stream says."""
+    pixels = frame.to_ndarray(format="rgb24")
+    if not frame.rotation:
+        return pixels
+    return np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
+
+
 class ClipSharpener:
     """Sharpens a clip file; sound, subtitles and the times of the frames stay as they are.
 
@@ -4879,9 +4888,7 @@ class ClipSharpener:
         next_pts = 0
         with naming(given.name):
             for frame in given.decode(video=0):
-                pixels = frame.to_ndarray(format="rgb24")
-                if frame.rotation:
-                    pixels = np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
+                pixels = upright(frame)
                 if self.size:
                     pixels = resized(pixels, self.size)
                 pts = next_pts if frame.pts is None else frame.pts
@@ -5028,6 +5035,16 @@ class LiveSource:
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self.run, daemon=True)
 
+    def frame_size(self) -> Size:
+        """(width, height) of the frames, upright. A source that can be read again is asked."""
+        width, height = self.video.width, self.video.height
+        if self.is_file:
+            with self.av.open(self.name) as again:
+                first = next(again.decode(video=0), None)
+            if first is not None and round((first.rotation or 0) / 90) % 2:
+                return height, width
+        return width, height
+
     def run(self) -> None:
         """Read until the end, an error or `close`."""
         try:
@@ -5112,7 +5129,11 @@ class WindowSink:
     """A window that shows the frames; closing it ends the call."""
 
     def __init__(self, size: Size) -> None:
-        tkinter = importlib.import_module("tkinter")
+        try:
+            tkinter = importlib.import_module("tkinter")
+        except ImportError as error:
+            remedy = "`apt install python3-tk`, or a Python from python.org"
+            raise UserError(f"-o window: this Python has no Tk; {remedy}") from error
         try:
             self.root = tkinter.Tk()
         except tkinter.TclError as error:
@@ -5138,7 +5159,14 @@ class WindowSink:
 
 
 # The containers of streams, by how an address begins.
-STREAM_FORMATS = {"rtmp": "flv", "udp": "mpegts", "tcp": "mpegts", "srt": "mpegts", "rtsp": "rtsp"}
+STREAM_FORMATS = {
+    "rtmp": "flv",
+    "rtmps": "flv",
+    "rtsp": "rtsp",
+    "udp": "mpegts",
+    "tcp": "mpegts",
+    "srt": "mpegts",
+}
 LIVE_X264 = Encoder(
     "libx264", "yuv420p", {"crf": "18", "preset": "ultrafast", "tune": "zerolatency"}
 )
@@ -5147,13 +5175,14 @@ LIVE_X264 = Encoder(
 class StreamSink:
     """A file, a named pipe or a stream's address; sound is copied, as long as its packets fit."""
 
-    def __init__(self, name: str, size: Size, source: LiveSource) -> None:
+    def __init__(self, path: str, size: Size, source: LiveSource, name: str = "") -> None:
+        name = name or path  # a file is written under another name until it is whole
         scheme = re.match(r"(\w+)://", name)
         kind = STREAM_FORMATS.get(scheme[1]) if scheme else None
         if kind is None and Path(name).suffix.lower() not in CLIP_ENCODERS:
             kind = "mpegts"
         try:
-            self.container = source.av.open(name, "w", format=kind)
+            self.container = source.av.open(path, "w", format=kind)
             self.video = self.video_stream(size, source.rate)
             self.sound = source.sound
             self.audio = None
@@ -5164,7 +5193,7 @@ class StreamSink:
         self.name = name
         self.source = source
         self.last_pts = -1
-        self.copied = 0  # packets of sound
+        self.failed = False
 
     def video_stream(self, size: Size, rate: float):
         stream = self.container.add_stream(LIVE_X264.codec, rate=round(rate) or FRAMES_A_SECOND)
@@ -5172,13 +5201,18 @@ class StreamSink:
         stream.height = size[1] // 2 * 2
         stream.pix_fmt = LIVE_X264.pixel_format
         stream.options = LIVE_X264.options
-        stream.codec_context.time_base = Fraction(1, 90000)
+        context = stream.codec_context
+        context.time_base = Fraction(1, 90000)
+        context.color_range = LIMITED_RANGE
+        for name in ("colorspace", "color_primaries", "color_trc"):
+            setattr(context, name, BT709)
         return stream
 
     def show(self, pixels: np.ndarray, seconds: float) -> bool:
         cut = np.ascontiguousarray(pixels[: self.video.height, : self.video.width])
         picture = self.source.av.VideoFrame.from_ndarray(cut, format="rgb24")
-        picture = picture.reformat(format=self.video.pix_fmt)
+        colours = {"dst_colorspace": BT709, "dst_color_range": LIMITED_RANGE}
+        picture = picture.reformat(format=self.video.pix_fmt, **colours)
         picture.time_base = self.video.codec_context.time_base
         picture.pts = max(round(seconds * 90000), self.last_pts + 1)
         self.last_pts = picture.pts
@@ -5191,22 +5225,26 @@ class StreamSink:
         while self.audio is not None and not self.sound.empty():
             packet = self.sound.get()
             shift = round((self.source.first_pts or 0) / packet.time_base)
-            packet.pts -= shift
+            packet.pts = (packet.dts if packet.pts is None else packet.pts) - shift
             packet.dts -= shift
             packet.stream = self.audio
             self.mux(packet)
-            self.copied += 1
 
     def mux(self, packets) -> None:
         try:
             self.container.mux(packets)
-        except OSError as error:  # whoever listened has gone, or the disk is full
+        except (OSError, ValueError) as error:  # whoever listened has gone, or the disk is full
+            self.failed = True
             raise UserError(f"-o {self.name}: {error.strerror or error}") from error
 
     def close(self) -> None:
-        self.copy_sound()
-        self.mux(self.video.encode(None))
-        self.container.close()
+        try:
+            if not self.failed:
+                self.copy_sound()
+                self.mux(self.video.encode(None))
+        finally:
+            with contextlib.suppress(OSError, ValueError):  # the first error has been told
+                self.container.close()
 
 
 def is_plain_file(name: str) -> bool:
@@ -5225,7 +5263,7 @@ def open_sink(name: str, size: Size, source: LiveSource) -> Iterator[LiveSink]:
         else:
             if is_plain_file(name):
                 temporary = str(stack.enter_context(replacing(Path(name))))
-                sink = StreamSink(temporary, size, source)
+                sink = StreamSink(temporary, size, source, name)
             else:
                 sink = StreamSink(name, size, source)
         with contextlib.closing(sink):
@@ -5258,8 +5296,8 @@ class Governor:
     """Chooses the level at which frames are ready in time.
 
     When half of the last 9 frames took longer than there is between two, it goes one level down.
-    When the next better level took little enough time before, or was never tried, it goes up again
-    after 300 frames that took less than a third of the time; twice as many after each failure.
+    After 300 frames in a row that took less than a third of that it goes up again, and the next
+    time after twice as many, since going up may have been wrong.
     """
 
     WINDOW = 9
@@ -5302,9 +5340,9 @@ class Governor:
 class LiveSharpener:
     """Sharpens live frames at one of several levels; students are loaded when they are needed."""
 
-    def __init__(self, config: SharpenConfig) -> None:
+    def __init__(self, config: SharpenConfig, size: Size) -> None:
         self.config = config
-        self.size = clip_size(config.size)
+        self.size = size  # (width, height) of all that it returns
         self.loaded: dict[str, SteadySharpener] = {}
 
     def sharpener_of(self, checkpoint: str) -> SteadySharpener:
@@ -5322,16 +5360,15 @@ class LiveSharpener:
         return 1 - computed / max(pixels, 1)
 
     def __call__(self, picture, level: Level) -> np.ndarray:
-        """An av.VideoFrame to 8-bit RGB (H, W, 3), as large as --size or the frame."""
-        pixels = picture.to_ndarray(format="rgb24")
+        """An av.VideoFrame to upright 8-bit RGB (H, W, 3) of the call's size."""
+        pixels = upright(picture)
         height, width = pixels.shape[:2]
-        wanted = self.size or (width, height)
-        small = tuple(max(16, round(side * level.scale)) for side in wanted)
+        small = tuple(max(16, round(side * level.scale)) for side in self.size)
         if small != (width, height):
             pixels = resized(pixels, small)
         if level.checkpoint:
             pixels = self.sharpener_of(level.checkpoint)(pixels)
-        return pixels if small == wanted else resized(pixels, wanted)
+        return pixels if small == self.size else resized(pixels, self.size)
 
 
 class LiveReport:
@@ -5365,7 +5402,7 @@ class LiveReport:
         now = time.perf_counter()
         if now - self.printed > 1 and sys.stderr.isatty():
             self.printed = now
-            print(f"\r{self}; {level} ", end="", file=sys.stderr, flush=True)
+            print(f"\r{self}; {level}\x1b[K", end="", file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:
         """Print a line of its own."""
@@ -5380,11 +5417,23 @@ def sharpen_live(config: SharpenConfig) -> None:
     with_sound = sink_name not in ("camera", "window")
     asked = clip_size(config.live_size, "--live-size")
     source = LiveSource(config.live, config.live_format, config.fps, asked, with_sound)
-    sharpener = LiveSharpener(config)
     governor = Governor(live_levels(config.checkpoint), 1 / source.rate)
-    size = sharpener.size or (source.video.width, source.video.height)
-    sharpener.sharpener_of(governor.level.checkpoint)  # now, while nobody waits for frames
-    with contextlib.closing(source), open_sink(sink_name, size, source) as sink:
+    with contextlib.closing(source):
+        size = clip_size(config.size) or source.frame_size()
+        sharpener = LiveSharpener(config, size)
+        sharpener.sharpener_of(governor.level.checkpoint)  # now, while nobody waits for frames
+        carry_on(config, sink_name, source, sharpener, governor)
+
+
+def carry_on(
+    config: SharpenConfig,
+    sink_name: str,
+    source: LiveSource,
+    sharpener: LiveSharpener,
+    governor: Governor,
+) -> None:
+    """Open the sink, and fill it until the end."""
+    with open_sink(sink_name, sharpener.size, source) as sink:
         source.thread.start()
         report = LiveReport(source.latest)
         report.say(f"{config.live}: {source.rate:g} frames/s; {governor.level}; Ctrl-C ends it")
@@ -5433,6 +5482,15 @@ def sink_of(config: SharpenConfig) -> str:
     name = re.sub(r"^(\w+):/+", r"\1://", str(config.output))  # Path drops a slash
     packages = ["av", "pyvirtualcam"] if name == "camera" else ["av"]
     require_packages(packages, f"--live into {name}")
+    require(not os.path.isdir(name), f"-o {name}: is a folder; name a file in it")
+    is_webm = Path(name).suffix.lower() == ".webm"
+    require(not is_webm, f"-o {name}: live calls are H.264; name a .mp4, .mkv or .ts file")
+    for flag_name in ("lossless", "before_after"):
+        flag_text = flag_name.replace("_", "-")
+        require(not getattr(config, flag_name), f"--{flag_text}: does not go with --live")
+    if os.path.exists(name) and os.path.exists(config.live):
+        is_input = os.path.samefile(name, config.live)
+        require(not is_input, f"-o {name}: would be overwritten; choose another -o")
     if os.path.isfile(name) and not config.overwrite:
         raise UserError(f"-o {name}: exists; add --overwrite, or choose another -o")
     return name

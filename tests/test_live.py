@@ -39,7 +39,7 @@ def changing_frames(photographs):
 
 
 @pytest.mark.parametrize("backend", ["torch", "openvino"])
-@pytest.mark.parametrize("name", ["call-fast", "unet"])
+@pytest.mark.parametrize("name", ["call-fast", "call"])
 def test_what_stands_still_keeps_its_result_to_the_last_bit(changing_frames, name, backend):
     if backend == "openvino":
         pytest.importorskip("openvino", reason="pip install openvino")
@@ -86,7 +86,7 @@ def test_a_frame_of_several_tiles_is_computed_whole(changing_frames):
         assert np.array_equal(steady(frame), sharpener(frame))
 
 
-@pytest.mark.parametrize("name", ["call-fast", "unet"])
+@pytest.mark.parametrize("name", ["call-fast", "call"])
 def test_beyond_its_far_reach_an_input_changes_nothing(name):
     student, _ = kd.load_student(name)
     reach = student.far_reach
@@ -231,6 +231,34 @@ def test_a_file_is_a_camera_and_another_takes_what_it_shows(camera, tmp_path, ca
     assert f" out, {20 - len(frames)} dropped; latency " in printed
 
 
+def test_a_turned_source_is_shown_upright_and_its_colours_are_said(camera, tmp_path):
+    turned = tmp_path / "turned.mp4"
+    ffmpeg("-display_rotation", "90", "-i", camera, "-c", "copy", turned)
+    assert live("--live", turned, "-o", tmp_path / "out.mp4", "--strength", "0") == 0
+    given = kd.clip_frames(turned)
+    _, frames = frames_of(tmp_path / "out.mp4")
+    with av.open(str(turned)) as container:
+        wanted = kd.upright(next(container.decode(video=0)))
+    assert frames[0].shape == wanted.shape == (96, 64, 3)
+    assert np.abs(frames[0].astype(int) - wanted).mean() < 8
+    assert len(given) == 20
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        context = container.streams.video[0].codec_context
+    assert (context.colorspace, context.color_primaries, context.color_range) == (1, 1, 1)
+
+
+def test_a_source_may_change_its_size(camera, tmp_path):
+    parts = []
+    for size in ("96x64", "48x32"):
+        parts.append(tmp_path / f"{size}.ts")
+        ffmpeg("-f", "lavfi", "-i", f"testsrc2=size={size}:rate=10:duration=1", parts[-1])
+    both = tmp_path / "both.ts"
+    both.write_bytes(b"".join(part.read_bytes() for part in parts))
+    assert live("--live", both, "-o", tmp_path / "out.mp4") == 0
+    _, frames = frames_of(tmp_path / "out.mp4")
+    assert {frame.shape for frame in frames} == {(64, 96, 3)}
+
+
 def test_a_pipe_takes_a_stream_of_the_wanted_size(camera, tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
@@ -323,6 +351,10 @@ def test_mistakes_are_named_before_any_work(camera, tmp_path, capsys, monkeypatc
     for arguments, named in (
         (["--live", camera], "name with -o where it goes"),
         (["--live", camera, "-o", taken], f"{taken}: exists; add --overwrite"),
+        (["--live", camera, "-o", camera, "--overwrite"], f"{camera}: would be overwritten"),
+        (["--live", camera, "-o", tmp_path], f"{tmp_path}: is a folder"),
+        (["--live", camera, "-o", "a.webm"], "name a .mp4, .mkv or .ts file"),
+        (["--live", camera, "-o", "a.mkv", "--lossless"], "--lossless: does not go with --live"),
         (["--live", folder, "-o", tmp_path / "out.mp4"], f"--live {folder}: cannot be opened"),
         (["--live", camera, camera, "-o", "window"], "--live: takes no other input"),
         (["--live", camera, "-o", "camera"], "pip install pyvirtualcam"),
