@@ -1943,7 +1943,8 @@ class PreparedCrops(Dataset):
         mirror, flip, turn = draw.random(3) < 0.5
         both = self.pixels[self.used[index]]
         both = both[:, top : top + self.image_size, left : left + self.image_size]
-        both = with_border(both, *(draw.random(2) < 0.1))
+        at_the_top, at_the_left = draw.random(2) < 0.1
+        both = with_border(both, at_the_top, at_the_left)
         if mirror:
             both = both[:, :, ::-1]
         if flip:
@@ -6543,7 +6544,8 @@ def encoded_sides(sides: Sides) -> tuple[dict, int]:
 
 def size_note(whole_shape: tuple, seen_shape: tuple) -> str:
     """The size that is shown, and what of."""
-    (height, width), (seen_height, seen_width) = whole_shape[:2], seen_shape[:2]
+    height, width = whole_shape[:2]
+    seen_height, seen_width = seen_shape[:2]
     if (height, width) == (seen_height, seen_width):
         return f"{width} by {height} pixels"
     part = f"{seen_width} by {seen_height} of {width} by {height} pixels"

@@ -868,7 +868,7 @@ def test_a_reload_goes_on_where_it_stopped_and_others_begin_anew(folders, tmp_pa
     page.wait_for_selector(READY)
     shown = page.get_attribute("#stage img", "src")
     page.reload()
-    page.wait_for_function("document.querySelector('#name').value === 'Ada'")
+    assert page.input_value("#name") == "Ada"
     assert page.text_content("#known") == "5 of 9 are answered in this browser."
     assert page.text_content("#begin") == "Continue"
     page.fill("#name", "Ben")
