@@ -3686,6 +3686,24 @@ class FrameNetwork(nn.Module):
         layer.stride = (self.stride, 1)
         layer.padding = (around * self.stride, around)
 
+    def keep_grey_in_bf16(self) -> None:
+        """Round the kernels of colour differences so that those of a grey pixel stay zero.
+
+        bf16 rounds each weight for itself, to 8 bits: they no longer add up to zero, grey seems to
+        have a colour, and comes back up to 4 levels apart. As multiples of what the last of 8 bits
+        is worth in the largest weight they are all held exactly, and green is minus the others.
+        """
+        layer = self.student.first_layer
+        pattern = "out (column color) y x -> color out column y x"
+        red, green, blue = rearrange(layer.weight.data, pattern, color=3)
+        size = torch.maximum(red.abs(), blue.abs())
+        step = 2.0 ** (torch.frexp(size).exponent - 8)
+        red_rounded, blue_rounded = (torch.round(each / step) * step for each in (red, blue))
+        is_difference = (red + green + blue).abs() < 1e-3 * size
+        rounded = torch.stack([red_rounded, -red_rounded - blue_rounded, blue_rounded])
+        kernel = torch.where(is_difference, rounded, torch.stack([red, green, blue]))
+        layer.weight.data = rearrange(kernel, "color out column y x -> out (column color) y x")
+
     def write_runs(self, layer: nn.Conv2d, scale: float) -> nn.ModuleList:
         """The last layer, in 8-bit units, as one layer for each row of a fold.
 
@@ -3832,6 +3850,8 @@ def make_engine(
 ) -> Engine:
     """What a backend makes of a student's FrameNetwork."""
     network = FrameNetwork(student, strength).eval()
+    if precision == torch.bfloat16:
+        network.keep_grey_in_bf16()
     if backend in ("torch", "compile"):
         return TorchEngine(network, device, precision, compiled=backend == "compile")
 

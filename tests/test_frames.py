@@ -273,11 +273,16 @@ def psnr_where(places, output, sharp):
     return 10 * np.log10(255**2 / error)
 
 
+@pytest.mark.parametrize("backend", ["torch", "openvino"])
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize("name", with_known_faults(unet="up to 8 levels apart"))
-def test_a_grey_page_stays_grey(photographs, name):
+def test_a_grey_page_stays_grey(photographs, name, precision, backend):
     page = np.array(photographs["page"].convert("RGB"))
     frame = np.array(kd.degrade(kd.even_sized(page), kd.PROTOCOLS["x2"]))
-    output = kd.load_sharpener(name)(frame).astype(int)
+    if backend == "openvino":
+        pytest.importorskip("openvino", reason="pip install openvino")
+    options = {"precision": precision, "backend": backend}
+    output = kd.load_sharpener(name, **options)(frame).astype(int)
     assert difference(output.astype(np.uint8), frame).mean() > 0.5
     assert (output.max(2) - output.min(2)).max() <= 1
 
