@@ -1,7 +1,9 @@
 """Shared pictures and small networks. The pictures are those scikit-image carries in its wheel."""
 
+import io
 import os
 import sys
+import time
 from pathlib import Path
 
 # One thread, here and in the commands that tests start. Small networks gain nothing by two, and on
@@ -23,7 +25,8 @@ import sharpen_kd as kd  # noqa: E402
 OFFLINE = str(ROOT / "tests/offline")
 os.environ["PYTHONPATH"] = os.pathsep.join([OFFLINE, os.environ.get("PYTHONPATH", "")])
 sys.path.insert(0, OFFLINE)
-sys.modules.pop("sitecustomize", None)  # the system's own
+if not hasattr(sys.modules.get("sitecustomize"), "denied"):
+    sys.modules.pop("sitecustomize", None)  # the system's own
 import sitecustomize  # noqa: E402
 
 
@@ -107,6 +110,27 @@ def random_frame():
         return np.array(image.resize((width, height), Image.Resampling.BICUBIC))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def screenshot_of():
+    """A function that takes a screenshot (H, W, 3) of a page or a part of it.
+
+    Now and then a busy Chromium is unable to, and able a moment later.
+    """
+    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+
+    def take(shown, attempts: int = 5) -> np.ndarray:
+        try:
+            png = shown.screenshot()
+        except playwright.Error as error:
+            if "Unable to capture screenshot" not in str(error) or attempts == 1:
+                raise
+            time.sleep(1)
+            return take(shown, attempts - 1)
+        return np.array(Image.open(io.BytesIO(png)).convert("RGB"))
+
+    return take
 
 
 def pytest_configure(config: pytest.Config) -> None:

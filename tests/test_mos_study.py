@@ -741,9 +741,15 @@ def open_study(chromium):
         page.on("dialog", lambda dialog: wrong.append(dialog.message) or dialog.dismiss())
         page.on("request", lambda request: is_local(request.url) or wrong.append(request.url))
 
-    def open_page(study, hurry=True, browser=chromium, **options):
+    def open_page(study, hurry=True, browser=chromium, profile=None, **options):
         options = {"viewport": {"width": 1280, "height": 800}} | options
-        contexts.append(browser.new_context(**options))
+        if profile:  # a browser with a folder to keep things in, as people's have
+            start = chromium.browser_type.launch_persistent_context
+            program = shutil.which("chromium")
+            context = start(profile, executable_path=program, args=BROWSER_FLAGS, **options)
+        else:
+            context = browser.new_context(**options)
+        contexts.append(context)
         contexts[-1].set_default_timeout(60000)  # on a busy machine
         if hurry:
             contexts[-1].add_init_script(HURRY)
@@ -856,11 +862,9 @@ def test_no_key_counts_before_the_picture_is_there(folders, tmp_path, open_study
     assert where(page) == "Training 2 of 3"
 
 
-# Passes alone. After all other tests the browser that they start keeps nothing; why is not known.
-@pytest.mark.endurance
 def test_a_reload_goes_on_where_it_stopped_and_others_begin_anew(folders, tmp_path, open_study):
     build(folders, tmp_path / "study")
-    page = open_study(tmp_path / "study")
+    page = open_study(tmp_path / "study", profile=tmp_path / "profile")
     enter(page, "Ada")
     rate(page, "1", "2", "3")
     page.click("#count")
@@ -886,17 +890,15 @@ def test_a_reload_goes_on_where_it_stopped_and_others_begin_anew(folders, tmp_pa
 
 def test_answers_that_another_page_damaged_are_not_gone_on_with(folders, tmp_path, open_study):
     build(folders, tmp_path / "study")
-    page = open_study(tmp_path / "study")
+    page = open_study(tmp_path / "study", profile=tmp_path / "profile")
     for damaged in ("{", "7", "[null]", '[{"stimulus": "other", "rating": 5}]'):
         page.evaluate("text => localStorage.setItem(placeOf('Ada'), text)", damaged)
         assert page.evaluate("recallAnswers('Ada')") == []
 
 
-# Passes alone. After all other tests the browser that they start keeps nothing; why is not known.
-@pytest.mark.endurance
 def test_a_second_window_of_one_participant_takes_over(folders, tmp_path, open_study):
     build(folders, tmp_path / "study")
-    first = open_study(tmp_path / "study")
+    first = open_study(tmp_path / "study", profile=tmp_path / "profile")
     enter(first, "Ada")
     second = first.context.new_page()
     second.goto(first.url)
@@ -963,7 +965,7 @@ def test_a_source_repeats_itself_only_where_it_must(folders, tmp_path, open_stud
 
 @pytest.mark.parametrize("scale", [1, 1.5])
 def test_a_picture_has_its_own_pixels_on_mid_grey(
-    tmp_path, random_frame, chromium, open_study, scale
+    tmp_path, random_frame, chromium, open_study, screenshot_of, scale
 ):
     frame = random_frame(150, 201)
     for method in METHODS:
@@ -979,9 +981,8 @@ def test_a_picture_has_its_own_pixels_on_mid_grey(
         enter(page, "Ada")
         page.wait_for_selector(READY)
         assert page.evaluate("devicePixelRatio") == scale
-        page.screenshot(path=tmp_path / "screen.png")
+        screen = screenshot_of(page)
         height = page.locator("#stage").bounding_box()["height"]
-    screen = np.array(Image.open(tmp_path / "screen.png").convert("RGB"))
     stage = screen[: int(height * scale)]
     other = (stage != 128).any(2)
     top, left = (np.flatnonzero(other.any(axis))[0] for axis in (1, 0))

@@ -338,10 +338,6 @@ def stage_of(page):
     return stage
 
 
-def seen(stage):
-    return np.array(Image.open(io.BytesIO(stage.screenshot())).convert("RGB"))
-
-
 def drag(page, stage, start, end):
     """Drag on a stage from one place to another, both as shares of its sides."""
     box = stage.bounding_box()
@@ -368,19 +364,19 @@ def assert_divided(shown, left, right, column):
     assert np.array_equal(shown[:, after:], doubled[1][:, after:])
 
 
-def test_dragging_the_divider_changes_what_is_seen(show, report, first_item):
+def test_dragging_the_divider_changes_what_is_seen(show, report, first_item, screenshot_of):
     page = show(report / "report.html")
     stage = stage_of(page)
     assert stage.bounding_box()["width"] == 192
     assert not np.array_equal(*first_item)
-    assert_divided(seen(stage), *first_item, 96)
+    assert_divided(screenshot_of(stage), *first_item, 96)
     drag(page, stage, (0.5, 0.3), (0.25, 0.6))
-    assert_divided(seen(stage), *first_item, 48)
+    assert_divided(screenshot_of(stage), *first_item, 48)
     drag(page, stage, (0.1, 0.3), (0.75, 0.3))  # from anywhere
-    assert_divided(seen(stage), *first_item, 144)
+    assert_divided(screenshot_of(stage), *first_item, 144)
 
 
-def test_keys_move_the_divider(show, report, first_item):
+def test_keys_move_the_divider(show, report, first_item, screenshot_of):
     page = show(report / "report.html")
     stage = stage_of(page)
     handle = stage.get_by_role("slider")
@@ -396,7 +392,7 @@ def test_keys_move_the_divider(show, report, first_item):
         for key in keys:
             page.keyboard.press(key)
         assert handle.get_attribute("aria-valuenow") == str(percent)
-    assert_divided(seen(stage), *first_item, 0)
+    assert_divided(screenshot_of(stage), *first_item, 0)
     assert "between input and student of " in handle.get_attribute("aria-label")
 
 
@@ -420,9 +416,8 @@ def corner(stage, pane):
     return stage.evaluate(script, pane)
 
 
-def assert_single_pixels(stage, left, right):
+def assert_single_pixels(stage, shown, left, right):
     """Every block of 16x16 that is seen whole has one colour: its pixel's, left and right."""
-    shown = seen(stage)
     x, y = corner(stage, "left")
     assert corner(stage, "right") == [x, y]
     assert (
@@ -443,7 +438,7 @@ def assert_single_pixels(stage, left, right):
     assert blocks > 50
 
 
-def test_zoomed_to_single_pixels_both_sides_move_together(show, report, first_item):
+def test_zoomed_to_single_pixels_both_sides_move_together(show, report, first_item, screenshot_of):
     page = show(report / "report.html")
     stage = stage_of(page)
     handle = stage.get_by_role("slider")
@@ -451,20 +446,20 @@ def test_zoomed_to_single_pixels_both_sides_move_together(show, report, first_it
     for _ in range(6):
         page.keyboard.press("+")
     assert page.locator("output").first.text_content() == "1600 %"
-    assert_single_pixels(stage, *first_item)
+    assert_single_pixels(stage, screenshot_of(stage), *first_item)
 
     before = corner(stage, "left")
     drag(page, stage, (0.2, 0.2), (0.7, 0.45))
     after = corner(stage, "left")
     assert after == pytest.approx([before[0] + 96, before[1] + 48], abs=1)
     assert handle.get_attribute("aria-valuenow") == "50"  # the picture was dragged, not the divider
-    assert_single_pixels(stage, *first_item)
+    assert_single_pixels(stage, screenshot_of(stage), *first_item)
     page.keyboard.press("d")
     assert corner(stage, "left")[0] == pytest.approx(after[0] - 48, abs=1)
 
     page.keyboard.press("0")
     assert corner(stage, "left") == [0, 0]
-    assert_divided(seen(stage), *first_item, 96)
+    assert_divided(screenshot_of(stage), *first_item, 96)
 
 
 def test_the_wheel_zooms_after_a_click_and_else_scrolls(show, report):
@@ -511,13 +506,13 @@ def test_two_fingers_zoom(show, report):
     assert page.evaluate("visualViewport.scale") == 1  # of the picture, not of the page
 
 
-def test_each_side_can_be_chosen(show, report):
+def test_each_side_can_be_chosen(show, report, screenshot_of):
     item = gallery_of(data_in((report / "report.html").read_text()))[0]
     page = show(report / "report.html")
     page.locator("select").nth(0).select_option("teacher")
     page.locator("select").nth(1).select_option("sharp")
     assert_divided(
-        seen(stage_of(page)), pixels(item["pictures"][1]), pixels(item["pictures"][3]), 96
+        screenshot_of(stage_of(page)), pixels(item["pictures"][1]), pixels(item["pictures"][3]), 96
     )
 
 
