@@ -669,7 +669,9 @@ class RunConfig(DeviceConfig):
         at_most=256,
     )
     balance: bool = flag(False, "show every category as often as the largest")
-    cache: bool = flag(False, "decode every picture once and keep it in memory")
+    cache: bool = flag(
+        False, "decode every picture once and keep it in memory; prepared crops on the device"
+    )
     seed: int = flag(
         0, "seed of initial weights, order and crops", at_least=0, at_most=LARGEST_SEED
     )
@@ -1909,29 +1911,37 @@ class PreparedCrops(Dataset):
     What a video encoder does to a frame takes longer than a training step, so it is done once. A
     crop is a window of a stored one, mirrored and turned at random; it is drawn from
     (seed, epoch, index) alone. UserError for a folder that holds no finished crops.
+
+    With a `device` they are all copied to its memory, and cut and turned there.
     """
 
-    def __init__(self, folder: Path, image_size: int, seed: int = 0) -> None:
+    def __init__(
+        self, folder: Path, image_size: int, seed: int = 0, device: torch.device | None = None
+    ) -> None:
         self.image_size = image_size
         self.seed = seed
         remedy = f"`prepare SHARP --protocol calls --data-root {folder.parent}` writes them"
         try:
             about = json.loads((folder / PREPARED_ABOUT).read_text())
-            self.pixels = np.load(folder / PREPARED_PIXELS, mmap_mode="r")  # (N, 2, S, S, 3)
+            self.stored = np.load(folder / PREPARED_PIXELS, mmap_mode="c")  # (N, 2, S, S, 3)
         except (OSError, ValueError) as error:
             raise UserError(f"{folder}: holds no prepared crops ({error}); {remedy}") from error
         unfinished = f"{folder}: its crops are not all written; run the same `prepare` again"
-        require(about["written"] == len(self.pixels), unfinished)
-        stored = self.pixels.shape[2]
-        fits = image_size <= stored
-        require(fits, f"--image-size {image_size}: the prepared crops have {stored} pixels a side")
+        require(about["written"] == len(self.stored), unfinished)
+        side = self.stored.shape[2]
+        fits = image_size <= side
+        require(fits, f"--image-size {image_size}: the prepared crops have {side} pixels a side")
         self.sources: list[str] = about["sources"]  # of each crop: the clip or picture it shows
-        self.used = range(len(self.pixels))
+        self.used = range(len(self.stored))
+        self.pixels = torch.from_numpy(self.stored)
+        self.in_device_memory = device is not None
+        if device:
+            self.pixels = self.pixels.to(device, copy=True)
 
     def __len__(self) -> int:
         return len(self.used)
 
-    def __getitem__(self, item: tuple[int, int]) -> dict[str, np.ndarray]:
+    def __getitem__(self, item: tuple[int, int]) -> dict[str, Tensor]:
         """{"blurred", "sharp"} of 8-bit RGB (image_size, image_size, 3) each; item (epoch, index).
 
         The window starts where an encoder's block does.
@@ -1946,12 +1956,12 @@ class PreparedCrops(Dataset):
         at_the_top, at_the_left = draw.random(2) < 0.1
         both = with_border(both, at_the_top, at_the_left)
         if mirror:
-            both = both[:, :, ::-1]
+            both = both.flip(2)
         if flip:
-            both = both[:, ::-1]
+            both = both.flip(1)
         if turn:
-            both = both.transpose(0, 2, 1, 3)
-        blurred, sharp = np.ascontiguousarray(both)
+            both = both.transpose(1, 2)
+        blurred, sharp = both
         return {"blurred": blurred, "sharp": sharp}
 
     def leave_out(self, fraction: float, most: int = 200) -> list["PreparedCrop"]:
@@ -1962,22 +1972,23 @@ class PreparedCrops(Dataset):
         left_out = [i for i in self.used if self.sources[i] in held_out]
         self.used = [i for i in self.used if self.sources[i] not in held_out]
         every = math.ceil(len(left_out) / most) or 1
-        crops = [PreparedCrop(*self.pixels[i]) for i in left_out[::every]]
+        crops = [PreparedCrop(*self.stored[i]) for i in left_out[::every]]
         # A crop of one colour arrives as it was sent, and its infinite PSNR would drown all others.
         return [crop for crop in crops if frame_psnr(*crop.load()) < PSNR_CAP]
 
 
-def with_border(both: np.ndarray, at_the_top: bool, at_the_left: bool) -> np.ndarray:
+def with_border(both: Tensor, at_the_top: bool, at_the_left: bool) -> Tensor:
     """(..., H, W, C) moved down or to the right by MARGIN, and continued as frames are there.
 
     So a student learns what it will see at a frame's borders.
     """
-    down = MARGIN if at_the_top else 0
-    right = MARGIN if at_the_left else 0
-    height, width = both.shape[-3:-1]
-    moved = both[..., : height - down, : width - right, :]
-    around = [(0, 0)] * (both.ndim - 3) + [(down, 0), (right, 0), (0, 0)]
-    return np.pad(moved, around, "symmetric")
+    if at_the_top:
+        first_rows = both[..., :MARGIN, :, :].flip(-3)
+        both = torch.cat([first_rows, both[..., :-MARGIN, :, :]], dim=-3)
+    if at_the_left:
+        first_columns = both[..., :MARGIN, :].flip(-2)
+        both = torch.cat([first_columns, both[..., :-MARGIN, :]], dim=-2)
+    return both
 
 
 @dataclass(frozen=True)
@@ -3219,12 +3230,15 @@ class TrainingRun:
         workers = self.config.workers
         if workers is None:  # on few CPU threads loader processes take training's time
             workers = 2 if self.device.type != "cpu" or torch.get_num_threads() > 2 else 0
+        on_device = getattr(self.dataset, "in_device_memory", False)
+        if on_device:
+            workers = 0  # other processes would copy what need not move
         self.order.first_step = self.step
         return DataLoader(
             self.dataset,
             batch_sampler=self.order,
             num_workers=workers,
-            pin_memory=self.device.type == "cuda",
+            pin_memory=self.device.type == "cuda" and not on_device,
             worker_init_fn=ignore_interrupts,
         )
 
@@ -6024,7 +6038,8 @@ def training_data(config: RunConfig) -> tuple[Dataset, Sequence[Pair | PreparedC
     if config.degradation == "crops":
         require(config.data_root, "--degradation crops: name their folder with --data-root")
         folder = split_folder(config.data_root, "train")
-        prepared = PreparedCrops(folder, config.image_size, config.seed)
+        device = pick_device(config) if config.cache else None
+        prepared = PreparedCrops(folder, config.image_size, config.seed, device)
         return prepared, prepared.leave_out(config.validation_fraction)
     training, held_out = training_pairs(config)
     return training_crops(config, training), held_out

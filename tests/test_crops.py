@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_clips import write_clip
 
@@ -172,7 +173,7 @@ def test_a_few_crops_have_a_sharp_part_and_keep_the_rest():
 def test_a_border_is_continued_as_frames_are():
     both = np.random.default_rng(0).integers(0, 256, (2, 32, 40, 3), np.uint8)
     for top, left in np.ndindex(2, 2):
-        moved = kd.with_border(both, bool(top), bool(left))
+        moved = kd.with_border(torch.from_numpy(both), bool(top), bool(left)).numpy()
         assert moved.shape == both.shape
         for before, after in zip(both, moved, strict=True):
             frame = before[: 32 - kd.MARGIN * top, : 40 - kd.MARGIN * left]
@@ -210,6 +211,15 @@ def test_a_prepared_crop_is_a_window_mirrored_and_turned_alike_on_both_sides(pre
     assert forms == set(range(8))
     again = kd.PreparedCrops(prepared / "train", image_size=48, seed=3)[5, 7]
     assert np.array_equal(again["blurred"], crops[5, 7]["blurred"])
+
+
+def test_crops_in_the_devices_memory_are_those_of_the_file(prepared):
+    of_file = kd.PreparedCrops(prepared / "train", image_size=48)
+    copied = kd.PreparedCrops(prepared / "train", image_size=48, device=torch.device("cpu"))
+    assert copied.pixels.data_ptr() != of_file.pixels.data_ptr()
+    for epoch, index in np.ndindex(50, len(copied)):
+        for name, pixels in copied[epoch, index].items():
+            assert torch.equal(pixels, of_file[epoch, index][name])
 
 
 def symmetries(both):
@@ -250,6 +260,10 @@ def test_training_reads_prepared_crops(prepared, tmp_path, capsys):
     student, content = kd.load_student(tmp_path / "run/best.pth")
     assert student.config["kind"] == "guided"
     assert content["held_out"]["pictures"] > 0
+    assert kd.main([*command, "--overwrite", "--cache"]) == 0
+    copied, _ = kd.load_student(tmp_path / "run/best.pth")
+    for name, weights in copied.state_dict().items():
+        assert torch.equal(weights, student.state_dict()[name])
     assert kd.main([*command, "--overwrite", "--image-size", "96"]) == 2
     assert "the prepared crops have 64 pixels a side" in capsys.readouterr().err
     assert kd.main([*command, "--overwrite", "--data-root", str(tmp_path)]) == 2
