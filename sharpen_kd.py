@@ -527,8 +527,8 @@ class SharpenConfig(InferenceConfig):
     output: Path | None = flag(
         None, "file or folder (default: NAME_sharpened beside each input)", short="-o"
     )
-    live: str = flag(
-        "",
+    live: str | None = flag(
+        None,
         "sharpen what comes from a camera (/dev/video0), a screen (:0.0), a stream's address or a"
         " file at its own rate into -o: camera (a virtual one), window, an address or a file",
     )
@@ -5024,6 +5024,8 @@ class LatestFrame:
             self.changed.notify()
 
 
+MOST_FRAMES_A_SECOND = 60  # of cameras and screens, unless --fps asks for more
+
 # FFmpeg's names of what a source is, by how it begins. Others are named by --live-format.
 LIVE_FORMATS = {"/dev/video": "v4l2", ":": "x11grab", "desktop": "gdigrab", "title=": "gdigrab"}
 
@@ -5054,15 +5056,19 @@ class LiveSource:
             options["framerate"] = f"{rate:g}"
         if is_device and size:
             options["video_size"] = f"{size[0]}x{size[1]}"
-        with naming_live(name):
+        with naming_live(name, kind):
             self.container = self.av.open(name, format=kind or None, options=options)
+        is_picture = self.is_file and re.search("_pipe$|^image2$", self.container.format.name)
+        require(not is_picture, f"--live {name}: a picture; `sharpen {name}` sharpens it")
         require(self.container.streams.video, f"--live {name}: has no pictures in it")
         self.name = name
         self.video = self.container.streams.video[0]
         self.audio = None
         if with_sound and self.container.streams.audio:
             self.audio = self.container.streams.audio[0]
-        self.rate = rate or float(self.video.average_rate or FRAMES_A_SECOND)
+        # Of frames at irregular times some containers state the rate of their clock, like 1000.
+        stated = float(self.video.average_rate or FRAMES_A_SECOND)
+        self.rate = rate or min(stated, MOST_FRAMES_A_SECOND)
         self.latest = LatestFrame()
         self.sound: queue.SimpleQueue = queue.SimpleQueue()
         self.first_pts: float | None = None  # of the first frame, in seconds
@@ -5121,12 +5127,18 @@ class LiveSource:
 
 
 @contextlib.contextmanager
-def naming_live(name: str) -> Iterator[None]:
+def naming_live(name: str, kind: str) -> Iterator[None]:
     """Errors in here are about what --live names."""
     try:
         yield
     except Exception as error:  # PyAV has errors of many kinds
-        remedy = "see `ffmpeg -sources` for cameras, and --live-format"
+        remedy = "there is no such file; see `ffmpeg -sources` for cameras, and --live-format"
+        if "://" in name:
+            remedy = "check the address, and that something sends there"
+        elif os.path.isfile(name):
+            remedy = "is it a clip? `ffmpeg -i` shows what FFmpeg makes of it"
+        elif kind:
+            remedy = f"see `ffmpeg -sources {kind}` for what there is, and whether you may read it"
         raise UserError(f"--live {name}: cannot be opened ({error}); {remedy}") from error
 
 
@@ -5331,8 +5343,9 @@ class Governor:
     """Chooses the level at which frames are ready in time.
 
     When half of the last 9 frames took longer than there is between two, it goes one level down.
-    After 300 frames in a row that took less than a third of that it goes up again, and the next
-    time after twice as many, since going up may have been wrong.
+    After 300 frames in a row that took less than a third of that it goes up again. If that soon
+    proves to have been wrong, it waits twice as long the next time. Frames that stood still say
+    nothing about those that will not, and are not counted.
     """
 
     WINDOW = 9
@@ -5345,6 +5358,7 @@ class Governor:
         self.times: collections.deque = collections.deque(maxlen=self.WINDOW)
         self.calm = 0  # frames in a row that took little
         self.patience = self.PATIENCE
+        self.since_rise = self.PATIENCE  # frames since it went up
 
     @property
     def level(self) -> Level:
@@ -5353,20 +5367,25 @@ class Governor:
     def note(self, seconds: float) -> bool:
         """Note how long a frame took; True if the level has changed."""
         self.times.append(seconds)
+        self.since_rise += 1
         self.calm = self.calm + 1 if seconds < self.budget / 3 else 0
         is_full = len(self.times) == self.WINDOW
         if is_full and statistics.median(self.times) > self.budget:
-            return self.change(1)
+            return self.go_down()
         if self.calm >= self.patience and self.index > 0:
-            self.patience *= 2
+            self.since_rise = 0
             return self.change(-1)
         return False
 
-    def change(self, by: int) -> bool:
-        index = min(self.index + by, len(self.levels) - 1)
-        if index == self.index:
+    def go_down(self) -> bool:
+        if self.index == len(self.levels) - 1:
             return False
-        self.index = index
+        was_wrong = self.since_rise < self.PATIENCE
+        self.patience = 2 * self.patience if was_wrong else self.PATIENCE
+        return self.change(1)
+
+    def change(self, by: int) -> bool:
+        self.index += by
         self.times.clear()
         self.calm = 0
         return True
@@ -5391,8 +5410,12 @@ class LiveSharpener:
     def saved(self) -> float:
         """The share of all pixels that were not computed, because they had not changed."""
         pixels = sum(sharpener.pixels for sharpener in self.loaded.values())
-        computed = sum(sharpener.computed for sharpener in self.loaded.values())
-        return 1 - computed / max(pixels, 1)
+        return 1 - self.computed / max(pixels, 1)
+
+    @property
+    def computed(self) -> int:
+        """Pixels of all frames so far that were computed."""
+        return sum(sharpener.computed for sharpener in self.loaded.values())
 
     def __call__(self, picture, level: Level) -> np.ndarray:
         """An av.VideoFrame to upright 8-bit RGB (H, W, 3) of the call's size."""
@@ -5500,10 +5523,12 @@ def show_live(
     """Take the newest frame, sharpen and show it, as long as there are frames and viewers."""
     while (frame := source.latest.take()) is not None:
         begin = time.perf_counter()
+        computed = sharpener.computed
         pixels = sharpener(frame.picture, governor.level)
         is_seen = sink.show(pixels, frame.seconds)
         report.note(frame.arrived)
-        if governor.note(time.perf_counter() - begin):
+        stood_still = governor.level.checkpoint and sharpener.computed == computed
+        if not stood_still and governor.note(time.perf_counter() - begin):
             report.say(f"from {frame.seconds:.1f} s on: {governor.level}")
         report.show_line(governor.level)
         if not is_seen:
@@ -5513,8 +5538,10 @@ def show_live(
 def sink_of(config: SharpenConfig) -> str:
     """-o as --live takes it; UserError for what it cannot take."""
     require(config.output, "--live: name with -o where it goes: camera, window, an address, a file")
+    require(config.live, "--live: name a camera, a screen, an address or a file")
     require(not config.inputs, "--live: takes no other input")
-    name = re.sub(r"^(\w+):/+", r"\1://", str(config.output))  # Path drops a slash
+    # Path drops a slash of an address (and Windows turns the others); C: is a drive.
+    name = re.sub(r"^(\w\w+):/+", r"\1://", config.output.as_posix())
     packages = ["av", "pyvirtualcam"] if name == "camera" else ["av"]
     require_packages(packages, f"--live into {name}")
     require(not os.path.isdir(name), f"-o {name}: is a folder; name a file in it")
@@ -5923,7 +5950,7 @@ def sharpen_file(config: SharpenConfig, job: Job, sharpener: FrameFunction) -> N
 def sharpen(config: SharpenConfig) -> None:
     """Sharpen pictures and clips: files, or folders with everything in them."""
     clip_size(config.size)  # UserError now
-    if config.live:
+    if config.live is not None:
         sharpen_live(config)
         return
     require(config.inputs, "name a picture, a clip or a folder to sharpen")

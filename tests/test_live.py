@@ -1,5 +1,6 @@
 """`sharpen --live`: the newest frame wins, sound is whole, and what stands still costs nothing."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import threading
 import time
 import types
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import pytest
@@ -17,6 +19,8 @@ import sharpen_kd as kd
 
 av = pytest.importorskip("av", reason="pip install av")
 imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg", reason="pip install imageio-ffmpeg")
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # --- What stands still ----------------------------------------------------------------------------
 
@@ -165,6 +169,29 @@ def test_the_governor_goes_up_after_calm_and_waits_twice_as_long_the_next_time()
         governor.note(0.1)
     calm = [governor.note(0.009) for _ in range(600)]
     assert calm.index(True) == 599
+
+
+def test_a_rise_that_held_is_no_reason_to_wait_longer():
+    governor = kd.Governor(kd.live_levels("auto"), budget=0.03)
+    for _ in range(2):
+        for _ in range(9):
+            governor.note(0.1)
+        assert str(governor.level) == "call-fast"
+        calm = [governor.note(0.009) for _ in range(300)]
+        assert calm.index(True) == 299
+        assert not any(governor.note(0.02) for _ in range(300))
+
+
+def test_frames_that_stood_still_are_not_counted(camera, tmp_path, monkeypatch, capsys):
+    noted = []
+    monkeypatch.setattr(kd.Governor, "note", lambda self, seconds: noted.append(seconds))
+    still = tmp_path / "still.mp4"
+    loop = ("-vf", "select=eq(n\\,0),loop=19:1,setpts=N/10/TB", "-c:v", "libx264", "-qp", "0")
+    ffmpeg("-i", camera, *loop, "-an", still)
+    options = ["--checkpoint", "call-fast", "--backend", "torch"]
+    assert live("--live", still, "-o", tmp_path / "out.mp4", *options) == 0
+    assert "95% of the pixels stood still" in capsys.readouterr().out
+    assert len(noted) == 1
 
 
 def test_a_frame_that_takes_some_time_ends_the_calm():
@@ -347,6 +374,7 @@ def test_mistakes_are_named_before_any_work(camera, tmp_path, capsys, monkeypatc
     taken = tmp_path / "taken.mp4"
     taken.write_bytes(b"mine")
     folder = tmp_path / "none"
+    still = ROOT / "inference_samples/blurred_face.png"
     monkeypatch.delenv("DISPLAY", raising=False)
     for arguments, named in (
         (["--live", camera], "name with -o where it goes"),
@@ -360,6 +388,11 @@ def test_mistakes_are_named_before_any_work(camera, tmp_path, capsys, monkeypatc
         (["--live", camera, "-o", "camera"], "pip install pyvirtualcam"),
         (["--live", camera, "-o", "window"], "-o window: no screen"),
         (["--live", camera, "-o", "out.mp4", "--live-format", "nonsense"], "cannot be opened"),
+        (["--live", folder, "-o", "out.mp4"], "there is no such file"),
+        (["--live", "udp://127.0.0.1:x", "-o", "out.mp4"], "check the address"),
+        (["--live", "/dev/video77", "-o", "out.mp4"], "see `ffmpeg -sources v4l2`"),
+        (["--live", still, "-o", "out.mp4"], f"{still}: a picture; `sharpen {still}`"),
+        (["--live", "", "-o", "out.mp4"], "--live: name a camera, a screen"),
         ([], "name a picture, a clip or a folder to sharpen"),
     ):
         assert live(*arguments) == 2
@@ -371,8 +404,21 @@ def test_mistakes_are_named_before_any_work(camera, tmp_path, capsys, monkeypatc
 
 
 def test_an_address_keeps_its_slashes():
-    config = kd.SharpenConfig(live="x", output=kd.named_path("udp://127.0.0.1:5000"))
-    assert kd.sink_of(config) == "udp://127.0.0.1:5000"
+    for path in (kd.named_path, PureWindowsPath):
+        config = kd.SharpenConfig(live="x", output=path("udp://127.0.0.1:5000"))
+        assert kd.sink_of(config) == "udp://127.0.0.1:5000"
+    config = kd.SharpenConfig(live="x", output=PureWindowsPath("C:/calls/a.mp4"))
+    assert kd.sink_of(config) == "C:/calls/a.mp4"
+
+
+def test_a_clocks_rate_is_not_taken_for_the_frames(camera, tmp_path):
+    screen = tmp_path / "screen.mp4"
+    ffmpeg("-i", camera, "-vf", "setpts=N/1000/TB", "-r", "1000", "-an", screen)
+    with contextlib.closing(kd.LiveSource(str(screen))) as source:
+        assert source.video.average_rate == 1000
+        assert source.rate == 60
+    with contextlib.closing(kd.LiveSource(str(screen), rate=100)) as source:
+        assert source.rate == 100
 
 
 def test_devices_are_known_by_their_names(monkeypatch):
