@@ -4290,6 +4290,25 @@ def resized(frame: np.ndarray, size: Size) -> np.ndarray:
     return np.array(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC))
 
 
+@contextlib.contextmanager
+def same_scheduling() -> Iterator[None]:
+    """Schedule this process afterwards as before.
+
+    SVT-AV1 makes it a real-time one where it may (as root): other programs get no time beside it,
+    and a browser that it starts keeps nothing in its storage.
+    """
+    if not hasattr(os, "sched_getscheduler"):  # only Linux has it
+        yield
+        return
+    policy = os.sched_getscheduler(0)
+    parameters = os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
+
+
+@same_scheduling()
 def encoded(frames: list[np.ndarray], call: Call) -> tuple[io.BytesIO, float]:
     """(a stream as a live encoder makes it, its kilobits a second) of frames with even sides.
 

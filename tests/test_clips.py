@@ -1,6 +1,8 @@
 """Clips in calls: encoding as a live encoder does, and the measures of what arrives."""
 
+import contextlib
 import json
+import os
 
 import numpy as np
 import pytest
@@ -71,6 +73,16 @@ def test_every_call_returns_each_frame_at_its_size(panning, tmp_path, protocol):
     assert min(psnrs) > 15
     assert max(psnrs) < 45
     assert kilobits > 1
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="only Linux has it")
+def test_no_encoder_makes_this_a_real_time_process(panning, tmp_path):
+    tiny = [frame[:32, :32] for frame in panning]
+    for protocol in kd.CALLS:
+        for frames in (panning, tiny):
+            with contextlib.suppress(kd.UserError):  # SVT-AV1 refuses small frames
+                kd.received_frames(frames, kd.CALLS[protocol], tmp_path)
+            assert os.sched_getscheduler(0) == os.SCHED_OTHER
 
 
 def test_an_encoder_that_refuses_is_named(panning, tmp_path):
