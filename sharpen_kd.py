@@ -850,6 +850,9 @@ class TrainConfig(RunConfig, StudentConfig, LossConfig):
         at_most=4096,
     )
     teacher_weights: Path | None = flag(None, "Restormer weight file (default: the official one)")
+    teacher_checkpoint: str = flag(
+        "", "learn from a larger student instead: a shipped one's name, or a checkpoint"
+    )
     temperature: float = flag(4.0, "T of the soft outputs", at_least=ABOVE_ZERO, at_most=1e6)
     teacher_cache: Path | None = flag(
         None, "folder for the teacher's results: computed once, then read"
@@ -2786,6 +2789,20 @@ def load_student(name: str | Path) -> tuple[Student, dict]:
     return student.eval().to(memory_format=torch.channels_last), content
 
 
+class StudentTeacher(nn.Module):
+    """A frozen student that teaches a smaller one by its output, as a Restormer would."""
+
+    tapped: typing.ClassVar[dict[str, Tensor]] = {}  # no features to compare
+
+    def __init__(self, student: Student) -> None:
+        super().__init__()
+        self.student = student.requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, blurred: Tensor) -> Tensor:
+        return self.student(blurred)
+
+
 # --- Losses: the report's five terms, and one more ------------------------------------------------
 
 
@@ -2963,7 +2980,7 @@ class Objective(nn.Module):
     def __init__(
         self,
         network: nn.Module,
-        teacher: RestormerTeacherWrapper | None,
+        teacher: RestormerTeacherWrapper | StudentTeacher | None,
         loss: DistillationLoss,
         expansion: int = 0,
     ) -> None:
@@ -3419,7 +3436,13 @@ def make_objective(config: TrainConfig, resumed: bool) -> Objective:
     teacher = None
     # With --teacher-cache even a run without teacher terms loads the teacher: the cache is checked
     # against it, and all runs of a comparison see the same crops.
-    if needs_teacher(weights) or config.teacher_cache:
+    if config.teacher_checkpoint:
+        asked = f"--teacher-checkpoint {config.teacher_checkpoint}"
+        require(needs_teacher(weights), f"{asked}: no term compares with it; add --lambda-output 1")
+        require(not with_features, f"{asked}: gives no features; add --lambda-feature 0")
+        require(not config.teacher_cache, f"{asked}: --teacher-cache holds a Restormer's results")
+        teacher = StudentTeacher(load_student(config.teacher_checkpoint)[0])
+    elif needs_teacher(weights) or config.teacher_cache:
         widths = student.feature_widths if with_features else None
         teacher = RestormerTeacherWrapper(load_restormer(config.teacher_weights), widths)
     loss = DistillationLoss(weights, config.temperature)  # last, since it may download VGG19

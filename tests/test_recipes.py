@@ -230,6 +230,30 @@ def test_a_run_may_start_from_another_students_weights(arguments, tmp_path):
     assert (second / "best.pth").exists()  # a mistake gives up no run
 
 
+def test_a_larger_student_teaches_by_its_output_alone(arguments, tmp_path, capsys):
+    command = ["train", *arguments, "--lambda-feature", "0", "--lambda-kl", "0"]
+    first = tmp_path / "first"
+    assert kd.main([*command, "--run-dir", str(first), "--max-steps", "3"]) == 0
+    itself = str(first / "best.pth")
+    run = tmp_path / "run"
+    command += ["--run-dir", str(run), "--overwrite", "--max-steps", "1", "--lambda-output", "1"]
+    outputs = {}
+    for teacher in (itself, "quality"):
+        assert kd.main([*command, "--init", itself, "--teacher-checkpoint", teacher]) == 0
+        (row,) = read_log(run)
+        outputs[teacher] = float(row["output"])
+    assert outputs[itself] == 0  # it is as good as itself
+    assert outputs["quality"] > 0.001
+    capsys.readouterr()
+    for extra, named in (
+        (["--lambda-output", "0"], "no term compares with it"),
+        (["--lambda-feature", "1"], "gives no features"),
+        (["--teacher-cache", str(tmp_path / "cache")], "--teacher-cache holds"),
+    ):
+        assert kd.main([*command, "--teacher-checkpoint", "quality", *extra]) == 2
+        assert f"--teacher-checkpoint quality: {named}" in capsys.readouterr().err
+
+
 def test_mistakes_are_named_before_anything_is_written(arguments, tmp_path, capsys):
     none = ["--lambda-reconstruction", "0", "--lambda-feature", "0", "--lambda-kl", "0"]
     none += ["--lambda-ssim", "0"]
