@@ -932,6 +932,7 @@ class EvalConfig(InferenceConfig):
     )
     teacher: bool = flag(False, "score the teacher too")
     teacher_weights: Path | None = same_flag(TrainConfig, "teacher_weights", None)
+    strength: float = same_flag(SharpenConfig, "strength", 1.0)
     save_images: bool = flag(False, "write the student's pictures and a few side-by-side ones")
     output_dir: Path = flag(
         SAMPLES / "sharpened_test_outputs", "folder for scores.csv and pictures"
@@ -4136,9 +4137,7 @@ def chosen_checkpoint(config: InferenceConfig, for_clips: bool) -> str:
     return FOR_CLIPS if for_clips else FOR_PICTURES
 
 
-def sharpener_of(
-    config: InferenceConfig, strength: float = 1.0, for_clips: bool = False
-) -> FrameSharpener:
+def sharpener_of(config: InferenceConfig, strength: float, for_clips: bool) -> FrameSharpener:
     """The student of --checkpoint, as a function of frames."""
     return load_sharpener(
         chosen_checkpoint(config, for_clips),
@@ -6503,7 +6502,7 @@ def evaluate(config: EvalConfig) -> None:
         methods["teacher"] = teacher_frames(restormer, pick_device(config), config.precision)
     students = {}
     for for_clips in {protocol in CLIP_PROTOCOLS for protocol in data}:
-        students[for_clips] = sharpener_of(config, for_clips=for_clips)
+        students[for_clips] = sharpener_of(config, config.strength, for_clips)
 
     galleries = {}
     if config.report:

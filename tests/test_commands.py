@@ -140,6 +140,14 @@ def test_evals_teacher_is_the_weight_file_that_is_named(
     assert float(read_csv(tmp_path / "scores.csv")[5]["teacher_psnr"]) == pytest.approx(expected)
 
 
+def test_evals_student_of_no_strength_is_the_input(tmp_path, data_root, student_file):
+    command = ["eval", "--data-root", str(data_root), "--checkpoint", str(student_file)]
+    command += ["--output-dir", str(tmp_path), "--json", str(tmp_path / "s.json")]
+    assert kd.main([*command, "--strength", "0"]) == 0
+    scores = json.loads((tmp_path / "s.json").read_text())["all"]
+    assert scores["student"] == scores["input"]
+
+
 def test_eval_resize_is_the_reports_protocol(tmp_path, data_root, student_file, capsys):
     command = ["eval", "--data-root", str(data_root), "--checkpoint", str(student_file)]
     command += ["--output-dir", str(tmp_path), "--json", str(tmp_path / "scores.json")]
