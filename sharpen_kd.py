@@ -27,7 +27,7 @@ Map of this file. The story is read from top to bottom and needs nothing from th
     Pairs             blurred and sharp pictures that belong together
     Crops             what training draws from the pairs
     Teacher           a frozen Restormer, its features read by forward hooks
-    Student           what a student must have; the report's U-Net; a plain and a guided stack
+    Student           what a student must have; the report's U-Net; a plain stack
     Losses            the report's five terms, and one more
     Training          one loop for the student and for the teacher
     Evaluation        PSNR and SSIM
@@ -684,12 +684,9 @@ class StudentConfig:
     # No choices here: the names are those of the classes in STUDENTS, which need PyTorch.
     network: str = flag(
         "unet",
-        "unet: the report's; plain: 3x3 layers at one scale; guided: such layers on the luma, and"
-        " a map of where their correction is wanted",
+        "unet: the report's; plain: 3x3 layers at one scale",
     )
     luma: bool = flag(False, "unet: see and correct luma and averaged colours instead of RGB")
-    guide_width: int = flag(16, "guided: width of what makes the map", at_least=1, at_most=4096)
-    colours: bool = flag(True, "guided: correct colours, too")
     stem_stride: int = flag(
         4,
         "space-to-depth factor before the first layer; 1 is the report's network",
@@ -703,7 +700,7 @@ class StudentConfig:
     )
     convolutions: tuple[int, ...] = flag(
         (), "number of 3x3 layers. unet: in each stage, one number or one for each scale (default:"
-        " 2); plain: in all (default: 6); guided: in all (default: 4)",
+        " 2); plain: in all (default: 6)",
         at_least=1, at_most=64,
     )  # fmt: skip
     skips: str = flag(
@@ -749,6 +746,14 @@ TWO_CORES = {
     "workers": 0,
 }
 
+# The shape of the faster students that ship.
+FAST = {
+    "luma": True,
+    "widths": (12, 16, 16, 24),
+    "convolutions": (2, 1, 1, 1),
+    "skips": "lateral",
+}
+
 # Settings of `TrainConfig` below, by their names there.
 PRESETS = {
     "report": Preset(
@@ -764,10 +769,7 @@ PRESETS = {
         " GPU; KL weighs more and SSIM less, since at the report's weights KL does nothing",
         TWO_CORES
         | {
-            "network": "guided",
-            "widths": (15,),
-            "convolutions": (4,),
-            "guide_width": 24,
+            **FAST,
             "init": "fast",
             "run_dir": CHECKPOINTS / "small",
             "degradation": "mixed",
@@ -782,14 +784,11 @@ PRESETS = {
     ),
     "call": Preset(
         "a student for calls from scratch, on the crops that `prepare --protocol calls` has written"
-        " into --data-root; 0.15 s a step on one CPU core. Not the report's: a network that decides"
-        " locally what it sharpens, and no teacher, since none has seen an encoder yet",
+        " into --data-root; 0.15 s a step on one CPU core. Not the report's: a smaller network,"
+        " on the luma, and no teacher, since none has seen an encoder yet",
         {
-            "network": "guided",
+            **FAST,
             "stem_stride": 2,
-            "widths": (15,),  # 16 would exceed the fast student's 1,600 multiply-adds a pixel
-            "convolutions": (4,),
-            "guide_width": 24,
             "expansion": 64,
             "run_dir": CHECKPOINTS / "call",
             "degradation": "crops",
@@ -2142,7 +2141,7 @@ def teacher_frames(
     return restore
 
 
-# --- Student: what a student must have; the report's U-Net; a plain and a guided stack ------------
+# --- Student: what a student must have; the report's U-Net; a plain stack -------------------------
 #
 # A student, too, sees the picture folded by its stem stride r, as a map of 1/r of the sides with
 # 3 r^2 channels. All arithmetic is then done on 1/r^2 as many positions.
@@ -2167,7 +2166,6 @@ class Student(nn.Module, abc.ABC):
     stem_stride: int  # r
     alignment: int  # tiles that start at multiples of it start on a whole position of every map
     reach: int  # about how far away, in pixels, an input can change an output
-    far_reach: int  # beyond it, an input changes nothing at all
     feature_widths: dict[str, int]  # channels of each tap; {} if there is nothing to compare
     output: nn.Conv2d  # the last layer, 1x1 or 3x3, which writes 3 r^2 channels of folded pixels
 
@@ -2234,12 +2232,12 @@ def haar() -> Tensor:
     return torch.tensor(signs, dtype=torch.float32) / 2
 
 
-def luma_layers(colours: bool = True) -> tuple[nn.Conv2d, nn.Conv2d]:
+def luma_layers() -> tuple[nn.Conv2d, nn.Conv2d]:
     """(from folded RGB to planes, from planes to folded RGB), with fixed kernels.
 
     The planes of 2x2 pixels are their luma, as its mean and three differences (`haar`), and their
     two colour differences averaged, as video has them: half as many as RGB has, and most of the
-    arithmetic goes where most of the error is. Without `colours` there are the four of the luma.
+    arithmetic goes where most of the error is.
     """
     from_rgb = torch.tensor(  # luma, blue - luma, red - luma (ITU-R BT.601)
         [[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]]
@@ -2252,26 +2250,31 @@ def luma_layers(colours: bool = True) -> tuple[nn.Conv2d, nn.Conv2d]:
     into = [torch.kron(from_rgb[:1], of_each), torch.kron(from_rgb[1:], of_all)]
     back = [torch.kron(to_rgb[:, :1], of_each), torch.kron(to_rgb[:, 1:], to_each)]
 
-    count = 6 if colours else 4
-    planes = nn.Conv2d(12, count, 1)
-    planes.weight.data = torch.cat(into)[:count, :, None, None]
+    planes = nn.Conv2d(12, 6, 1)
+    planes.weight.data = torch.cat(into)[:, :, None, None]
     nn.init.zeros_(planes.bias)
     planes.requires_grad_(False)
-    output = nn.Conv2d(count, 12, 1)
-    output.weight.data = torch.cat(back, dim=1)[:, :count, None, None]
+    output = nn.Conv2d(6, 12, 1)
+    output.weight.data = torch.cat(back, dim=1)[:, :, None, None]
     nn.init.zeros_(output.bias)
     # The bias is trained: FFmpeg's conversion to RGB makes all frames about a level darker.
     output.weight.requires_grad_(False)
     return planes, output
 
 
-def colourfulness(colours: Tensor) -> Tensor:
-    """From 0 for grey to 1 (B, 1, ...), of the mean squares of both colour planes (B, 2, ...).
+class KeepGrey(nn.Module):
+    """Corrections of the colours are scaled from 0, where there is no colour, to 1."""
 
-    Corrections of the colours are scaled by it: where there is no colour none may appear.
-    """
-    strength = colours.sum(1, keepdim=True)
-    return strength / (strength + 1e-4)  # 0.5 at 2.5 levels of 255
+    def __init__(self) -> None:
+        super().__init__()
+        of_colours = torch.tensor([0.0, 0, 0, 0, 1, 1]).view(1, 6, 1, 1)
+        self.register_buffer("of_colours", of_colours, persistent=False)
+
+    def forward(self, correction: Tensor, planes: Tensor) -> Tensor:
+        """Both (B, 6, H/2, W/2), of the planes of `luma_layers`."""
+        strength = planes[:, 4:].square().sum(1, keepdim=True)
+        colourful = strength / (strength + 1e-4)  # 0.5 at 2.5 levels of 255
+        return correction * (1 - self.of_colours + self.of_colours * colourful)
 
 
 class SEBlock(nn.Module):
@@ -2388,8 +2391,6 @@ class StudentUNet(Student):
         # Gates see two cells more. (Those of several stages add up, but hardly matter so far away.)
         of_layers = stem_stride * self.reach_in_folds(convolutions)
         self.reach = of_layers + 2 * self.alignment
-        gated_stages = 2 * scales - 1 - (2 if self.lateral else 0)
-        self.far_reach = of_layers + 3 * self.alignment * gated_stages
         planes = 6 if luma else 3 * stem_stride**2
 
         def stage(scale: int, in_channels: int, stride: int = 1) -> Stage:
@@ -2413,6 +2414,7 @@ class StudentUNet(Student):
         if luma:
             self.planes, self.output = luma_layers()
             self.correction = nn.Conv2d(widths[0], planes, 1)
+            self.keep_grey = KeepGrey()
         else:
             self.output = nn.Conv2d(widths[0], planes, 1)
 
@@ -2497,26 +2499,6 @@ class StudentUNet(Student):
             x = self.keep_grey(self.correction(x), planes)
         return Features(x, taps)
 
-    @staticmethod
-    def keep_grey(correction: Tensor, planes: Tensor) -> Tensor:
-        """The correction of the planes, without that of the colours where the picture is grey."""
-        cell = SEBlock.CELL // 4
-        colours = F.avg_pool2d(planes[:, 4:].square(), cell)
-        scale = F.interpolate(colourfulness(colours), scale_factor=cell, mode="bilinear")
-        return torch.cat([correction[:, :4], correction[:, 4:] * scale], 1)
-
-
-def stack_options(config: StudentConfig, kind: str) -> dict[str, int]:
-    """The width and the number of layers of a plain or guided stack, as far as flags name them."""
-    one_each = len(config.widths) < 2 and len(config.convolutions) < 2
-    require(one_each, f"--widths, --convolutions: a {kind} stack takes one number of each")
-    options = {}
-    if config.widths:
-        options["width"] = config.widths[0]
-    if config.convolutions:
-        options["layers"] = config.convolutions[0]
-    return options
-
 
 class PlainStack(Student):
     """3x3 convolutions of one width at the stem's resolution: nothing to pool, skip or gate.
@@ -2537,7 +2519,7 @@ class PlainStack(Student):
         }
         self.stem_stride = stem_stride
         self.alignment = stem_stride
-        self.reach = self.far_reach = stem_stride * layers
+        self.reach = stem_stride * layers
         self.feature_widths = {}
         folded = 3 * stem_stride**2
         self.layers = nn.ModuleList([nn.Conv2d(folded, width, 3, padding=1)])
@@ -2548,7 +2530,14 @@ class PlainStack(Student):
 
     @classmethod
     def from_flags(cls, config: StudentConfig) -> "PlainStack":
-        return cls(config.stem_stride, **stack_options(config, "plain"))
+        one_each = len(config.widths) < 2 and len(config.convolutions) < 2
+        require(one_each, "--widths, --convolutions: a plain stack takes one number of each")
+        options = {}
+        if config.widths:
+            options["width"] = config.widths[0]
+        if config.convolutions:
+            options["layers"] = config.convolutions[0]
+        return cls(config.stem_stride, **options)
 
     @property
     def first_layer(self) -> nn.Conv2d:
@@ -2561,181 +2550,9 @@ class PlainStack(Student):
         return Features(x, {})
 
 
-class Guide(nn.Module):
-    """Says for each neighbourhood how much of the correction is wanted there, from 0 to 1.
-
-    It sees planes at half resolution: four of the luma, as `haar` has it, and two of colour or
-    none. What an enlarged frame lacks, and what an encoder has left, cannot be seen within the few
-    pixels that the 3x3 layers see. It shows in how much detail of each size there is around. So the
-    map is made from the energies of the details of three sizes, of the colours and of the steps
-    between an encoder's blocks, and from the means of the first layer's features, all in cells of
-    16x16 pixels. It is local: a sharp caption stays, and what is beside it is sharpened.
-    """
-
-    CELL = 16  # pixels of the side of a cell
-    DETAILS = 9  # three differences of each of three sizes: 2, 4 and 8 pixels
-    STEPS = 4  # two between columns and two between rows
-
-    def __init__(self, planes: int, features: int, width: int) -> None:
-        super().__init__()
-        colours = planes - 4
-        inputs = self.DETAILS + colours + self.STEPS + features
-        self.layers = nn.ModuleList(
-            [
-                nn.Conv2d(inputs, width, 1),
-                nn.Conv2d(width, width, 3, padding=1),
-                nn.Conv2d(width, width, 3, padding=1),
-            ]
-        )
-        self.last = nn.Conv2d(width, planes, 1)
-        # Each kernel applies `haar` to 2x2 positions of plane 0 alone. That plane is twice the mean
-        # luma of 2x2 pixels; the factor 1/2 makes it twice the mean of 4x4, and then of 8x8.
-        kernel = haar().unflatten(1, (2, 2)) / 2
-        first = torch.zeros(4, planes, 2, 2)
-        first[:, 0] = kernel
-        second = torch.zeros(4, 4, 2, 2)
-        second[:, 0] = kernel
-        self.register_buffer("of_four", first, persistent=False)
-        self.register_buffer("of_eight", second, persistent=False)
-        columns, rows = self.step_kernels(planes)
-        self.register_buffer("between_columns", columns, persistent=False)
-        self.register_buffer("between_rows", rows, persistent=False)
-
-    def step_kernels(self, planes: int) -> tuple[Tensor, Tensor]:
-        """For each direction, how much two neighbouring 2x2 pixels differ beyond their slopes.
-
-        JPEG and most video encoders work in blocks of 8x8 pixels, and leave steps between them.
-        So one kernel looks at the middle of a cell, where two blocks meet, and one within a block.
-        On a ramp that rises by g a pixel, plane 0 rises by 4g from one 2x2 to the next, and plane 1
-        (plane 2, if it rises downwards) is -g: what a kernel finds is 4g/2 - g - g = 0.
-        """
-        positions = self.CELL // 2
-        columns = torch.zeros(2, planes, 1, positions)
-        rows = torch.zeros(2, planes, positions, 1)
-        for number, place in enumerate((positions // 2, positions // 4)):
-            half_the_rise = torch.tensor([-0.5, 0.5])
-            both = slice(place - 1, place + 1)
-            columns[number, 0, 0, both] = half_the_rise
-            columns[number, 1, 0, both] = 1.0
-            rows[number, 0, both, 0] = half_the_rise
-            rows[number, 2, both, 0] = 1.0
-        return columns, rows
-
-    def steps(self, planes: Tensor) -> Tensor:
-        """Mean squares (B, 4, H/16, W/16) of what `step_kernels` give."""
-        squares = []
-        for kernel in (self.between_columns, self.between_rows):
-            side = kernel.shape[2:]  # (1, 8) or (8, 1)
-            found = F.conv2d(planes, kernel.to(planes.dtype), stride=side)
-            squares.append(F.avg_pool2d(found.square(), (side[1], side[0])))
-        return torch.cat(squares, 1)
-
-    def energies(self, planes: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean squares in cells: (B, 9, H/16, W/16) of the details, (B, 0 or 2, ...) of colours."""
-        squares = F.avg_pool2d(planes.square(), self.CELL // 2)
-        details = [squares[:, 1:4]]
-        mean_and_details = planes
-        for kernel, size in ((self.of_four, 4), (self.of_eight, 8)):
-            mean_and_details = F.conv2d(mean_and_details, kernel.to(planes.dtype), stride=2)
-            squares_of_size = F.avg_pool2d(mean_and_details.square(), self.CELL // size)
-            details.append(squares_of_size[:, 1:])
-        return torch.cat(details, 1), squares[:, 4:]
-
-    def forward(self, planes: Tensor, features: Tensor) -> Tensor:
-        """The map (B, planes, H/2, W/2) for `GuidedStack`'s planes and its first layer's result."""
-        details, colours = self.energies(planes)
-        energies = torch.cat([details, colours, self.steps(planes)], 1)
-        means = F.avg_pool2d(features, self.CELL // 2)
-        # The logarithms are about from -1 to 2.
-        energies = (torch.log(energies + 1e-6) + 9) / 3
-        means = (torch.log(means.abs() + 1e-3) + 4) / 2
-        x = torch.cat([energies, means], 1)
-        for layer in self.layers:
-            x = F.leaky_relu(layer(x), LEAK)
-        wanted = torch.sigmoid(self.last(x))
-        if planes.shape[1] > 4:
-            wanted = torch.cat([wanted[:, :4], wanted[:, 4:] * colourfulness(colours)], 1)
-        return F.interpolate(wanted, scale_factor=self.CELL // 2, mode="bilinear")
-
-
-class GuidedStack(Student):
-    """3x3 layers on the planes of `luma_layers`, whose correction a map scales: see Guide."""
-
-    def __init__(
-        self, width: int = 16, layers: int = 4, guide_width: int = 16, colours: bool = True
-    ) -> None:
-        super().__init__()
-        require(layers > 1, f"--convolutions {layers}: a guided stack has two layers or more")
-        self.config = {
-            "kind": "guided",
-            "width": width,
-            "layers": layers,
-            "guide_width": guide_width,
-            "colours": colours,
-        }
-        self.stem_stride = 2
-        self.alignment = Guide.CELL
-        # A cell's value depends on two cells on each side, and is blended with its neighbours'.
-        self.reach = self.far_reach = max(2 * layers, 4 * Guide.CELL)
-        self.feature_widths = {}
-        planes = 6 if colours else 4
-        self.planes, self.output = luma_layers(colours)
-        self.layers = nn.ModuleList([nn.Conv2d(planes, width, 3, padding=1)])
-        for _ in range(layers - 2):
-            self.layers.append(nn.Conv2d(width, width, 3, padding=1))
-        self.layers.append(nn.Conv2d(width, planes, 3, padding=1))
-        self.guide = Guide(planes, width, guide_width)
-        # An open map, and a correction near zero: so the map has no reason to close. In two runs
-        # the correction began ten times as large: the map closed within some hundred steps, never
-        # opened again, and nothing was learned.
-        initialise(self, self.layers[-1])
-        nn.init.zeros_(self.guide.last.weight)
-        nn.init.constant_(self.guide.last.bias, 2.0)
-
-    @classmethod
-    def from_flags(cls, config: StudentConfig) -> "GuidedStack":
-        require(config.stem_stride == 2, "--stem-stride: a guided stack has 2")
-        options = stack_options(config, "guided")
-        return cls(guide_width=config.guide_width, colours=config.colours, **options)
-
-    @property
-    def multiple(self) -> int:
-        return Guide.CELL
-
-    def for_frames(self) -> "GuidedStack":
-        """A copy with the width rounded up to a multiple of 8 by channels that are zero.
-
-        OpenVINO takes 11 ms for a layer of 15 channels at 640x360, and 8 ms for one of 16.
-        """
-        options = dict(self.config, width=round_up(self.config["width"], 8))
-        wider = build_student(options)
-        own = self.state_dict()
-        for name, values in wider.state_dict().items():
-            values.zero_()
-            # New channels come after the old ones, as inputs and as outputs.
-            first = tuple(slice(length) for length in own[name].shape)
-            values[first] = own[name]
-        return wider.train(self.training)
-
-    @property
-    def first_layer(self) -> nn.Conv2d:
-        return self.planes
-
-    def features(self, folded: Tensor) -> Features:
-        planes = self.planes(folded)  # (B, 6, H/2, W/2): luma as `haar` has it, two colours
-        x = F.leaky_relu(self.layers[0](planes), LEAK)
-        # Detached: these features are to serve the correction; the map makes of them what it can.
-        wanted = self.guide(planes, x.detach())
-        for layer in self.layers[1:-1]:
-            x = F.leaky_relu(layer(x), LEAK, inplace=True)
-        correction = self.layers[-1](x)
-        return Features(correction * wanted, {})
-
-
 STUDENTS: dict[str, type[Student]] = {
     "unet": StudentUNet,
     "plain": PlainStack,
-    "guided": GuidedStack,
 }
 
 
@@ -3872,10 +3689,11 @@ def quantized(model):
             nncf.Dataset(samples),
             preset=nncf.QuantizationPreset.MIXED,
             subset_size=len(samples),
-            # Sums would take longer in int8, and what gates and maps are made of needs more than 8
-            # bits. (Their last values, from 0 to 1, are in 8 bits, like what they multiply.)
+            # Sums would take longer in int8, and what gates are made of needs more than 8 bits, as
+            # the squares of colours do. (A gate's last values, from 0 to 1, are in 8 bits, like
+            # what they multiply.)
             ignored_scope=nncf.IgnoredScope(
-                types=["Add"], patterns=[".*student.guide.*", r".*\.se[./].*"], validate=False
+                types=["Add"], patterns=[r".*\.se[./].*", r".*\.keep_grey[./].*"], validate=False
             ),
             advanced_parameters=nncf.AdvancedQuantizationParameters(
                 activations_range_estimator_params=extremes
@@ -3997,7 +3815,6 @@ class FrameSharpener:
         require(fits, f"--tile {tile} --overlap {overlap}: tiles must exceed their overlap")
         dtype = pick_precision(precision, device)
         self.alignment = student.alignment
-        self.student_reach = student.far_reach
         self.engine = make_engine(student, device, dtype, backend, strength)
         self.spans = functools.lru_cache(
             functools.partial(cut_side, tile=tile, overlap=overlap, alignment=student.alignment)
@@ -4008,15 +3825,11 @@ class FrameSharpener:
         self.check(frame)
         result = np.empty_like(frame)
         padded, tiles = self.cut(frame)
-        self.compute(padded, tiles, result)
-        return result
-
-    def compute(self, padded: np.ndarray, tiles: list[tuple[Span, Span]], result: np.ndarray):
-        """Write what the tiles of a padded frame contribute into a result."""
         with self.lock:
             for row, column in tiles:
                 restored = self.engine(padded[None, row.taken, column.taken])[0]
                 result[row.given, column.given] = restored[row.inner, column.inner]
+        return result
 
     @staticmethod
     def check(frame: np.ndarray) -> None:
@@ -4044,81 +3857,28 @@ class FrameSharpener:
 
 
 class SteadySharpener:
-    """Sharpens the frames of one clip or call; what has not changed keeps its result.
+    """Sharpens the frames of one clip or call; a frame that is the last one again costs nothing.
 
-    In a call and on a shared screen much of the picture stands still, and an encoder repeats it to
-    the last bit. Only the rectangle around all that changed since the last frame is computed, with
-    as much around it as the student sees: the results are those of the whole frame.
-
-    The guided stacks see 64 pixels far. The gates of a U-Net see so far that only repeated frames
-    cost nothing.
+    A shared screen often stands still, and an encoder then repeats it to the last bit. (Parts that
+    stand still cost what the others do: gates see so far, 500 pixels and more, that hardly a pixel
+    of a frame would be left whose result is known to be the same.)
     """
 
     def __init__(self, sharpener: FrameSharpener) -> None:
         self.sharpener = sharpener
         self.frame: np.ndarray | None = None  # the last one, and what became of it
         self.result: np.ndarray | None = None
-        self.phase = (0, 0)
-        self.pixels = 0  # of all frames so far
-        self.computed = 0  # of these, including what is computed around what changed
+        self.frames = 0  # so far
+        self.computed = 0  # of these
 
     def __call__(self, frame: np.ndarray) -> np.ndarray:
         """uint8 (H, W, 3) to uint8 (H, W, 3); the caller must not write into either."""
-        self.sharpener.check(frame)
-        size = frame.shape[0] * frame.shape[1]
-        self.pixels += size
-        phase = grid_phase(frame)
-        alike = self.frame is not None and self.frame.shape == frame.shape and self.phase == phase
-        part = self.changed_part(frame) if alike else None
-        if part is None:
+        self.frames += 1
+        if self.frame is None or not np.array_equal(frame, self.frame):
             self.result = self.sharpener(frame)
-            self.computed += size
-        elif part:
-            padded, _ = self.sharpener.cut(frame)
-            self.result = self.result.copy()
-            self.sharpener.compute(padded, [part], self.result)
-            row, column = part
-            taken = (row.taken.stop - row.taken.start) * (column.taken.stop - column.taken.start)
-            self.computed += min(taken, size)
-        self.frame = frame
-        self.phase = phase
+            self.frame = frame
+            self.computed += 1
         return self.result
-
-    def changed_part(self, frame: np.ndarray) -> tuple[Span, Span] | tuple[()] | None:
-        """The tile that has to be computed anew: () for none, None for the whole frame."""
-        changed = (frame != self.frame).any(axis=2)
-        if not changed.any():
-            return ()
-        sides = []
-        smaller = False
-        for axis, phase in enumerate(self.phase):
-            lines = np.flatnonzero(changed.any(axis=1 - axis))
-            spans = self.sharpener.spans(frame.shape[axis], phase)
-            if len(spans) > 1:  # a frame of several tiles
-                return None
-            sides.append(self.span_around(lines[0], lines[-1] + 1, spans[0]))
-            if sides[-1].taken != spans[0].taken:
-                smaller = True
-        return tuple(sides) if smaller else None
-
-    def span_around(self, start: int, stop: int, whole: Span) -> Span:
-        """The part of one side of a frame whose lines from `start` to `stop` changed.
-
-        It is half of the side or the whole: OpenVINO compiles for every size, for 0.3 s each.
-        """
-        reach = self.sharpener.student_reach
-        alignment = self.sharpener.alignment
-        before = whole.inner.start
-        length = whole.taken.stop
-        given = slice(max(start - reach, whole.given.start), min(stop + reach, whole.given.stop))
-        first = (given.start + before - reach) // alignment * alignment
-        last = given.stop + before + reach
-        size = round_up(length / 2, alignment)
-        if last - max(first, 0) > size:
-            size = length
-        first = min(max(first, 0), length - size)
-        inner = slice(given.start + before - first, given.stop + before - first)
-        return Span(slice(first, first + size), given, inner)
 
 
 def load_sharpener(name: str | Path = FOR_PICTURES, **options) -> FrameSharpener:
@@ -5065,6 +4825,7 @@ class LatestFrame:
             self.changed.notify()
 
 
+LONGEST_WAIT = 20.0  # seconds for a stream to begin
 MOST_FRAMES_A_SECOND = 60  # of cameras and screens, unless --fps asks for more
 
 # FFmpeg's names of what a source is, by how it begins. Others are named by --live-format.
@@ -5098,7 +4859,8 @@ class LiveSource:
         if is_device and size:
             options["video_size"] = f"{size[0]}x{size[1]}"
         with naming_live(name, kind):
-            self.container = self.av.open(name, format=kind or None, options=options)
+            wait = (LONGEST_WAIT, None)  # for the source to open, and then for each packet
+            self.container = self.av.open(name, format=kind or None, options=options, timeout=wait)
         is_picture = self.is_file and re.search("_pipe$|^image2$", self.container.format.name)
         require(not is_picture, f"--live {name}: a picture; `sharpen {name}` sharpens it")
         require(self.container.streams.video, f"--live {name}: has no pictures in it")
@@ -5180,7 +4942,9 @@ def naming_live(name: str, kind: str) -> Iterator[None]:
             remedy = "is it a clip? `ffmpeg -i` shows what FFmpeg makes of it"
         elif kind:
             remedy = f"see `ffmpeg -sources {kind}` for what there is, and whether you may read it"
-        raise UserError(f"--live {name}: cannot be opened ({error}); {remedy}") from error
+        gave_up = type(error).__name__ == "ExitError"
+        cause = f"nothing came within {LONGEST_WAIT:g} s" if gave_up else error
+        raise UserError(f"--live {name}: cannot be opened ({cause}); {remedy}") from error
 
 
 class LiveSink(typing.Protocol):
@@ -5448,15 +5212,9 @@ class LiveSharpener:
         return self.loaded[checkpoint]
 
     @property
-    def saved(self) -> float:
-        """The share of all pixels that were not computed, because they had not changed."""
-        pixels = sum(sharpener.pixels for sharpener in self.loaded.values())
-        return 1 - self.computed / max(pixels, 1)
-
-    @property
-    def computed(self) -> int:
-        """Pixels of all frames so far that were computed."""
-        return sum(sharpener.computed for sharpener in self.loaded.values())
+    def repeated(self) -> int:
+        """Frames so far that were the last one again."""
+        return sum(each.frames - each.computed for each in self.loaded.values())
 
     def __call__(self, picture, level: Level) -> np.ndarray:
         """An av.VideoFrame to upright 8-bit RGB (H, W, 3) of the call's size."""
@@ -5538,7 +5296,7 @@ def carry_on(
         report.say(f"{config.live}: {source.rate:g} frames/s; {governor.level}; Ctrl-C ends it")
         with contextlib.suppress(KeyboardInterrupt), ended_by_signals():
             show_live(source, sharpener, governor, sink, report)
-    report.say(f"{report}; {sharpener.saved:.0%} of the pixels stood still")
+    report.say(f"{report}; {sharpener.repeated} frames stood still")
 
 
 @contextlib.contextmanager
@@ -5564,11 +5322,11 @@ def show_live(
     """Take the newest frame, sharpen and show it, as long as there are frames and viewers."""
     while (frame := source.latest.take()) is not None:
         begin = time.perf_counter()
-        computed = sharpener.computed
+        repeated = sharpener.repeated
         pixels = sharpener(frame.picture, governor.level)
         is_seen = sink.show(pixels, frame.seconds)
         report.note(frame.arrived)
-        stood_still = governor.level.checkpoint and sharpener.computed == computed
+        stood_still = sharpener.repeated > repeated
         if not stood_still and governor.note(time.perf_counter() - begin):
             report.say(f"from {frame.seconds:.1f} s on: {governor.level}")
         report.show_line(governor.level)

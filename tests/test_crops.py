@@ -177,7 +177,7 @@ def test_a_border_is_continued_as_frames_are():
         assert moved.shape == both.shape
         for before, after in zip(both, moved, strict=True):
             frame = before[: 32 - kd.MARGIN * top, : 40 - kd.MARGIN * left]
-            padded, _ = kd.FrameSharpener(kd.GuidedStack()).cut(frame)
+            padded, _ = kd.FrameSharpener(kd.PlainStack()).cut(frame)
             first = kd.MARGIN * (1 - top), kd.MARGIN * (1 - left)  # what `cut` continues, too
             assert np.array_equal(after, padded[first[0] :, first[1] :][:32, :40])
 
@@ -253,12 +253,12 @@ def test_training_reads_prepared_crops(prepared, tmp_path, capsys):
         "--stem-stride",
         "2",
     ]
-    command += ["--network", "guided", "--widths", "8", "--convolutions", "3", "--image-size", "48"]
+    command += ["--network", "plain", "--widths", "8", "--convolutions", "3", "--image-size", "48"]
     command += ["--lambda-perceptual", "0", "--lambda-feature", "0", "--lambda-kl", "0"]
     command += ["--batch-size", "8", "--epochs", "2", "--run-dir", str(tmp_path / "run")]
     assert kd.main(command) == 0
     student, content = kd.load_student(tmp_path / "run/best.pth")
-    assert student.config["kind"] == "guided"
+    assert student.config["kind"] == "plain"
     assert content["held_out"]["pictures"] > 0
     assert kd.main([*command, "--overwrite", "--cache"]) == 0
     copied, _ = kd.load_student(tmp_path / "run/best.pth")

@@ -73,16 +73,14 @@ def test_tiled_and_whole_agree_at_1080p(engine_of, photographs, name, checkpoint
         {"widths": (4,) * 5},
         {"widths": (4,) * 5, "skips": "lateral"},
         {"widths": (4,) * 3, "stem_stride": 4},
-        {"kind": "guided", "width": 4, "layers": 3},
+        {"widths": (4,) * 3, "skips": "lateral", "luma": True},
     ],
-    ids=["plain", "concatenate", "lateral", "stem 4", "guided"],
+    ids=["plain", "concatenate", "lateral", "stem 4", "luma"],
 )
 def test_openvino_agrees_with_pytorch(random_frame, shape):
     torch.manual_seed(0)
-    stem = {} if shape.get("kind") == "guided" else {"stem_stride": 2}
-    network = kd.build_student(stem | shape)
-    corrects = network.layers[-1] if shape.get("kind") == "guided" else network.output
-    nn.init.normal_(corrects.weight, std=0.05)
+    network = kd.build_student({"stem_stride": 2} | shape)
+    nn.init.normal_((network.correction if "luma" in shape else network.output).weight, std=0.05)
     settings = {"tile": 96, "overlap": 32, "precision": "float32"}
     ours = kd.FrameSharpener(network, **settings)
     theirs = kd.FrameSharpener(network, **settings, backend="openvino")
@@ -121,8 +119,8 @@ def test_int8_takes_every_convolution(engine_of, name):
         model = engine_of(name, "openvino-int8").engine.model
     convolutions = []
     for op in model.get_ops():
-        is_map = "student.guide" in op.get_friendly_name()  # stays in float
-        if op.get_type_name() == "Convolution" and not is_map:
+        is_gate = ".se" in op.get_friendly_name()  # stays in float
+        if op.get_type_name() == "Convolution" and not is_gate:
             convolutions.append(op)
     weights = [op.input_value(1).get_node().get_type_name() for op in convolutions]
     assert len(weights) > 5

@@ -100,8 +100,12 @@ def test_the_reports_preset_is_the_defaults():
             "unet",
             {"widths": (4,) * 3, "convolutions": (1,) * 3, "skips": "lateral"},
         ),
-        ({"preset": "small"}, "guided", {"width": 15, "layers": 4, "guide_width": 24}),
-        ({"preset": "call", "widths": (8,)}, "guided", {"width": 8, "layers": 4}),
+        ({"preset": "small"}, "unet", {"widths": (12, 16, 16, 24), "luma": True}),
+        (
+            {"preset": "call", "widths": (8,) * 4},
+            "unet",
+            {"widths": (8,) * 4, "convolutions": (2,) * 4, "luma": True},
+        ),
         ({"network": "plain"}, "plain", {"width": 16, "layers": 6}),
     ],
 )
@@ -123,7 +127,7 @@ def test_the_small_preset_starts_from_the_shipped_fast_student():
     assert objective.loss.lambdas == {"reconstruction": 10.0, "kl": 100.0, "ssim": 1.0}
 
     kept = kd.make_objective(config, resumed=True).network.state_dict()
-    assert not torch.equal(kept["layers.0.weight"], weights["layers.0.weight"])
+    assert not torch.equal(kept["correction.weight"], weights["correction.weight"])
 
 
 def test_an_ablation_takes_a_presets_settings_but_not_its_folder():

@@ -4,7 +4,6 @@ import math
 import pathlib
 import zipfile
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -131,50 +130,25 @@ def test_a_students_config_builds_it_again(name):
 
 @pytest.mark.parametrize("kind", kd.STUDENTS)
 def test_the_kind_in_a_students_config_is_its_name(kind):
-    stem = 2 if kind == "guided" else 4
-    config = kd.StudentConfig(widths=(), base_channels=16, stem_stride=stem)
+    config = kd.StudentConfig(widths=(), base_channels=16, stem_stride=4)
     student = kd.STUDENTS[kind].from_flags(config)
     assert student.config["kind"] == kind
-    assert student.stem_stride == stem
+    assert student.stem_stride == 4
 
 
-def test_a_guided_stack_has_one_stem_stride_and_one_width():
-    usual = {"network": "guided", "stem_stride": 2}
-    for flags in ({"stem_stride": 4}, {"widths": (8, 8)}, {"convolutions": (3, 3)}):
-        with pytest.raises(kd.UserError, match="a guided stack"):
-            kd.GuidedStack.from_flags(kd.StudentConfig(**(usual | flags)))
-    config = kd.StudentConfig(stem_stride=2, widths=(8,), convolutions=(5,), guide_width=12)
-    assert kd.GuidedStack.from_flags(config).config == {
-        "kind": "guided",
-        "width": 8,
-        "layers": 5,
-        "guide_width": 12,
-        "colours": True,
-    }
-
-
-def awake_guided(**options):
-    """A guided stack whose correction is seen, and whose map differs from place to place."""
-    torch.manual_seed(0)
-    student = kd.GuidedStack(width=8, layers=3, **options)
-    torch.nn.init.normal_(student.layers[-1].weight, std=0.1)
-    torch.nn.init.normal_(student.guide.last.weight, std=1.0)
-    return student
-
-
-def test_a_guided_stacks_config_builds_it_again():
-    student = awake_guided(guide_width=5)
-    again = kd.build_student(student.config)
-    again.load_state_dict(student.state_dict())
-    picture = torch.rand(1, 3, 35, 50)
-    assert torch.equal(again(picture), student(picture))
-    assert student(picture).shape == picture.shape
+def test_a_plain_stack_has_one_width():
+    for flags in ({"widths": (8, 8)}, {"convolutions": (3, 3)}):
+        with pytest.raises(kd.UserError, match="a plain stack takes one number of each"):
+            kd.PlainStack.from_flags(kd.StudentConfig(network="plain", **flags))
+    config = kd.StudentConfig(stem_stride=2, widths=(8,), convolutions=(5,))
+    wanted = {"kind": "plain", "stem_stride": 2, "width": 8, "layers": 5}
+    assert kd.PlainStack.from_flags(config).config == wanted
 
 
 def test_luma_and_colour_differences_are_those_of_bt_601():
-    student = kd.GuidedStack()
+    to_planes, to_rgb = kd.luma_layers()
     picture = torch.rand(1, 3, 4, 6)
-    planes = student.planes(F.pixel_unshuffle(picture, 2))
+    planes = to_planes(F.pixel_unshuffle(picture, 2))
     red, green, blue = picture[0]
     luma = 0.299 * red + 0.587 * green + 0.114 * blue
     upper, lower = luma[:2, 2:4].tolist()
@@ -190,111 +164,26 @@ def test_luma_and_colour_differences_are_those_of_bt_601():
         (cell[0] - mean_luma).item() / 1.402, abs=1e-3
     )
     flat = torch.tensor([0.3, 0.6, 0.1]).view(1, 3, 1, 1).expand(1, 3, 4, 4)
-    again = F.pixel_shuffle(student.output(student.planes(F.pixel_unshuffle(flat, 2))), 2)
+    again = F.pixel_shuffle(to_rgb(to_planes(F.pixel_unshuffle(flat, 2))), 2)
     assert torch.allclose(again, flat, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    "make",
-    [awake_guided, lambda: awake_guided(colours=False), luma_unet],
-    ids=["guided", "without colours", "unet"],
-)
-def test_what_is_grey_stays_grey(make):
-    student = make()
+def test_what_is_grey_stays_grey():
+    student = luma_unet()
     grey = torch.rand(1, 1, 48, 64).expand(1, 3, 48, 64)
     restored = student(grey)
     assert (restored - grey).abs().mean() > 0.01
     assert (restored - restored.mean(1, keepdim=True)).abs().max() < 1e-5
 
 
-def test_a_map_depends_on_the_neighbourhood_alone():
-    """A change more than `reach` pixels away changes nothing; a nearer one changes the map."""
-    student = awake_guided()
-    picture = torch.rand(1, 3, 64, 512)
-    changed = picture.clone()
-    changed[..., 256:] = changed[..., 256:] * 0.1
-    difference = (student(picture) - student(changed)).abs().amax((0, 1, 2))
-    assert difference[: 256 - student.reach].max() == 0
-    assert difference[256 - 2 * 16 : 256 - 2 * 3].min() > 0  # farther than the layers see
-
-
-def test_energies_are_the_mean_squares_of_haar_details():
-    student = kd.GuidedStack()
-    grey = torch.rand(1, 1, 16, 16)  # one cell
-    planes = student.planes(F.pixel_unshuffle(grey.expand(1, 3, 16, 16), 2))
-    by_hand = []
-    luma = grey[0, 0]
-    for _ in range(3):
-        a, b, c, d = luma[::2, ::2], luma[::2, 1::2], luma[1::2, ::2], luma[1::2, 1::2]
-        for detail in (a - b + c - d, a + b - c - d, a - b - c + d):
-            by_hand.append((detail / 2).square().mean())
-        luma = (a + b + c + d) / 4  # for the next size
-
-    details, colours = student.guide.energies(planes)
-    assert details.shape == (1, 9, 1, 1)
-    assert torch.allclose(details.flatten(), torch.stack(by_hand), rtol=1e-3)
-    assert colours.shape == (1, 2, 1, 1)
-    assert colours.max() < 1e-6
-
-
-def test_energies_of_colours_are_mean_squares_of_their_differences():
-    student = kd.GuidedStack()
-    picture = torch.rand(1, 3, 16, 16)
-    planes = student.planes(F.pixel_unshuffle(picture, 2))
-    _, colours = student.guide.energies(planes)
-    assert torch.allclose(colours[0, :, 0, 0], planes[0, 4:].square().mean((1, 2)))
-    assert colours.min() > 1e-4
-
-
-def steps_of(student, grey):
-    """(4, cells): between columns at a block's edge and within it, and between rows likewise."""
-    planes = student.planes(F.pixel_unshuffle(grey.expand(1, 3, -1, -1), 2))
-    return student.guide.steps(planes)[0].flatten(1)
-
-
-def test_steps_between_blocks_are_seen_at_their_edges_and_where_they_run():
-    """Columns 8 to 15 of each 16 are brighter by a tenth: a step of 0.1 at each block's edge."""
-    student = kd.GuidedStack()
-    blocks = torch.zeros(1, 1, 32, 48)
-    blocks[..., torch.arange(48) % 16 >= 8] = 0.1
-    expected = torch.zeros(4, 6)
-    expected[0] = 0.01
-    assert torch.allclose(steps_of(student, blocks), expected, atol=1e-8)
-    turned = blocks.transpose(2, 3)
-    assert torch.allclose(steps_of(student, turned), expected[[2, 3, 0, 1]], atol=1e-8)
-
-
-def test_a_slope_is_no_step():
-    student = kd.GuidedStack()
-    slope = torch.linspace(0, 1, 48).view(1, 1, 1, 48).expand(1, 1, 32, 48)
-    assert steps_of(student, slope).max() < 1e-10
-    assert steps_of(student, slope.transpose(2, 3)).max() < 1e-10
-
-
-def test_jpegs_blocks_are_seen_in_a_photograph(photographs):
-    student = kd.GuidedStack()
-    ratios = {}
-    for protocol in ("sharp", "x2", "jpeg75", "jpeg40", "x2-jpeg50"):
-        picture = photographs["astronaut"].convert("RGB")
-        frame = kd.degrade(picture, kd.PROTOCOLS[protocol]).convert("L")
-        grey = torch.from_numpy(np.array(frame)[None, None] / np.float32(255))
-        at_edge, within, _, _ = steps_of(student, grey) + 1e-6
-        ratios[protocol] = (at_edge / within).log().mean().exp().item()
-    assert ratios["sharp"] == pytest.approx(1, abs=0.2)
-    assert ratios["x2"] == pytest.approx(1, abs=0.2)
-    assert ratios["jpeg75"] > 1.5
-    assert min(ratios["jpeg40"], ratios["x2-jpeg50"]) > 3
-
-
-def test_the_copy_for_frames_is_wider_and_computes_the_same():
-    student = kd.GuidedStack(width=5, layers=4, guide_width=7)
-    torch.nn.init.normal_(student.layers[-1].weight, std=0.1)
-    torch.nn.init.normal_(student.guide.last.weight, std=1.0)
-    for_frames = student.for_frames()
-    assert for_frames.config == dict(student.config, width=8)
-    picture = torch.rand(1, 3, 48, 80)
-    assert torch.allclose(for_frames(picture), student(picture), atol=1e-5)
-    assert (student(picture) - picture).abs().mean() > 0.01
+def test_colours_are_corrected_where_there_are_some():
+    """By half where the two differences are 0.006 and 0.008: their squares add up to 1e-4."""
+    colours = torch.tensor([[0.0, 0.006, 0.6], [0.0, 0.008, 0.8]]).view(1, 2, 1, 3)
+    correction = torch.rand(1, 6, 1, 3)
+    planes = torch.cat([torch.rand(1, 4, 1, 3), colours], 1)
+    share = kd.KeepGrey()(correction, planes) / correction
+    assert torch.allclose(share[0, :4], torch.ones(4, 1, 3))
+    assert share[0, 4:].flatten().tolist() == pytest.approx([0, 0.5, 1] * 2, abs=1e-3)
 
 
 def test_flags_describe_a_student():
@@ -364,7 +253,7 @@ def test_a_checkpoint_runs_no_code(tmp_path):
 
 def small_checkpoint():
     """The content of a small student's checkpoint."""
-    student = kd.GuidedStack(width=4, layers=2, guide_width=3)
+    student = kd.StudentUNet(stem_stride=2, widths=(4, 4), skips="lateral", luma=True)
     return {"network": student.config, "params": student.state_dict()}
 
 
@@ -412,15 +301,14 @@ def test_weights_must_be_finite_floats_of_the_networks_shapes(tmp_path, wrong):
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"layers": 10**9},
-        {"width": 10**9},
-        {"width": -1},
-        {"layers": 2.5},
-        {"layers": None},
-        {"guide_width": (3, 10**9)},
-        {"kind": "unet", "widths": (16, 10**9), "convolutions": (1, 1)},
-        {"kind": "unet", "widths": (16, 16), "convolutions": (10**9, 1)},
-        {"kind": "unet", "widths": (16, 16), "stem_stride": 0},
+        {"kind": "plain", "layers": 10**9},
+        {"kind": "plain", "width": 10**9},
+        {"kind": "plain", "width": -1},
+        {"kind": "plain", "layers": 2.5},
+        {"kind": "plain", "layers": None},
+        {"widths": (16, 10**9), "convolutions": (1, 1)},
+        {"widths": (16, 16), "convolutions": (10**9, 1)},
+        {"widths": (16, 16), "stem_stride": 0},
     ],
 )
 def test_a_network_larger_than_its_weights_is_refused_before_it_is_built(

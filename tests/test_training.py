@@ -327,7 +327,7 @@ def test_a_run_that_was_stopped_so_goes_on(arguments, tmp_path, spoil_gradients)
 
 def test_gradient_shares_leave_out_what_is_frozen():
     torch.manual_seed(0)
-    student = kd.GuidedStack(width=4, layers=2)
+    student = kd.StudentUNet(stem_stride=2, widths=(4, 4), skips="lateral", luma=True)
     objective = kd.Objective(student, None, kd.DistillationLoss({"reconstruction": 1.0}, 1.0))
     frozen = [name for name, p in objective.network.named_parameters() if not p.requires_grad]
     assert "output.weight" in frozen
