@@ -747,7 +747,8 @@ TWO_CORES = {
 }
 
 # The shape of the faster students that ship.
-FAST = {
+FAST_SHAPE = {
+    "stem_stride": 2,
     "luma": True,
     "widths": (12, 16, 16, 24),
     "convolutions": (2, 1, 1, 1),
@@ -769,7 +770,7 @@ PRESETS = {
         " GPU; KL weighs more and SSIM less, since at the report's weights KL does nothing",
         TWO_CORES
         | {
-            **FAST,
+            **FAST_SHAPE,
             "init": "fast",
             "run_dir": CHECKPOINTS / "small",
             "degradation": "mixed",
@@ -784,11 +785,10 @@ PRESETS = {
     ),
     "call": Preset(
         "a student for calls from scratch, on the crops that `prepare --protocol calls` has written"
-        " into --data-root; 0.15 s a step on one CPU core. Not the report's: a smaller network,"
-        " on the luma, and no teacher, since none has seen an encoder yet",
+        " into --data-root; 0.05 s a step on one CPU core. Not the report's: a smaller network,"
+        " on the luma, and no teacher (--teacher-checkpoint call --lambda-output 1 gives one)",
         {
-            **FAST,
-            "stem_stride": 2,
+            **FAST_SHAPE,
             "expansion": 64,
             "run_dir": CHECKPOINTS / "call",
             "degradation": "crops",
@@ -2184,10 +2184,6 @@ class Student(nn.Module, abc.ABC):
         """`features` takes pictures whose sides are multiples of it."""
         return self.stem_stride
 
-    def for_frames(self) -> "Student":
-        """A copy that computes the same, perhaps in a shape that engines are faster at."""
-        return copy.deepcopy(self)
-
     @abc.abstractmethod
     def features(self, folded: Tensor) -> Features:
         """All layers but the last, on (B, 3 r^2, H/r, W/r)."""
@@ -2558,7 +2554,9 @@ STUDENTS: dict[str, type[Student]] = {
 
 def student_class(kind: str) -> type[Student]:
     """The class of this name; UserError if there is none."""
-    require(kind in STUDENTS, f"--network {kind}: choose from {', '.join(STUDENTS)}")
+    choices = f"choose from {', '.join(STUDENTS)}"
+    remedy = "a checkpoint of another network needs the version of this script that trained it"
+    require(kind in STUDENTS, f"--network {kind}: {choices}; {remedy}")
     return STUDENTS[kind]
 
 
@@ -3517,7 +3515,7 @@ class FrameNetwork(nn.Module):
 
     def __init__(self, student: Student, strength: float = 1.0) -> None:
         super().__init__()
-        self.student = student.for_frames()
+        self.student = copy.deepcopy(student)
         self.stride = student.stem_stride
         last = self.student.output
         self.student.output = nn.Identity()
@@ -3546,7 +3544,7 @@ class FrameNetwork(nn.Module):
 
         bf16 rounds each weight for itself, to 8 bits: they no longer add up to zero, grey seems to
         have a colour, and comes back up to 4 levels apart. As multiples of what the last of 8 bits
-        is worth in the largest weight they are all held exactly, and green is minus the others.
+        is worth in the larger of red and blue they are held exactly, and green is minus both.
         """
         layer = self.student.first_layer
         pattern = "out (column color) y x -> color out column y x"
@@ -3706,7 +3704,7 @@ def make_engine(
 ) -> Engine:
     """What a backend makes of a student's FrameNetwork."""
     network = FrameNetwork(student, strength).eval()
-    if precision == torch.bfloat16:
+    if precision == torch.bfloat16 and getattr(student, "luma", False):
         network.keep_grey_in_bf16()
     if backend in ("torch", "compile"):
         return TorchEngine(network, device, precision, compiled=backend == "compile")
@@ -4079,7 +4077,7 @@ def same_scheduling() -> Iterator[None]:
     SVT-AV1 makes it a real-time one where it may (as root): other programs get no time beside it,
     and a browser that it starts keeps nothing in its storage.
     """
-    if not hasattr(os, "sched_getscheduler"):  # only Linux has it
+    if not hasattr(os, "sched_getscheduler"):  # as on Windows and macOS
         yield
         return
     policy = os.sched_getscheduler(0)
@@ -4826,7 +4824,7 @@ class LatestFrame:
 
 
 LONGEST_WAIT = 20.0  # seconds for a stream to begin
-MOST_FRAMES_A_SECOND = 60  # of cameras and screens, unless --fps asks for more
+MOST_FRAMES_A_SECOND = 240  # what states more states the rate of its clock
 
 # FFmpeg's names of what a source is, by how it begins. Others are named by --live-format.
 LIVE_FORMATS = {"/dev/video": "v4l2", ":": "x11grab", "desktop": "gdigrab", "title=": "gdigrab"}
@@ -4859,8 +4857,9 @@ class LiveSource:
         if is_device and size:
             options["video_size"] = f"{size[0]}x{size[1]}"
         with naming_live(name, kind):
-            wait = (LONGEST_WAIT, None)  # for the source to open, and then for each packet
-            self.container = self.av.open(name, format=kind or None, options=options, timeout=wait)
+            settings = {"format": kind or None, "options": options}
+            settings["timeout"] = (LONGEST_WAIT, None)  # to open it, and then for each packet
+            self.container = interruptible(lambda: self.av.open(name, **settings))
         is_picture = self.is_file and re.search("_pipe$|^image2$", self.container.format.name)
         require(not is_picture, f"--live {name}: a picture; `sharpen {name}` sharpens it")
         require(self.container.streams.video, f"--live {name}: has no pictures in it")
@@ -4869,9 +4868,8 @@ class LiveSource:
         self.audio = None
         if with_sound and self.container.streams.audio:
             self.audio = self.container.streams.audio[0]
-        # Of frames at irregular times some containers state the rate of their clock, like 1000.
         stated = float(self.video.average_rate or FRAMES_A_SECOND)
-        self.rate = rate or min(stated, MOST_FRAMES_A_SECOND)
+        self.rate = rate or (stated if stated <= MOST_FRAMES_A_SECOND else FRAMES_A_SECOND)
         self.latest = LatestFrame()
         self.sound: queue.SimpleQueue = queue.SimpleQueue()
         self.first_pts: float | None = None  # of the first frame, in seconds
@@ -4929,17 +4927,42 @@ class LiveSource:
             raise UserError(f"--live {self.name}: {self.error}") from self.error
 
 
+def interruptible(call: Callable[[], object]):
+    """What a call returns, or its error; Ctrl-C ends the wait, which FFmpeg would go on with."""
+    outcomes: queue.Queue = queue.Queue()
+
+    def run() -> None:
+        try:
+            outcomes.put((call(), None))
+        except Exception as error:  # raised again below
+            outcomes.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    while True:
+        with contextlib.suppress(queue.Empty):
+            result, error = outcomes.get(timeout=0.2)
+            if error:
+                raise error
+            return result
+
+
 @contextlib.contextmanager
 def naming_live(name: str, kind: str) -> Iterator[None]:
     """Errors in here are about what --live names."""
     try:
         yield
     except Exception as error:  # PyAV has errors of many kinds
-        remedy = "there is no such file; see `ffmpeg -sources` for cameras, and --live-format"
-        if "://" in name:
+        remedy = "name a file, an address, or a camera or screen and its --live-format"
+        if "container format" in str(error):
+            remedy = "see --live-format in `sharpen --help`"
+        elif "://" in name:
             remedy = "check the address, and that something sends there"
+        elif os.path.isdir(name):
+            remedy = "name a file in it"
         elif os.path.isfile(name):
             remedy = "is it a clip? `ffmpeg -i` shows what FFmpeg makes of it"
+        elif kind == "x11grab":
+            remedy = "`echo $DISPLAY` says which screen you have"
         elif kind:
             remedy = f"see `ffmpeg -sources {kind}` for what there is, and whether you may read it"
         gave_up = type(error).__name__ == "ExitError"
@@ -5163,7 +5186,7 @@ class Governor:
         self.times: collections.deque = collections.deque(maxlen=self.WINDOW)
         self.calm = 0  # frames in a row that took little
         self.patience = self.PATIENCE
-        self.since_rise = self.PATIENCE  # frames since it went up
+        self.since_rise: int | None = None  # frames since it went up; None after it went down
 
     @property
     def level(self) -> Level:
@@ -5172,7 +5195,8 @@ class Governor:
     def note(self, seconds: float) -> bool:
         """Note how long a frame took; True if the level has changed."""
         self.times.append(seconds)
-        self.since_rise += 1
+        if self.since_rise is not None:
+            self.since_rise += 1
         self.calm = self.calm + 1 if seconds < self.budget / 3 else 0
         is_full = len(self.times) == self.WINDOW
         if is_full and statistics.median(self.times) > self.budget:
@@ -5185,8 +5209,10 @@ class Governor:
     def go_down(self) -> bool:
         if self.index == len(self.levels) - 1:
             return False
-        was_wrong = self.since_rise < self.PATIENCE
-        self.patience = 2 * self.patience if was_wrong else self.PATIENCE
+        if self.since_rise is not None:
+            was_wrong = self.since_rise < self.PATIENCE
+            self.patience = 2 * self.patience if was_wrong else self.PATIENCE
+            self.since_rise = None
         return self.change(1)
 
     def change(self, by: int) -> bool:
@@ -5880,6 +5906,8 @@ def carry_out(run: TrainingRun, last: dict | None) -> None:
         run.continue_from(last)
     if RANK == 0:
         pictures = f"{len(run.dataset)} crops an epoch, {len(run.held_out)} pictures held out"
+        if not run.held_out:
+            pictures += " (--validation-fraction), so that the last weights count as the best"
         where = f"results in {run.config.run_dir}"
         print(f"{pictures}; {run.total_steps} steps; {where}", flush=True)
     run.train()
@@ -6028,6 +6056,8 @@ def variant_config(config: AblateConfig, variant: Variant, seed: int) -> AblateC
     for name, term in LOSS_TERMS.items():
         if term.needs_teacher and name not in variant.terms:
             changes[f"lambda_{name}"] = 0.0
+    if not variant.terms:
+        changes["teacher_checkpoint"] = ""
     epochs = config.epochs
     changes |= {"restart_epochs": epochs, "validate_every": epochs, "seed": seed}
     run_dir = config.run_dir / f"{variant.folder}_{seed}"

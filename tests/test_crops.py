@@ -261,6 +261,10 @@ def test_training_reads_prepared_crops(prepared, tmp_path, capsys):
     assert student.config["kind"] == "plain"
     assert content["held_out"]["pictures"] > 0
     assert kd.main([*command, "--overwrite", "--cache"]) == 0
+    settings = {"degradation": "crops", "data_root": prepared, "image_size": 48, "device": "cpu"}
+    for cache in (False, True):
+        crops, _ = kd.training_data(kd.TrainConfig(cache=cache, **settings))
+        assert crops.in_device_memory == cache
     copied, _ = kd.load_student(tmp_path / "run/best.pth")
     for name, weights in copied.state_dict().items():
         assert torch.equal(weights, student.state_dict()[name])
