@@ -4663,7 +4663,9 @@ def naming(source: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # PyAV and PyTorch have errors of many kinds
-        raise UserError(f"{source}: not sharpened ({error})") from error
+        cause = getattr(error, "strerror", None) or error  # without FFmpeg's numbers
+        remedy = "; is it whole, and a clip?" if type(error).__name__ == "InvalidDataError" else ""
+        raise UserError(f"{source}: {cause}{remedy}") from error
 
 
 def upright(frame) -> np.ndarray:
@@ -5122,6 +5124,9 @@ class StreamSink:
                 self.container.close()
 
 
+LIVE_SUFFIXES = (".mp4", ".mkv", ".mov", ".ts")  # of files that hold H.264
+
+
 def is_plain_file(name: str) -> bool:
     """Whether a sink is a file or will be one: no address, no named pipe, no device."""
     return "://" not in name and (os.path.isfile(name) or not os.path.lexists(name))
@@ -5370,8 +5375,9 @@ def sink_of(config: SharpenConfig) -> str:
     packages = ["av", "pyvirtualcam"] if name == "camera" else ["av"]
     require_packages(packages, f"--live into {name}")
     require(not os.path.isdir(name), f"-o {name}: is a folder; name a file in it")
-    is_webm = Path(name).suffix.lower() == ".webm"
-    require(not is_webm, f"-o {name}: live calls are H.264; name a .mp4, .mkv or .ts file")
+    if is_plain_file(name) and name not in ("camera", "window"):
+        fits = Path(name).suffix.lower() in LIVE_SUFFIXES
+        require(fits, f"-o {name}: its ending is none of {', '.join(LIVE_SUFFIXES)}")
     for flag_name in ("lossless", "before_after"):
         flag_text = flag_name.replace("_", "-")
         require(not getattr(config, flag_name), f"--{flag_text}: does not go with --live")
@@ -6193,6 +6199,9 @@ def evaluation_data(config: EvalConfig) -> dict[str, list[Pair] | list[Clip]]:
     data_root = config.data_root
     protocols = config.protocol
     if data_root == DATASET and not list_pictures(DATASET):
+        for name in protocols:
+            remedy = "name a folder of sharp clips with --data-root"
+            require(name not in CLIP_PROTOCOLS, f"--protocol {name}: {remedy}")
         data_root = SAMPLES / "originals"
         protocols = protocols or ("x2",)
         print(f"No pictures in {DATASET}: scoring the five in {data_root}; see --data-root.")

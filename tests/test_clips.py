@@ -47,12 +47,16 @@ def test_a_clip_is_read_as_it_was_stored(clip_folder, panning):
     assert all(np.array_equal(a, b) for a, b in zip(frames, panning, strict=True))
 
 
-def test_what_is_no_clip_is_named(tmp_path):
+def test_what_is_no_clip_is_named(tmp_path, monkeypatch):
     (tmp_path / "broken.mp4").write_bytes(b"no clip")
     (clip,) = kd.find_clips(tmp_path)
     with pytest.raises(kd.UserError, match=r"broken\.mp4: not a readable clip"):
         clip.frames()
     (tmp_path / "broken.mp4").unlink()
+    monkeypatch.setattr(kd, "DATASET", tmp_path)
+    config = kd.EvalConfig(protocol=("x2", "call"), data_root=tmp_path)
+    with pytest.raises(kd.UserError, match="--protocol call: name a folder of sharp clips with"):
+        kd.evaluation_data(config)
     with pytest.raises(kd.UserError, match="no clips in this folder"):
         kd.find_clips(tmp_path)
 
