@@ -3509,8 +3509,7 @@ class FrameNetwork(nn.Module):
     (H, W/r) of 3r channels. The first layer reads r rows of runs where it read one row of folds:
     its kernel is r times as high, and it goes down by r rows a step. The last layer is cut into r,
     one for each row of a fold, and what each writes is added to its row of the frame. Folding and
-    unfolding by pixel_unshuffle and pixel_shuffle takes a quarter more time (fast student at
-    1280x720: 14.4 ms instead of 11.0 in OpenVINO's int8, 37 instead of 30 in PyTorch).
+    unfolding by pixel_unshuffle and pixel_shuffle would take a quarter more time.
     """
 
     def __init__(self, student: Student, strength: float = 1.0) -> None:
@@ -4931,21 +4930,21 @@ class LiveSource:
 
 def interruptible(call: Callable[[], object]):
     """What a call returns, or its error; Ctrl-C ends the wait, which FFmpeg would go on with."""
-    outcomes: queue.Queue = queue.Queue()
+    outcome: dict[str, object] = {}
 
     def run() -> None:
         try:
-            outcomes.put((call(), None))
+            outcome["result"] = call()
         except Exception as error:  # raised again below
-            outcomes.put((None, error))
+            outcome["error"] = error
 
-    threading.Thread(target=run, daemon=True).start()
-    while True:
-        with contextlib.suppress(queue.Empty):
-            result, error = outcomes.get(timeout=0.2)
-            if error:
-                raise error
-            return result
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(timeout=0.2)  # Ctrl-C is noticed between two waits
+    if "error" in outcome:
+        raise outcome["error"]
+    return outcome["result"]
 
 
 @contextlib.contextmanager
