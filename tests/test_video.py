@@ -91,7 +91,7 @@ def test_frames_are_enlarged_before_they_are_sharpened(clip, tmp_path):
         return frame
 
     kd.ClipSharpener(note, size=(320, 180))(clip, tmp_path / "out.mkv")
-    assert np.array_equal(seen[3], kd.resized(kd.clip_frames(clip)[3], (320, 180)))
+    assert np.array_equal(seen[3], kd.window_sized(kd.clip_frames(clip)[3], (320, 180)))
     assert kd.clip_frames(tmp_path / "out.mkv")[0].shape == (180, 320, 3)
 
 
@@ -144,7 +144,7 @@ def test_sharpen_takes_the_clips_of_a_folder_and_its_pictures(clip, tmp_path, sm
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "call.mkv"]
     made = kd.clip_frames(tmp_path / "out/call.mkv")
     call = kd.load_sharpener("call")
-    assert np.array_equal(made[2], call(kd.resized(kd.clip_frames(clip)[2], (192, 128))))
+    assert np.array_equal(made[2], call(kd.window_sized(kd.clip_frames(clip)[2], (192, 128))))
 
 
 @pytest.fixture
@@ -214,3 +214,13 @@ def test_ahead_keeps_the_order_and_stops_when_nobody_asks():
     assert [next(items) for _ in range(5)] == [0, 1, 2, 3, 4]
     items.close()
     assert len(made) <= 5 + 3 + 2
+
+
+@pytest.mark.parametrize("size", [(192, 128), (131, 97), (64, 48)])
+def test_a_window_is_as_large_as_pillow_makes_it(random_frame, size):
+    frame = random_frame(64, 96)
+    ours = kd.window_sized(frame, size)
+    pillows = kd.resized(frame, size)
+    assert ours.shape == pillows.shape == (size[1], size[0], 3)
+    assert np.abs(ours.astype(int) - pillows).max() <= 2
+    assert kd.window_sized(frame, (96, 64)) is frame
