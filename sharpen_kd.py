@@ -5187,13 +5187,15 @@ def live_levels(checkpoint: str) -> list[Level]:
 class Governor:
     """Chooses the level at which frames are ready in time.
 
-    When half of the last 9 frames took longer than there is between two, it goes one level down.
-    After 300 frames in a row that took less than a third of that it goes up again. If that soon
-    proves to have been wrong, it waits twice as long the next time. Frames that stood still say
-    nothing about those that will not, and are not counted.
+    When half of the last 25 frames took more than 1.2 times what there is between two, so that a
+    sixth of all frames would be dropped, it goes one level down. After 300 frames in a row that
+    took less than a third of that time it goes up again. If that soon proves to have been wrong, it
+    waits twice as long the next time. Frames that stood still say nothing about those that will
+    not, and are not counted.
     """
 
-    WINDOW = 9
+    WINDOW = 25
+    TOLERANCE = 1.2
     PATIENCE = 300
 
     def __init__(self, levels: list[Level], budget: float) -> None:
@@ -5216,7 +5218,7 @@ class Governor:
             self.since_rise += 1
         self.calm = self.calm + 1 if seconds < self.budget / 3 else 0
         is_full = len(self.times) == self.WINDOW
-        if is_full and statistics.median(self.times) > self.budget:
+        if is_full and statistics.median(self.times) > self.TOLERANCE * self.budget:
             return self.go_down()
         if self.calm >= self.patience and self.index > 0:
             self.since_rise = 0
@@ -5253,6 +5255,11 @@ class LiveSharpener:
             sharpener = sharpener_of(config, config.strength, for_clips=True)
             self.loaded[checkpoint] = SteadySharpener(sharpener)
         return self.loaded[checkpoint]
+
+    def warm_up(self, checkpoint: str) -> None:
+        """Load a student, and let its engine do what it does at its first frame of a size."""
+        width, height = self.size
+        self.sharpener_of(checkpoint).sharpener(np.zeros((height, width, 3), np.uint8))
 
     @property
     def repeated(self) -> int:
@@ -5321,7 +5328,7 @@ def sharpen_live(config: SharpenConfig) -> None:
     with contextlib.closing(source):
         size = clip_size(config.size) or source.frame_size()
         sharpener = LiveSharpener(config, size)
-        sharpener.sharpener_of(governor.level.checkpoint)  # now, while nobody waits for frames
+        sharpener.warm_up(governor.level.checkpoint)  # now, while nobody waits for frames
         carry_on(config, sink_name, source, sharpener, governor)
 
 
