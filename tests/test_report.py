@@ -148,7 +148,9 @@ def test_the_page_names_what_was_run(report, student_file):
     assert digest[:16] in facts["student"]
     assert "tiny.pth" in facts["teacher"]
     assert "training steps" not in facts["student"]  # this checkpoint does not say
-    assert "5,280 training steps" in kd.describe_student("fast")
+    steps = kd.load_student("fast")[1]["step"]
+    assert f"{steps:,} training steps" in kd.describe_student("fast")
+    assert steps > 10000
     assert kd.__version__ in facts["versions"]
     assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d", facts["date"])
     assert {"machine", "computed by"} <= facts.keys()
