@@ -5189,8 +5189,8 @@ class Governor:
 
     When half of the last 25 frames took more than 1.2 times what there is between two, so that a
     sixth of all frames would be dropped, it goes one level down. After 300 frames in a row that
-    took less than a third of that time it goes up again. If that soon proves to have been wrong, it
-    waits twice as long the next time. Frames that stood still say nothing about those that will
+    took less than half of what there is it goes up again. If that soon proves to have been wrong,
+    it waits twice as long the next time. Frames that stood still say nothing about those that will
     not, and are not counted.
     """
 
@@ -5216,7 +5216,7 @@ class Governor:
         self.times.append(seconds)
         if self.since_rise is not None:
             self.since_rise += 1
-        self.calm = self.calm + 1 if seconds < self.budget / 3 else 0
+        self.calm = self.calm + 1 if seconds < self.budget / 2 else 0
         is_full = len(self.times) == self.WINDOW
         if is_full and statistics.median(self.times) > self.TOLERANCE * self.budget:
             return self.go_down()

@@ -148,7 +148,7 @@ def test_a_frame_that_takes_some_time_ends_the_calm():
         governor.note(0.1)
     for _ in range(10):
         assert not any(governor.note(0.009) for _ in range(299))
-        assert not governor.note(0.011)
+        assert not governor.note(0.016)
 
 
 # --- From a file as the camera --------------------------------------------------------------------
