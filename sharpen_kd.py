@@ -4609,10 +4609,15 @@ def ahead(items: Generator, depth: int = 4) -> Generator:
         except BaseException as error:  # raised again where the items are used
             put(error)
 
+    def take() -> object:
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return made.get(timeout=0.2)  # Ctrl-C is noticed between two waits
+
     thread = threading.Thread(target=make, daemon=True)
     thread.start()
     try:
-        while (item := made.get()) is not end:
+        while (item := take()) is not end:
             if isinstance(item, BaseException):
                 raise item
             yield item
@@ -5362,6 +5367,28 @@ def ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@dataclass
+class SharpenedFrame:
+    """What a sink is given."""
+
+    pixels: np.ndarray  # 8-bit RGB (H, W, 3)
+    source: LiveFrame
+    took: float  # seconds, of the sharpening alone
+    stood_still: bool
+
+
+def sharpened_live(
+    latest: LatestFrame, sharpener: LiveSharpener, governor: Governor
+) -> Generator[SharpenedFrame, None, None]:
+    """The newest frame, sharpened, and then the one that is the newest by then."""
+    while (frame := latest.take()) is not None:
+        begin = time.perf_counter()
+        repeated = sharpener.repeated
+        pixels = sharpener(frame.picture, governor.level)
+        took = time.perf_counter() - begin
+        yield SharpenedFrame(pixels, frame, took, sharpener.repeated > repeated)
+
+
 def show_live(
     source: LiveSource,
     sharpener: LiveSharpener,
@@ -5369,19 +5396,23 @@ def show_live(
     sink: LiveSink,
     report: LiveReport,
 ) -> None:
-    """Take the newest frame, sharpen and show it, as long as there are frames and viewers."""
-    while (frame := source.latest.take()) is not None:
-        begin = time.perf_counter()
-        repeated = sharpener.repeated
-        pixels = sharpener(frame.picture, governor.level)
-        is_seen = sink.show(pixels, frame.seconds)
-        report.note(frame.arrived)
-        stood_still = sharpener.repeated > repeated
-        if not stood_still and governor.note(time.perf_counter() - begin):
-            report.say(f"from {frame.seconds:.1f} s on: {governor.level}")
-        report.show_line(governor.level)
-        if not is_seen:
-            return
+    """Show sharpened frames, as long as there are any and somebody sees them.
+
+    A frame is sharpened while the last one is encoded or drawn. The slower of the two sets the
+    pace, so that is what the governor is told.
+    """
+    frames = ahead(sharpened_live(source.latest, sharpener, governor), depth=1)
+    with contextlib.closing(frames), contextlib.closing(source.latest):
+        for frame in frames:
+            begin = time.perf_counter()
+            is_seen = sink.show(frame.pixels, frame.source.seconds)
+            showing = time.perf_counter() - begin
+            report.note(frame.source.arrived)
+            if not frame.stood_still and governor.note(max(frame.took, showing)):
+                report.say(f"from {frame.source.seconds:.1f} s on: {governor.level}")
+            report.show_line(governor.level)
+            if not is_seen:
+                return
 
 
 def sink_of(config: SharpenConfig) -> str:

@@ -142,6 +142,64 @@ def test_frames_that_stood_still_are_not_counted(camera, tmp_path, monkeypatch, 
     assert len(noted) == 1
 
 
+class FakeSharpener:
+    """Gives frames back; says by an event that it has begun with number 1."""
+
+    repeated = 0
+
+    def __init__(self):
+        self.second_begun = threading.Event()
+
+    def __call__(self, picture, level):
+        if picture == 1:
+            self.second_begun.set()
+        return picture
+
+
+def show_all(latest, sharpener, show):
+    """Run `show_live`; what the governor was told."""
+    noted = []
+    governor = types.SimpleNamespace(level=kd.Level(""), note=noted.append)
+    source = types.SimpleNamespace(latest=latest)
+    sink = types.SimpleNamespace(show=show)
+    kd.show_live(source, sharpener, governor, sink, kd.LiveReport(latest))
+    return noted
+
+
+def test_the_next_frame_is_sharpened_while_one_is_shown():
+    latest = kd.LatestFrame()
+    sharpener = FakeSharpener()
+    shown = []
+
+    def show(pixels, seconds):
+        shown.append((pixels, seconds))
+        if pixels == 0:
+            latest.put(kd.LiveFrame(1, 0.1, 0.0))
+            assert sharpener.second_begun.wait(timeout=20)
+        else:
+            latest.close()
+        return True
+
+    latest.put(kd.LiveFrame(0, 0.0, 0.0))
+    assert len(show_all(latest, sharpener, show)) == 2
+    assert shown == [(0, 0.0), (1, 0.1)]
+
+
+def test_the_governor_is_told_the_slower_half():
+    latest = kd.LatestFrame()
+    latest.put(kd.LiveFrame(0, 0.0, 0.0))
+    latest.close()
+    [took] = show_all(latest, FakeSharpener(), lambda pixels, seconds: not time.sleep(0.05))
+    assert took >= 0.05
+
+
+def test_a_viewer_who_leaves_ends_it_though_no_more_frames_come():
+    latest = kd.LatestFrame()
+    latest.put(kd.LiveFrame(0, 0.0, 0.0))
+    show_all(latest, FakeSharpener(), lambda pixels, seconds: False)
+    assert latest.closed
+
+
 def test_a_frame_that_takes_some_time_ends_the_calm():
     governor = kd.Governor(kd.live_levels("auto"), budget=0.03)
     for _ in range(25):
