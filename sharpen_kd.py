@@ -324,8 +324,7 @@ def draw_mixture(key: Sequence[int]) -> Degradation:
 
     A student trained on x2 alone ruins what is sharp already, and what was damaged in other ways.
     So 8 % stay untouched, 12 % are compressed only, 4 % get noise and 4 % motion blur. The rest is
-    shrunk and enlarged: two thirds by 2, one third by a factor drawn from 1.2 to 4. A tenth of this
-    rest is blurred as well, a fifth compressed, a fifth enlarged by another filter than bicubic.
+    shrunk and enlarged.
     """
     kind = generator(key, "kind").random()
     compressing = generator(key, "jpeg")
@@ -339,7 +338,15 @@ def draw_mixture(key: Sequence[int]) -> Degradation:
         return (Noise(noise.uniform(1, 8), int(noise.integers(2**32))),)
     if kind < 0.28:
         return (MotionBlur(2 * int(generator(key, "motion").integers(2, 8)) + 1),)
+    return draw_shrunk(key, jpeg, compressing)
 
+
+def draw_shrunk(key: Sequence[int], jpeg: Jpeg, compressing: np.random.Generator) -> Degradation:
+    """One degradation that shrinks and enlarges.
+
+    Two thirds by 2, one third by a factor drawn from 1.2 to 4. A tenth is blurred as well, a fifth
+    compressed, a fifth enlarged by another filter than bicubic.
+    """
     at_the_camera = []
     while_small = []
     at_the_receiver = []
@@ -1222,7 +1229,9 @@ def write_json(content: dict, path: Path) -> None:
 
 def write_csv(rows: list[dict], path: Path) -> None:
     """One line a row; the columns are in the order of their first appearance."""
-    columns = dict.fromkeys(name for row in rows for name in row)
+    columns: dict[str, None] = {}  # as a set that keeps its order
+    for row in rows:
+        columns.update(dict.fromkeys(row))
     # Names of files need not be UTF-8.
     options = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
     with replacing(path) as temporary, temporary.open("w", **options) as file:
@@ -1533,6 +1542,31 @@ def list_pictures(folder: Path) -> list[Path]:
 LONGEST_XMP_IN_JPEG = 65504  # bytes
 
 
+# How each format compresses. Where it can be had, colour is kept at its full size: the student has
+# just sharpened its edges.
+COMPRESSION = {
+    "JPEG": {"quality": 95, "subsampling": 0},
+    "WEBP": {"quality": 95},
+    "AVIF": {"quality": 95, "subsampling": "4:4:4"},
+    "HEIF": {"quality": 95},
+    "TIFF": {"compression": "tiff_lzw"},
+}
+
+
+def png_info(
+    text: dict[str, str], chunks: dict[bytes, bytes], xmp: bytes | None
+) -> PngImagePlugin.PngInfo:
+    """What a PNG says about its picture, as Pillow takes it."""
+    info = PngImagePlugin.PngInfo()
+    for name, value in text.items():
+        info.add_text(name, value)
+    for name, value in chunks.items():
+        info.add(name, value)
+    if xmp is not None:
+        info.add_itxt("XML:com.adobe.xmp", xmp.decode(errors="replace"))
+    return info
+
+
 def save_picture(image: Image.Image, path: Path) -> None:
     """Write a picture with the metadata in `image.info`, whole or not at all.
 
@@ -1543,27 +1577,11 @@ def save_picture(image: Image.Image, path: Path) -> None:
     text = options.pop("text", {})
     chunks = options.pop("chunks", {})
     if kind == "PNG":
-        options["pnginfo"] = PngImagePlugin.PngInfo()
-        for name, value in text.items():
-            options["pnginfo"].add_text(name, value)
-        for name, value in chunks.items():
-            options["pnginfo"].add(name, value)
-        if "xmp" in options:
-            options["pnginfo"].add_itxt(
-                "XML:com.adobe.xmp", options["xmp"].decode(errors="replace")
-            )
+        options["pnginfo"] = png_info(text, chunks, options.get("xmp"))
     if kind == "JPEG" and len(options.get("xmp", b"")) > LONGEST_XMP_IN_JPEG:
         del options["xmp"]
         tqdm.write(f"{path}: a JPEG cannot hold XMP of that length; it is left out")
-    if kind in ("JPEG", "WEBP", "AVIF", "HEIF"):
-        options["quality"] = 95
-    # Full-size colour, where it can be had: the student has just sharpened its edges.
-    if kind == "JPEG":
-        options["subsampling"] = 0
-    if kind == "AVIF":
-        options["subsampling"] = "4:4:4"
-    if kind == "TIFF":
-        options["compression"] = "tiff_lzw"
+    options.update(COMPRESSION.get(kind, {}))
     with replacing(path) as temporary:
         try:
             image.save(temporary, format=kind, **options)
@@ -1725,11 +1743,11 @@ def embedded_pairs() -> list[Pair]:
         ),
     }
     folder = Path(skimage.data.__file__).parent
-    return [
-        Pair(f"{category}/{Path(name).stem}", folder / name)
-        for category, files in names.items()
-        for name in files
-    ]
+    pairs = []
+    for category, files in names.items():
+        for name in files:
+            pairs.append(Pair(f"{category}/{Path(name).stem}", folder / name))
+    return pairs
 
 
 # What the demo run holds out: a cat, a face, a page of text and a still life.
@@ -2566,7 +2584,10 @@ def require_likely(config: dict[str, object], weights: dict[str, Tensor]) -> Non
     No side of a network and no number of layers exceeds the longest side of its weights, or their
     number.
     """
-    largest = max([len(weights), *(side for w in weights.values() for side in w.shape)])
+    largest = len(weights)
+    for weight in weights.values():
+        for side in weight.shape:
+            largest = max(largest, side)
     for name, value in config.items():
         for number in value if isinstance(value, list | tuple) else [value]:
             if isinstance(number, str | bool):
@@ -3366,10 +3387,11 @@ def print_table(
     """A line a category, a column a method; `form` makes a text of a method's scores."""
     methods = next(iter(table.values()))
     texts = {}
+    width = 18
     for category, means in table.items():
         texts[category] = [form(scores) for scores in means.values()]
-    longest = max(len(text) for row in texts.values() for text in row)
-    width = max(18, 2 + longest)
+        longest = max(len(text) for text in texts[category])
+        width = max(width, longest + 2)
     print(f"{title:<12}" + "".join(f"{method:>{width}}" for method in methods))
     for category, row in texts.items():
         print(f"{category:<12}" + "".join(f"{text:>{width}}" for text in row))
@@ -4898,7 +4920,8 @@ class LiveSource:
 
     def frame_size(self) -> Size:
         """(width, height) of the frames, upright. A source that can be read again is asked."""
-        width, height = self.video.width, self.video.height
+        width = self.video.width
+        height = self.video.height
         if self.is_file:
             with self.av.open(self.name) as again:
                 first = next(again.decode(video=0), None)
@@ -6515,7 +6538,10 @@ def in_window(sides: Sides, window: int) -> Sides:
     middle = len(frames) // 2
     top, left = most_changed(frames[middle], sides["student"][middle], height, width)
     part = (slice(top, top + height), slice(left, left + width))
-    return {name: [frame[part] for frame in each] for name, each in sides.items()}
+    seen = {}
+    for name, each in sides.items():
+        seen[name] = [frame[part] for frame in each]
+    return seen
 
 
 def most_changed(before: np.ndarray, after: np.ndarray, height: int, width: int) -> tuple[int, int]:
