@@ -952,7 +952,7 @@ class ExportConfig:
     """Write a student as a file for other programs; it takes and returns 8-bit frames."""
 
     format: str = flag("onnx", "file format", choices=("onnx", "openvino"))
-    checkpoint: str = same_flag(InferenceConfig, "checkpoint", FOR_PICTURES)
+    checkpoint: str = flag(FOR_PICTURES, f"{', '.join(SHIPPED)}, or a student checkpoint's file")
     output: Path = flag(CHECKPOINTS / "exported/student", "file to write", short="-o")
 
 
@@ -979,8 +979,10 @@ class FpsConfig(InferenceConfig):
         " overlap",
     )
     size: str = same_flag(SharpenConfig, "size", "")
-    warmup: int = flag(3, "frames before timing starts", at_least=0, at_most=LARGEST_COUNT)
-    frames: int = flag(20, "frames timed", at_least=1, at_most=LARGEST_COUNT)
+    warmup: int = flag(
+        3, "frames before timing starts; --clip: one", at_least=0, at_most=LARGEST_COUNT
+    )
+    frames: int = flag(20, "frames timed; --clip: all of them", at_least=1, at_most=LARGEST_COUNT)
     json: Path | None = flag(None, "write the rows to this file")
     plot: Path | None = flag(
         None, "draw quality at x2 against milliseconds (.png, .jpg, .pdf, .svg)"
@@ -3946,7 +3948,12 @@ class Clip:
     """
 
     path: Path
-    low: Path | None = None  # the same clip as it arrived, where the user has it
+    received: Path | None = None  # the same clip as it arrived, where the user has it
+    name: str = ""  # in tables; its path where two clips have one stem
+
+    @property
+    def title(self) -> str:
+        return self.name or self.path.stem
 
     @property
     def kind(self) -> str:
@@ -3961,17 +3968,23 @@ class Clip:
         return frame_count(self.path)
 
 
+@contextlib.contextmanager
+def reading_clip(path: Path) -> Iterator[None]:
+    """PyAV's errors in here say that this clip cannot be read."""
+    try:
+        yield
+    except (OSError, IndexError, ValueError) as error:  # they are of these kinds
+        raise UserError(f"{path}: not a readable clip ({error})") from error
+
+
 @functools.cache
 def frame_count(path: Path) -> int:
     """The frames of a video file, whose packets are counted, or of a folder of pictures."""
     if path.is_dir():
         return len(numbered_pictures(path))
     av = importlib.import_module("av")
-    try:
-        with av.open(path) as container:
-            return sum(packet.size > 0 for packet in container.demux(video=0))
-    except (OSError, IndexError, ValueError) as error:  # PyAV's errors are of these kinds
-        raise UserError(f"{path}: not a readable clip ({error})") from error
+    with reading_clip(path), av.open(path) as container:
+        return sum(packet.size > 0 for packet in container.demux(video=0))
 
 
 def clip_frames(path: Path, wanted: slice = ALL_FRAMES) -> list[np.ndarray]:
@@ -4021,7 +4034,12 @@ def find_clips(folder: Path) -> list[Clip]:
     """The sharp clips in a folder; UserError if there are none."""
     paths = list_clips(folder)
     require(paths, f"{folder}: no clips in this folder; call protocols need sharp ones")
-    return [Clip(path) for path in paths]
+    stems = collections.Counter(path.stem for path in paths)
+    clips = []
+    for path in paths:
+        is_unique = stems[path.stem] == 1
+        clips.append(Clip(path, name="" if is_unique else str(path.relative_to(folder))))
+    return clips
 
 
 def find_encoded_pairs(folder: Path) -> list[Clip]:
@@ -4029,37 +4047,51 @@ def find_encoded_pairs(folder: Path) -> list[Clip]:
 
     UserError for a clip without partner; `encoded_pair` compares their frames.
     """
-    sides = {}
+    sides: dict[str, dict[str, Path]] = {}
     for side in ("low", "sharp"):
         place = folder / side
         require(place.is_dir(), f"{place}: no such folder; encoded pairs are in low/ and sharp/")
         sides[side] = {}
         for path in list_clips(place):
             key = path.relative_to(place)
-            if path != place:  # which it is where the folder itself holds numbered frames
+            if path.is_file():  # a folder's name has no ending
                 key = key.with_suffix("")
-            sides[side][key] = path
-    for name in sorted(sides["low"].keys() ^ sides["sharp"].keys()):
-        have, lack = ("low", "sharp") if name in sides["low"] else ("sharp", "low")
-        raise UserError(f"{sides[have][name]}: has no partner in {folder / lack}; add or remove it")
+            other = sides[side].setdefault(str(key), path)
+            require(other == path, f"{other}, {path}: two clips of one name; rename one")
+    alone = sorted(sides["low"].keys() ^ sides["sharp"].keys())
+    if alone:
+        have, lack = ("low", "sharp") if alone[0] in sides["low"] else ("sharp", "low")
+        path = sides[have][alone[0]]
+        raise UserError(f"{path}: has no partner in {folder / lack}; add or remove it")
     require(sides["sharp"], f"{folder / 'sharp'}: no clips in this folder")
-    return [Clip(path, sides["low"][name]) for name, path in sorted(sides["sharp"].items())]
+    pairs = []
+    for name, path in sorted(sides["sharp"].items()):
+        name = "" if name == "." else name  # it is the folder itself that holds the frames
+        pairs.append(Clip(path, sides["low"][name or "."], name))
+    return pairs
 
 
 def encoded_pair(
     clip: Clip, wanted: slice = ALL_FRAMES
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """(frames as they arrived, sharp frames), matched in order; UserError if they do not match."""
-    count = frame_count(clip.low)
-    counts = f"{clip.low} has {count} frames, {clip.path} has {clip.count()}"
+    """(received frames, sharp frames), matched in order; UserError if they do not match."""
+    count = frame_count(clip.received)
+    counts = f"{clip.received} has {count} frames, {clip.path} has {clip.count()}"
     require(count == clip.count(), f"{counts}; cut them to the same frames")
-    low = clip_frames(clip.low, wanted)
+    received = clip_frames(clip.received, wanted)
     sharp = clip.frames(wanted)
-    height, width = sharp[0].shape[:2]
-    low_height, low_width = low[0].shape[:2]
-    sizes = f"{clip.low} has {low_width}x{low_height} pixels, {clip.path} has {width}x{height}"
-    require(low[0].shape == sharp[0].shape, f"{sizes}; enlarge the first as your call does")
-    return low, sharp
+    sizes = (
+        f"{clip.received} has frames of {pixels_of(received)}, {clip.path} of {pixels_of(sharp)}"
+    )
+    same = received[0].shape == sharp[0].shape
+    require(same, f"{sizes} pixels; enlarge the first as your call does")
+    return received, sharp
+
+
+def pixels_of(frames: list[np.ndarray]) -> str:
+    """The size of a clip's frames in words."""
+    height, width = frames[0].shape[:2]
+    return f"{width}x{height}"
 
 
 def decoded_frames(
@@ -4067,13 +4099,10 @@ def decoded_frames(
 ) -> list[np.ndarray]:
     """Frames of a video file; `path` is what an error names."""
     av = importlib.import_module("av")
-    try:
-        with av.open(file) as container:
-            decoded = container.decode(video=0)
-            frames = itertools.islice(decoded, wanted.start, wanted.stop, wanted.step)
-            return [frame.to_ndarray(format="rgb24") for frame in frames]
-    except (OSError, IndexError, ValueError) as error:  # PyAV's errors are of these kinds
-        raise UserError(f"{path}: not a readable clip ({error})") from error
+    with reading_clip(path), av.open(file) as container:
+        decoded = container.decode(video=0)
+        frames = itertools.islice(decoded, wanted.start, wanted.stop, wanted.step)
+        return [frame.to_ndarray(format="rgb24") for frame in frames]
 
 
 def small_size(width: int, height: int, factor: float) -> Size:
@@ -4219,6 +4248,21 @@ def score_clip(outputs: list[np.ndarray], sharp: list[np.ndarray]) -> dict[str, 
     return scores | vmaf_scores(outputs, sharp)
 
 
+def clip_sides(clip: Clip, call: Call | None) -> tuple[list, list, float]:
+    """(received frames, sharp frames, kilobits a second) of a clip in a call.
+
+    Without a call the clip has a received side of its own, of unknown kilobits.
+    """
+    long_enough = clip.count() > FIRST_SCORED
+    require(long_enough, f"{clip.path}: a clip needs more than {FIRST_SCORED} frames")
+    if call is None:
+        received, sharp = encoded_pair(clip)
+        return received, sharp, math.nan
+    sharp = clip.frames()
+    received, kilobits = received_frames(sharp, call, clip.path)
+    return received, sharp, kilobits
+
+
 def evaluate_clip(
     clip: Clip,
     call: Call | None,
@@ -4227,18 +4271,10 @@ def evaluate_clip(
 ) -> dict:
     """{"picture", "category", "kilobits", "scores": {method: scores}} of a clip in a call.
 
-    Without a call the clip has a received side of its own. Flicker is the ratio to the input's; of
-    an input without any it is not a number. The gallery is offered the first frames.
+    Flicker is the ratio to the input's; of an input without any it is not a number, and neither is
+    a mean with it. The gallery, which `--report` shows, is offered the first frames.
     """
-    if call is None:
-        received, sharp = encoded_pair(clip)
-        kilobits = math.nan
-    else:
-        sharp = clip.frames()
-    long_enough = len(sharp) > FIRST_SCORED
-    require(long_enough, f"{clip.path}: a clip needs more than {FIRST_SCORED} frames")
-    if call is not None:
-        received, kilobits = received_frames(sharp, call, clip.path)
+    received, sharp, kilobits = clip_sides(clip, call)
     scores = {}
     first_frames = {}
     for name, method in methods.items():
@@ -4246,11 +4282,10 @@ def evaluate_clip(
         scores[name] = score_clip(outputs, sharp)
         first_frames[name] = outputs[:SHOWN_FRAMES]
     first_frames["sharp"] = sharp[:SHOWN_FRAMES]
-    level = scores["input"]["flicker"]
+    of_input = scores["input"]["flicker"]
     for method_scores in scores.values():
-        method_scores["flicker"] = method_scores["flicker"] / level if level else math.nan
-    row = {"picture": clip.path.stem, "category": clip.kind, "kilobits": kilobits}
-    row |= {"scores": scores}
+        method_scores["flicker"] = method_scores["flicker"] / of_input if of_input else math.nan
+    row = {"picture": clip.title, "category": clip.kind, "kilobits": kilobits, "scores": scores}
     if gallery:
         gallery.offer(row, first_frames)
     return row
@@ -4261,10 +4296,10 @@ def mean_of_clips(rows: list[dict], methods: Iterable[str]) -> dict[str, dict[st
     means = {}
     for method in methods:
         scores = [row["scores"][method] for row in rows]
-        means[method] = {}
-        for name in scores[0]:
-            means[method][name] = statistics.fmean(each[name] for each in scores)
-        means[method] |= mean_scores(scores)  # PSNR has a mean of its own
+        means[method] = mean_scores(scores)
+        for name in CLIP_DIGITS:
+            if name in scores[0]:
+                means[method][name] = statistics.fmean(each[name] for each in scores)
     return means
 
 
@@ -4276,16 +4311,21 @@ def clip_table(rows: list[dict], methods: Iterable[str]) -> dict[str, dict[str, 
     kinds = grouped(rows, lambda row: row["category"])
     by_kind = {kind: mean_of_clips(members, methods) for kind, members in kinds.items()}
     total = mean_of_clips([{"scores": means} for means in by_kind.values()], methods)
-    by_clip = {f"{row['category']}/{row['picture']}": row["scores"] for row in rows}
-    return {"all": total} | by_kind | by_clip
+    table = {"all": total}
+    for kind, means in by_kind.items():
+        if kind != "all":
+            table[kind] = means
+    for row in rows:
+        table[f"{row['category']}/{row['picture']}"] = row["scores"]
+    return table
 
 
 def format_clip_scores(scores: dict[str, float]) -> str:
     """Frame metrics, then those of clips that were measured, as in 31.02 / 0.9012 / 1.05."""
     texts = [format_scores(scores)]
-    texts += [
-        f"{scores[name]:.{digits}f}" for name, digits in CLIP_DIGITS.items() if name in scores
-    ]
+    for name, digits in CLIP_DIGITS.items():
+        if name in scores:
+            texts.append(f"{scores[name]:.{digits}f}")
     return " / ".join(texts)
 
 
@@ -4293,20 +4333,20 @@ def format_clip_scores(scores: dict[str, float]) -> str:
 
 STREAM_FRAMES = 20  # frames that are encoded for a few crops; 2 of them are the stream's beginning
 CROPS_A_STREAM = 12
-WINDOW = (416, 288)  # the largest part of a still picture that moves through a stream
+LARGEST_VIEW = (416, 288)  # the largest part of a still picture that moves through a stream
 
 
 def moving_still(picture: np.ndarray, key: Sequence[int], crop_size: int = 0) -> list[np.ndarray]:
     """A still picture as a clip: a window of it that rests, pans, zooms or scrolls.
 
-    The window is as large as WINDOW, or as `crop_size` where that is larger. It moves by
+    The window is as large as LARGEST_VIEW, or as `crop_size` where that is larger. It moves by
     whole pixels, since a fraction of one would blur what is to be sharp; and a zoom only shrinks.
     """
     draw = generator(key, "motion")
     height, width = picture.shape[:2]
     least = round_up(crop_size, 16)
-    view_width = min(max(WINDOW[0], least), width) // 16 * 16
-    view_height = min(max(WINDOW[1], least), height) // 16 * 16
+    view_width = min(max(LARGEST_VIEW[0], least), width) // 16 * 16
+    view_height = min(max(LARGEST_VIEW[1], least), height) // 16 * 16
     kind = draw.choice(["pan", "zoom", "rest", "scroll"], p=(0.45, 0.2, 0.15, 0.2))
     spare_x = width - view_width
     spare_y = height - view_height
@@ -4314,6 +4354,7 @@ def moving_still(picture: np.ndarray, key: Sequence[int], crop_size: int = 0) ->
     y = draw.integers(spare_y + 1)
     step_x, step_y = draw.integers(-5, 6, size=2)
     zoom = draw.uniform(1.0, 1.02)  # from frame to frame
+    room = min((width - x) / view_width, (height - y) / view_height)  # for both sides to grow in
     frames = []
     for number in range(STREAM_FRAMES):
         if kind == "pan":
@@ -4321,9 +4362,11 @@ def moving_still(picture: np.ndarray, key: Sequence[int], crop_size: int = 0) ->
             y = int(np.clip(y + step_y, 0, spare_y))
         elif kind == "scroll" and number % 6 < 3:  # and rests in between
             y = int(np.clip(y + 4 * step_y, 0, spare_y))
-        scale = zoom**number if kind == "zoom" else 1.0
-        right = min(x + round(view_width * scale), width)
-        bottom = min(y + round(view_height * scale), height)
+        scale = 1.0
+        if kind == "zoom":
+            scale = min(zoom**number, room)
+        right = x + int(view_width * scale)
+        bottom = y + int(view_height * scale)
         view = picture[y:bottom, x:right]
         frames.append(resized(view, (view_width, view_height)))
     return frames
@@ -4398,14 +4441,18 @@ class Streams(Dataset):
         digest.update(repr([draw_call((0, i)) for i in examples]).encode())
         digest.update(repr([draw_mixture((0, i)) for i in examples]).encode())
         noise = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+        large = noise[0].repeat(16, axis=0).repeat(16, axis=1)
         for number in examples:
             digest.update(np.stack(with_sharp_part(*noise, (0, number))).tobytes())
+            digest.update(moving_still(large, (0, number))[-1].tobytes())
         digest.update(repr((CODECS, CALLS, PROTOCOLS)).encode())
+        digest.update(repr((STREAM_FRAMES, LARGEST_VIEW, FIRST_SCORED, BLOCK)).encode())
         files: set[Path] = set()
         for sources in self.sources.values():
             for source in sources:
                 files.update(files_of(source))
         for path in sorted(files):
+            digest.update(os.fsencode(path.relative_to(self.config.sharp_dir)))  # has its category
             with path.open("rb") as file:
                 while block := file.read(2**20):  # clips may be larger than the memory
                     digest.update(block)
@@ -4502,7 +4549,7 @@ def write_crops(streams: Streams, folder: Path) -> int:
             pixels = np.lib.format.open_memmap(pixels_file, "r+")
         except (OSError, ValueError) as error:
             raise UserError(f"{folder}: its crops are damaged ({error}); {remedy}") from error
-        require(about["key"] == key, f"{folder} holds other crops; {remedy}")
+        require(about.get("key") == key, f"{folder} holds other crops; {remedy}")
         names = about["sources"]
     else:
         require_writable(pixels_file)
@@ -4544,7 +4591,7 @@ def files_of(source: Pair | Clip) -> list[Path]:
     if isinstance(source, Pair):
         return [source.sharp]
     files = []
-    for path in (source.path, source.low):
+    for path in (source.path, source.received):
         if path is not None:
             files += numbered_pictures(path) if path.is_dir() else [path]
     return files
@@ -4817,8 +4864,9 @@ class ClipSharpener:
 
 # --- Live: frames as they come --------------------------------------------------------------------
 #
-# A frame that is late is worth nothing, so none ever waits for its turn: a thread reads the source
-# and leaves its newest frame in one place, and whoever is ready takes what is there.
+# A frame that is late is worth nothing, so none ever waits for its turn. One thread reads the
+# source and leaves its newest frame in a place of its own. A second takes what is there, sharpens
+# it and leaves it in another place. The main thread takes what is there and shows it.
 
 
 @dataclass
@@ -4830,17 +4878,27 @@ class LiveFrame:
     arrived: float  # time.perf_counter() then
 
 
+@dataclass
+class SharpenedFrame:
+    """What a sink is given of a frame."""
+
+    pixels: np.ndarray  # 8-bit RGB (H, W, 3)
+    seconds: float
+    arrived: float
+    level: "Level"  # at which it was sharpened
+
+
 class LatestFrame:
     """One frame's place between two threads: a newer frame replaces one that was not taken."""
 
     def __init__(self) -> None:
-        self.frame: LiveFrame | None = None
+        self.frame: LiveFrame | SharpenedFrame | None = None
         self.closed = False
         self.received = 0
         self.dropped = 0
         self.changed = threading.Condition()
 
-    def put(self, frame: LiveFrame) -> None:
+    def put(self, frame: LiveFrame | SharpenedFrame) -> None:
         with self.changed:
             self.received += 1
             if self.frame is not None:
@@ -4848,7 +4906,7 @@ class LatestFrame:
             self.frame = frame
             self.changed.notify()
 
-    def take(self) -> LiveFrame | None:
+    def take(self) -> LiveFrame | SharpenedFrame | None:
         """The newest frame, as soon as there is one; None after the last."""
         with self.changed:
             while self.frame is None and not self.closed:
@@ -5133,8 +5191,9 @@ class StreamSink:
         picture.time_base = self.video.codec_context.time_base
         picture.pts = max(round(seconds * 90000), self.last_pts + 1)
         self.last_pts = picture.pts
-        self.mux(self.video.encode(picture))
-        self.copy_sound()
+        with self.telling_errors():
+            self.container.mux(self.video.encode(picture))
+            self.copy_sound()
         return True
 
     def copy_sound(self) -> None:
@@ -5145,22 +5204,27 @@ class StreamSink:
             packet.pts = (packet.dts if packet.pts is None else packet.pts) - shift
             packet.dts -= shift
             packet.stream = self.audio
-            self.mux(packet)
+            self.container.mux(packet)
 
-    def mux(self, packets) -> None:
+    @contextlib.contextmanager
+    def telling_errors(self) -> Iterator[None]:
+        """Errors in here are about what -o names: a listener has gone, or the disk is full."""
         try:
-            self.container.mux(packets)
-        except (OSError, ValueError) as error:  # whoever listened has gone, or the disk is full
+            yield
+        except (OSError, ValueError) as error:  # PyAV's are of these kinds
             self.failed = True
-            raise UserError(f"-o {self.name}: {error.strerror or error}") from error
+            cause = getattr(error, "strerror", None) or error
+            raise UserError(f"-o {self.name}: {cause}") from error
 
     def close(self) -> None:
         try:
             if not self.failed:
-                self.copy_sound()
-                self.mux(self.video.encode(None))
+                with self.telling_errors():
+                    self.copy_sound()
+                    self.container.mux(self.video.encode(None))
+                    self.container.close()  # an .mp4 gets its index here
         finally:
-            with contextlib.suppress(OSError, ValueError):  # the first error has been told
+            with contextlib.suppress(OSError, ValueError):  # it has been told
                 self.container.close()
 
 
@@ -5215,14 +5279,13 @@ def live_levels(checkpoint: str) -> list[Level]:
 class Governor:
     """Chooses the level at which frames are ready in time.
 
-    When half of the last 25 frames took more than 1.2 times what there is between two, so that a
-    sixth of all frames would be dropped, it goes one level down. After 300 frames in a row that
-    took less than half of what there is it goes up again. If that soon proves to have been wrong,
-    it waits twice as long the next time. Frames that stood still say nothing about those that will
-    not, and are not counted.
+    The budget is the time between two frames. When the median of the last 25 frames is above 1.2
+    times the budget, it goes one level down: at that speed one frame in six is dropped. After 300
+    frames in a row below half of the budget it goes one level up. If it must go down again within
+    300 frames, the next rise needs twice as many.
     """
 
-    WINDOW = 25
+    FRAMES_JUDGED = 25
     TOLERANCE = 1.2
     PATIENCE = 300
 
@@ -5230,7 +5293,7 @@ class Governor:
         self.levels = levels
         self.budget = budget  # seconds between two frames
         self.index = 0
-        self.times: collections.deque = collections.deque(maxlen=self.WINDOW)
+        self.times: collections.deque = collections.deque(maxlen=self.FRAMES_JUDGED)
         self.calm = 0  # frames in a row that took little
         self.patience = self.PATIENCE
         self.since_rise: int | None = None  # frames since it went up; None after it went down
@@ -5245,7 +5308,7 @@ class Governor:
         if self.since_rise is not None:
             self.since_rise += 1
         self.calm = self.calm + 1 if seconds < self.budget / 2 else 0
-        is_full = len(self.times) == self.WINDOW
+        is_full = len(self.times) == self.FRAMES_JUDGED
         if is_full and statistics.median(self.times) > self.TOLERANCE * self.budget:
             return self.go_down()
         if self.calm >= self.patience and self.index > 0:
@@ -5306,11 +5369,59 @@ class LiveSharpener:
         return window_sized(pixels, self.size)
 
 
+class LiveSharpening:
+    """A thread that sharpens the source's newest frame, again and again.
+
+    So the next frame is sharpened while the last one is encoded or drawn. The governor is told how
+    long the sharpening takes, and nothing of the sink: no level makes that faster.
+    """
+
+    def __init__(self, source: LiveSource, sharpener: LiveSharpener, governor: Governor) -> None:
+        self.source = source
+        self.sharpener = sharpener
+        self.governor = governor
+        self.finished = LatestFrame()
+        self.error: UserError | None = None
+        self.thread = threading.Thread(target=self.run, daemon=True)
+
+    @property
+    def level(self) -> Level:
+        return self.governor.level
+
+    def run(self) -> None:
+        """Sharpen until the source ends, or an error."""
+        try:
+            with naming(self.source.name):
+                while (frame := self.source.latest.take()) is not None:
+                    self.finished.put(self.sharpened(frame))
+        except UserError as error:  # raised again by `close`
+            self.error = error
+        finally:
+            self.finished.close()
+
+    def sharpened(self, frame: LiveFrame) -> SharpenedFrame:
+        level = self.level
+        repeated = self.sharpener.repeated
+        begin = time.perf_counter()
+        pixels = self.sharpener(frame.picture, level)
+        if self.sharpener.repeated == repeated:  # else it stood still
+            self.governor.note(time.perf_counter() - begin)
+        return SharpenedFrame(pixels, frame.seconds, frame.arrived, level)
+
+    def close(self) -> None:
+        """Stop sharpening; UserError if it failed."""
+        self.source.latest.close()
+        if self.thread.is_alive():
+            self.thread.join()
+        if self.error:
+            raise self.error
+
+
 class LiveReport:
     """What is printed while a call runs, and at its end."""
 
-    def __init__(self, latest: LatestFrame) -> None:
-        self.latest = latest
+    def __init__(self, places: list[LatestFrame]) -> None:
+        self.places = places  # the source's first
         self.begin = time.perf_counter()
         self.busy = time.process_time()
         self.shown = 0
@@ -5326,9 +5437,11 @@ class LiveReport:
         seconds = time.perf_counter() - self.begin
         cores = (time.process_time() - self.busy) / seconds
         latencies = np.array(self.latencies or [0.0]) * 1000
+        received = self.places[0].received
+        dropped = sum(place.dropped for place in self.places)
         return (
-            f"{self.latest.received / seconds:.1f} frames/s in, {self.shown / seconds:.1f} out,"
-            f" {self.latest.dropped} dropped; latency {np.median(latencies):.0f} ms"
+            f"{received / seconds:.1f} frames/s in, {self.shown / seconds:.1f} out,"
+            f" {dropped} dropped; latency {np.median(latencies):.0f} ms"
             f" (95 %: {np.percentile(latencies, 95):.0f}); {cores:.1f} of {os.cpu_count()} cores"
         )
 
@@ -5357,24 +5470,20 @@ def sharpen_live(config: SharpenConfig) -> None:
         size = clip_size(config.size) or source.frame_size()
         sharpener = LiveSharpener(config, size)
         sharpener.warm_up(governor.level.checkpoint)  # now, while nobody waits for frames
-        carry_on(config, sink_name, source, sharpener, governor)
+        with open_sink(sink_name, size, source) as sink:
+            hold_call(source, LiveSharpening(source, sharpener, governor), sink)
 
 
-def carry_on(
-    config: SharpenConfig,
-    sink_name: str,
-    source: LiveSource,
-    sharpener: LiveSharpener,
-    governor: Governor,
-) -> None:
-    """Open the sink, and fill it until the end."""
-    with open_sink(sink_name, sharpener.size, source) as sink:
+def hold_call(source: LiveSource, sharpening: LiveSharpening, sink: LiveSink) -> None:
+    """Show frames until the end, and say how it went."""
+    report = LiveReport([source.latest, sharpening.finished])
+    report.say(f"{source.name}: {source.rate:g} frames/s; {sharpening.level}; Ctrl-C ends it")
+    with contextlib.closing(sharpening):
         source.thread.start()
-        report = LiveReport(source.latest)
-        report.say(f"{config.live}: {source.rate:g} frames/s; {governor.level}; Ctrl-C ends it")
+        sharpening.thread.start()
         with contextlib.suppress(KeyboardInterrupt), ended_by_signals():
-            show_live(source, sharpener, governor, sink, report)
-    report.say(f"{report}; {sharpener.repeated} frames stood still")
+            show_frames(sharpening, sink, report)
+    report.say(f"{report}; {sharpening.sharpener.repeated} frames stood still")
 
 
 @contextlib.contextmanager
@@ -5390,52 +5499,18 @@ def ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-@dataclass
-class SharpenedFrame:
-    """What a sink is given."""
-
-    pixels: np.ndarray  # 8-bit RGB (H, W, 3)
-    source: LiveFrame
-    took: float  # seconds, of the sharpening alone
-    stood_still: bool
-
-
-def sharpened_live(
-    latest: LatestFrame, sharpener: LiveSharpener, governor: Governor
-) -> Generator[SharpenedFrame, None, None]:
-    """The newest frame, sharpened, and then the one that is the newest by then."""
-    while (frame := latest.take()) is not None:
-        begin = time.perf_counter()
-        repeated = sharpener.repeated
-        pixels = sharpener(frame.picture, governor.level)
-        took = time.perf_counter() - begin
-        yield SharpenedFrame(pixels, frame, took, sharpener.repeated > repeated)
-
-
-def show_live(
-    source: LiveSource,
-    sharpener: LiveSharpener,
-    governor: Governor,
-    sink: LiveSink,
-    report: LiveReport,
-) -> None:
-    """Show sharpened frames, as long as there are any and somebody sees them.
-
-    A frame is sharpened while the last one is encoded or drawn. The slower of the two sets the
-    pace, so that is what the governor is told.
-    """
-    frames = ahead(sharpened_live(source.latest, sharpener, governor), depth=1)
-    with contextlib.closing(frames), contextlib.closing(source.latest):
-        for frame in frames:
-            begin = time.perf_counter()
-            is_seen = sink.show(frame.pixels, frame.source.seconds)
-            showing = time.perf_counter() - begin
-            report.note(frame.source.arrived)
-            if not frame.stood_still and governor.note(max(frame.took, showing)):
-                report.say(f"from {frame.source.seconds:.1f} s on: {governor.level}")
-            report.show_line(governor.level)
-            if not is_seen:
-                return
+def show_frames(sharpening: LiveSharpening, sink: LiveSink, report: LiveReport) -> None:
+    """Show the newest sharpened frame, as long as there are any and somebody sees them."""
+    level = sharpening.level
+    while (frame := sharpening.finished.take()) is not None:
+        is_seen = sink.show(frame.pixels, frame.seconds)
+        report.note(frame.arrived)
+        if frame.level != level:
+            level = frame.level
+            report.say(f"from {frame.seconds:.1f} s on: {level}")
+        report.show_line(level)
+        if not is_seen:
+            return
 
 
 def sink_of(config: SharpenConfig) -> str:
@@ -6264,8 +6339,15 @@ def side_by_side(panels: dict[str, np.ndarray], detail: int = 48) -> Image.Image
     return sheet
 
 
+STORED_PAIRS = ""  # the protocol of pairs that are read as they are
+
+
+def protocol_title(protocol: str) -> str:
+    return "pairs" if protocol == STORED_PAIRS else protocol
+
+
 def evaluation_data(config: EvalConfig) -> dict[str, list[Pair] | list[Clip]]:
-    """{protocol: pairs, or clips for a call}; "" stands for stored pairs.
+    """{protocol: pairs, or clips for a call}.
 
     Without a dataset, the samples at x2.
     """
@@ -6280,7 +6362,7 @@ def evaluation_data(config: EvalConfig) -> dict[str, list[Pair] | list[Clip]]:
         print(f"No pictures in {DATASET}: scoring the five in {data_root}; see --data-root.")
     folder = split_folder(data_root, config.split)
     if not protocols:
-        return {"": find_pairs(folder)}
+        return {STORED_PAIRS: find_pairs(folder)}
     data: dict[str, list] = {}
     for name in protocols:
         if name in CLIP_PROTOCOLS:
@@ -6333,14 +6415,14 @@ def evaluate_pairs(
     methods: dict[str, FrameFunction],
     gallery: "Gallery | None",
 ) -> tuple[dict, list[dict]]:
-    """(the table of a protocol, its rows), printed."""
+    """({"images": their number, "scores": the table}, the rows of a protocol); prints the table."""
     with_sheet = [group[0] for group in grouped(pairs, lambda pair: pair.category).values()]
     rows = []
-    for pair in progress(pairs, protocol or "eval"):
+    for pair in progress(pairs, protocol_title(protocol)):
         rows.append(score_pair(config, protocol, pair, methods, pair in with_sheet, gallery))
     table = scores_by_category(rows, methods)
-    print_table(protocol or "pairs", table)
-    return table | {"images": len(rows)}, rows
+    print_table(protocol_title(protocol), table)
+    return {"images": len(rows), "scores": table}, rows
 
 
 def evaluate_clips(
@@ -6349,7 +6431,7 @@ def evaluate_clips(
     methods: dict[str, FrameFunction],
     gallery: "Gallery | None",
 ) -> tuple[dict, list[dict]]:
-    """(the table of a call, its rows), printed: PSNR, SSIM, flicker, VMAF, VMAF-NEG."""
+    """({"clips": their number, "scores": the table}, the rows of a call); prints the table."""
     rows = []
     for clip in progress(clips, protocol):
         rows.append(evaluate_clip(clip, CALLS.get(protocol), methods, gallery))
@@ -6358,7 +6440,7 @@ def evaluate_clips(
     if protocol in CALLS:
         kilobits = ", ".join(f"{row['picture']} {row['kilobits']:.0f}" for row in rows)
         print(f"kilobits a second: {kilobits}")
-    return table | {"clips": len(rows)}, rows
+    return {"clips": len(rows), "scores": table}, rows
 
 
 def evaluate(config: EvalConfig) -> None:
@@ -6380,29 +6462,30 @@ def evaluate(config: EvalConfig) -> None:
             {protocol: len(examples) for protocol, examples in data.items()}
         )
 
-    tables: dict[str, dict] = {}
+    results: dict[str, dict] = {}
     lines = []
     for protocol, examples in data.items():
         for_clips = protocol in CLIP_PROTOCOLS
         methods["student"] = students[for_clips]
         gallery = galleries.get(protocol)
         if for_clips:
-            table, rows = evaluate_clips(protocol, examples, methods, gallery)
+            result, rows = evaluate_clips(protocol, examples, methods, gallery)
         else:
-            table, rows = evaluate_pairs(config, protocol, examples, methods, gallery)
-        tables[protocol] = table
+            result, rows = evaluate_pairs(config, protocol, examples, methods, gallery)
+        results[protocol] = result
         lines += [csv_line(protocol, row) for row in rows]
     write_csv(lines, config.output_dir / "scores.csv")
     if config.json:
-        stored_pairs = "" in tables
-        write_json(tables[""] if stored_pairs else tables, config.json)
+        write_json(results.get(STORED_PAIRS, results), config.json)
     if config.report:
-        write_report(config, tables, galleries)
+        write_report(config, results, galleries)
 
 
 def csv_line(protocol: str, row: dict) -> dict:
     """A row of scores.csv: a column for each method's metric."""
-    line = {"protocol": protocol} if protocol else {}
+    line = {}
+    if protocol != STORED_PAIRS:
+        line["protocol"] = protocol
     line |= {name: value for name, value in row.items() if name != "scores"}
     for method, scores in row["scores"].items():
         line |= {f"{method}_{metric}": value for metric, value in scores.items()}
@@ -6596,15 +6679,16 @@ def page_stream(container, first: np.ndarray):
     return stream
 
 
-def table_for_page(protocol: str, table: dict) -> dict:
+def table_for_page(protocol: str, result: dict) -> dict:
     """A protocol's scores in the page: a row for all, for each category, and for each clip."""
+    if "clips" in result:
+        examples = f"{result['clips']} clips"
+    else:
+        examples = f"{result['images']} pictures"
     rows = []
-    for name, scores in table.items():
-        if name in ("images", "clips"):
-            examples = f"{scores} {'pictures' if name == 'images' else 'clips'}"
-        else:
-            rows.append({"name": name, "scores": scores})
-    return {"protocol": protocol or "pairs", "examples": examples, "rows": rows}
+    for name, scores in result["scores"].items():
+        rows.append({"name": name, "scores": scores})
+    return {"protocol": protocol_title(protocol), "examples": examples, "rows": rows}
 
 
 def gallery_for_page(galleries: dict[str, Gallery]) -> list[dict]:
@@ -6612,7 +6696,7 @@ def gallery_for_page(galleries: dict[str, Gallery]) -> list[dict]:
     worst = []
     others = []
     for protocol, gallery in galleries.items():
-        name = protocol or "pairs"
+        name = protocol_title(protocol)
         least, more = gallery.shown()
         title = f"{name}: all {len(least)}, those that gained least first"
         if more:
@@ -6703,13 +6787,13 @@ def page_with(content: dict) -> str:
     return before + json_in_html(content) + after
 
 
-def write_report(config: EvalConfig, tables: dict, galleries: dict[str, Gallery]) -> None:
-    """Write `eval`'s tables and galleries as one HTML page."""
+def write_report(config: EvalConfig, results: dict, galleries: dict[str, Gallery]) -> None:
+    """Write `eval`'s results by protocol, and its galleries, as one HTML page."""
     digits = {name: metric.digits for name, metric in METRICS.items()} | CLIP_DIGITS
     content = {
-        "facts": report_facts(config, tables),
+        "facts": report_facts(config, results),
         "digits": digits,
-        "tables": [table_for_page(protocol, table) for protocol, table in tables.items()],
+        "tables": [table_for_page(protocol, result) for protocol, result in results.items()],
         "gallery": gallery_for_page(galleries),
         "frames_a_second": FRAMES_A_SECOND,
     }

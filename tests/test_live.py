@@ -4,6 +4,7 @@ import contextlib
 import gc
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -156,14 +157,19 @@ class FakeSharpener:
         return picture
 
 
-def show_all(latest, sharpener, show):
-    """Run `show_live`; what the governor was told."""
+def hold_call(latest, show, sharpener=None):
+    """`kd.hold_call` with a source and a sink of the test's own; the times that were noted."""
     noted = []
     governor = types.SimpleNamespace(level=kd.Level(""), note=noted.append)
-    source = types.SimpleNamespace(latest=latest)
-    sink = types.SimpleNamespace(show=show)
-    kd.show_live(source, sharpener, governor, sink, kd.LiveReport(latest))
+    source = types.SimpleNamespace(latest=latest, name="test", rate=30, thread=threading.Thread())
+    sharpening = kd.LiveSharpening(source, sharpener or FakeSharpener(), governor)
+    kd.hold_call(source, sharpening, types.SimpleNamespace(show=show))
+    assert not sharpening.thread.is_alive()
     return noted
+
+
+def live_frame(number, seconds=0.0):
+    return kd.LiveFrame(number, seconds, time.perf_counter())
 
 
 def test_the_next_frame_is_sharpened_while_one_is_shown():
@@ -174,30 +180,60 @@ def test_the_next_frame_is_sharpened_while_one_is_shown():
     def show(pixels, seconds):
         shown.append((pixels, seconds))
         if pixels == 0:
-            latest.put(kd.LiveFrame(1, 0.1, 0.0))
+            latest.put(live_frame(1, 0.1))
             assert sharpener.second_begun.wait(timeout=20)
         else:
             latest.close()
         return True
 
-    latest.put(kd.LiveFrame(0, 0.0, 0.0))
-    assert len(show_all(latest, sharpener, show)) == 2
+    latest.put(live_frame(0))
+    assert len(hold_call(latest, show, sharpener)) == 2
     assert shown == [(0, 0.0), (1, 0.1)]
 
 
-def test_the_governor_is_told_the_slower_half():
+def test_a_slow_sink_drops_frames_and_is_no_reason_for_another_level(capsys):
     latest = kd.LatestFrame()
-    latest.put(kd.LiveFrame(0, 0.0, 0.0))
-    latest.close()
-    [took] = show_all(latest, FakeSharpener(), lambda pixels, seconds: not time.sleep(0.05))
-    assert took >= 0.05
+    shown = []
+
+    def show(pixels, seconds):
+        shown.append(pixels)
+        if pixels == 0:
+            for number in (1, 2, 3):
+                latest.put(live_frame(number))
+                while latest.frame is not None:  # until it is being sharpened
+                    time.sleep(0.001)
+            latest.close()
+            time.sleep(0.2)
+        return True
+
+    latest.put(live_frame(0))
+    noted = hold_call(latest, show)
+    assert len(noted) == 4
+    assert max(noted) < 0.2
+    assert shown == [0, 3]
+    assert " 2 dropped;" in capsys.readouterr().out
 
 
 def test_a_viewer_who_leaves_ends_it_though_no_more_frames_come():
     latest = kd.LatestFrame()
-    latest.put(kd.LiveFrame(0, 0.0, 0.0))
-    show_all(latest, FakeSharpener(), lambda pixels, seconds: False)
+    latest.put(live_frame(0))
+    hold_call(latest, lambda pixels, seconds: False)
     assert latest.closed
+
+
+def test_what_fails_while_sharpening_is_no_error_of_the_sink(tmp_path):
+    latest = kd.LatestFrame()
+    latest.put(live_frame(0))
+
+    class Failing(FakeSharpener):
+        def __call__(self, picture, level):
+            raise RuntimeError("out of memory")
+
+    with (
+        pytest.raises(kd.UserError, match=r"^test: out of memory$"),
+        kd.replacing(tmp_path / "out.mp4"),
+    ):
+        hold_call(latest, lambda pixels, seconds: True, Failing())
 
 
 def test_a_frame_that_takes_some_time_ends_the_calm():
@@ -316,7 +352,7 @@ def test_a_slow_network_drops_frames_and_the_level_falls(camera, tmp_path, capsy
         return compute(sharpener, frame)
 
     monkeypatch.setattr(kd.FrameSharpener, "__call__", slow)
-    monkeypatch.setattr(kd.Governor, "WINDOW", 3)
+    monkeypatch.setattr(kd.Governor, "FRAMES_JUDGED", 3)
     assert live("--live", long, "-o", tmp_path / "out.mp4") == 0
     printed = capsys.readouterr().out
     levels = [line.split(": ")[1] for line in printed.splitlines() if line.startswith("from ")]
@@ -329,6 +365,24 @@ def test_a_slow_network_drops_frames_and_the_level_falls(camera, tmp_path, capsy
     late = float(summary.split("(95 %: ")[1].split(")")[0])
     assert late < 1000  # no queue: a frame waits for the one before it at most
     assert len(sound_of(tmp_path / "out.mp4")) == len(sound_of(long))
+
+
+def test_a_full_disk_is_told_at_the_end_too(camera, tmp_path):
+    """All of a short file is written as it is closed."""
+
+    def limit_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
+
+    out = tmp_path / "out.mp4"
+    out.write_bytes(b"an earlier one")
+    command = [sys.executable, "-B", kd.__file__, "sharpen", "--checkpoint", "call-fast"]
+    command += ["--live", str(camera), "-o", str(out), "--overwrite"]
+    options = {"capture_output": True, "text": True, "preexec_fn": limit_files, "check": False}
+    done = subprocess.run(command, **options)
+    assert done.returncode == 2, done.stdout
+    assert done.stderr == f"sharpen_kd: error: -o {out}: File too large\n"
+    assert out.read_bytes() == b"an earlier one"
+    assert os.listdir(tmp_path) == ["out.mp4"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
