@@ -150,13 +150,32 @@ def test_clips_average_to_kinds_and_kinds_to_all():
     assert table["all"]["input"]["psnr"] == 26
 
 
+def test_a_kind_named_all_does_not_hide_the_mean():
+    rows = []
+    for kind, psnr in (("all", 30.0), ("room", 20.0)):
+        scores = {"input": {"psnr": psnr}}
+        rows.append({"picture": f"{kind}_1", "category": kind, "scores": scores})
+    table = kd.clip_table(rows, ["input"])
+    assert list(table) == ["all", "room", "all/all_1", "room/room_1"]
+    assert table["all"]["input"]["psnr"] == 25
+
+
+def test_clips_of_one_name_are_told_by_their_folders(tmp_path):
+    for name in ("a/talk_1.mp4", "b/talk_1.mkv", "b/talk_2.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    titles = [clip.title for clip in kd.find_clips(tmp_path)]
+    assert titles == ["a/talk_1.mp4", "b/talk_1.mkv", "talk_2"]
+
+
 def test_eval_scores_clips_by_a_call(clip_folder, student_file, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(kd, "vmaf_scores", lambda outputs, sharp: {})
     command = ["eval", "--data-root", str(clip_folder), "--protocol", "call", "--checkpoint"]
     command += [str(student_file), "--output-dir", str(tmp_path / "out")]
     assert kd.main([*command, "--json", str(tmp_path / "scores.json")]) == 0
-    table = json.loads((tmp_path / "scores.json").read_text())["call"]
-    assert table["clips"] == 3
+    result = json.loads((tmp_path / "scores.json").read_text())["call"]
+    assert result["clips"] == 3
+    table = result["scores"]
     assert table["all"]["input"]["flicker"] == 1
     frames = kd.find_clips(clip_folder / "test")[0].frames()
     received, _ = kd.received_frames(frames, kd.CALLS["call"], tmp_path)

@@ -80,6 +80,10 @@ def test_json_holds_no_infinite_numbers(tmp_path):
 # --- eval -----------------------------------------------------------------------------------------
 
 
+def scores_by_protocol(path):
+    return {protocol: result["scores"] for protocol, result in read_json(path).items()}
+
+
 def test_eval_scores_and_pictures(tmp_path, data_root, student_file, tiny_teacher, capsys):
     out = tmp_path / "out"
     command = ["eval", "--data-root", str(data_root), "--checkpoint", str(student_file)]
@@ -87,10 +91,12 @@ def test_eval_scores_and_pictures(tmp_path, data_root, student_file, tiny_teache
     command += ["--output-dir", str(out), "--json", str(tmp_path / "scores.json")]
     assert kd.main(command) == 0
 
-    scores = read_json(tmp_path / "scores.json")
-    assert list(scores) == ["all", "photo", "text", "images"]
+    result = read_json(tmp_path / "scores.json")
+    assert list(result) == ["images", "scores"]
+    assert result["images"] == 8
+    scores = result["scores"]
+    assert list(scores) == ["all", "photo", "text"]
     assert list(scores["all"]) == ["input", "teacher", "student"]
-    assert scores["images"] == 8
     pairs = kd.find_pairs(data_root / "test")
     inputs = [kd.score(*pair.load()) for pair in pairs]
     assert scores["all"]["input"] == pytest.approx(plain_means(inputs))
@@ -144,7 +150,7 @@ def test_evals_student_of_no_strength_is_the_input(tmp_path, data_root, student_
     command = ["eval", "--data-root", str(data_root), "--checkpoint", str(student_file)]
     command += ["--output-dir", str(tmp_path), "--json", str(tmp_path / "s.json")]
     assert kd.main([*command, "--strength", "0"]) == 0
-    scores = json.loads((tmp_path / "s.json").read_text())["all"]
+    scores = json.loads((tmp_path / "s.json").read_text())["scores"]["all"]
     assert scores["student"] == scores["input"]
 
 
@@ -157,7 +163,7 @@ def test_eval_resize_is_the_reports_protocol(tmp_path, data_root, student_file, 
     for pair in kd.find_pairs(data_root / "test"):
         resized = [Image.fromarray(image).resize((48, 48)) for image in pair.load()]
         expected.append(kd.score(*map(np.array, resized)))
-    scores = read_json(tmp_path / "scores.json")
+    scores = read_json(tmp_path / "scores.json")["scores"]
     assert scores["all"]["input"] == pytest.approx(plain_means(expected))
 
     assert kd.main([*command, "--resize", "5"]) == 2
@@ -175,7 +181,7 @@ def test_eval_degrades_sharp_pictures_by_protocol(tmp_path, sharp_folder, studen
         sharp = Image.open(path)
         blurred = sharp.resize((32, 32)).resize((96, 96))
         expected.append(kd.score(np.array(blurred), np.array(sharp)))
-    scores = read_json(tmp_path / "scores.json")
+    scores = scores_by_protocol(tmp_path / "scores.json")
     assert list(scores) == ["x3", "sharp"]
     assert scores["x3"]["all"]["input"] == pytest.approx(plain_means(expected))
     assert scores["sharp"]["all"]["input"] == {"psnr": None, "ssim": 1.0}  # infinitely many dB
@@ -191,7 +197,7 @@ def test_eval_scores_under_conditions(tmp_path, sharp_folder, student_file):
     command = ["eval", "--data-root", str(sharp_folder), "--checkpoint", str(student_file)]
     command += ["--output-dir", str(tmp_path), "--json", str(tmp_path / "scores.json")]
     assert kd.main([*command, "--protocol", *kd.CONDITIONS]) == 0
-    scores = read_json(tmp_path / "scores.json")
+    scores = scores_by_protocol(tmp_path / "scores.json")
     assert list(scores) == ["x2-cut", "x2-caption", "x2-grey", "x2-border"]
 
     expected = {name: [] for name in scores}
@@ -270,7 +276,7 @@ def test_a_new_metric_is_in_every_result(tmp_path, data_root, student_file, thir
     assert kd.main(command) == 0
     worst = max(third_metric(*pair.load()) for pair in kd.find_pairs(data_root / "test"))
 
-    scores = read_json(tmp_path / "scores.json")
+    scores = read_json(tmp_path / "scores.json")["scores"]
     assert scores["all"]["input"]["worst"] == worst
     rows = read_csv(tmp_path / "scores.csv")
     assert max(float(row["input_worst"]) for row in rows) == worst

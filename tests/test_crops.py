@@ -141,6 +141,14 @@ def test_a_still_picture_moves_by_whole_pixels(photographs):
     assert zoomed < 10  # all others are parts of the picture as it is
 
 
+def test_a_zoom_without_room_on_one_side_rests(random_frame):
+    picture = random_frame(600, 416)
+    for index in range(20):
+        for frame in kd.moving_still(picture, (0, index)):
+            tops = np.flatnonzero((picture[..., 0] == frame[0, :, 0]).all(1))
+            assert any(np.array_equal(picture[top : top + 288], frame) for top in tops)
+
+
 def test_a_part_of_a_clip_may_miss_every_second_frame(tmp_path):
     frames = [np.full((64, 64, 3), 5 * t, np.uint8) for t in range(50)]
     write_clip(tmp_path / "talk.mkv", frames)
@@ -327,7 +335,7 @@ def test_eval_scores_encoded_pairs(encoded_pairs, student_file, tmp_path, monkey
     command = ["eval", "--data-root", str(encoded_pairs), "--protocol", "low", "--checkpoint"]
     command += [str(student_file), "--output-dir", str(tmp_path)]
     assert kd.main([*command, "--json", str(tmp_path / "scores.json")]) == 0
-    table = json.loads((tmp_path / "scores.json").read_text())["low"]
+    table = json.loads((tmp_path / "scores.json").read_text())["low"]["scores"]
     (pair,) = kd.find_encoded_pairs(encoded_pairs)
     by_hand = kd.score_clip(*kd.encoded_pair(pair))
     assert table[f"{pair.kind}/a"]["input"]["psnr"] == pytest.approx(by_hand["psnr"])
@@ -365,7 +373,7 @@ def spoil_partner(folder):
     ("spoil", "named"),
     [
         (spoil_count, "has 5 frames, .* has 6; cut them"),
-        (spoil_sizes, "has 80x64 pixels, .* has 160x128; enlarge"),
+        (spoil_sizes, "has frames of 80x64, .* of 160x128 pixels; enlarge"),
         (spoil_partner, "low/a: has no partner in .*sharp"),
     ],
 )
@@ -373,6 +381,21 @@ def test_pairs_that_do_not_match_are_named(encoded_pairs, spoil, named):
     spoil(encoded_pairs)
     with pytest.raises(kd.UserError, match=named):
         kd.encoded_pair(kd.find_encoded_pairs(encoded_pairs)[0])
+
+
+def test_two_clips_of_one_name_on_a_side_are_named(encoded_pairs):
+    for side in ("low", "sharp"):
+        (encoded_pairs / side / "b.mkv").touch()
+    assert [pair.title for pair in kd.find_encoded_pairs(encoded_pairs)] == ["a", "b"]
+    (encoded_pairs / "low/b.mp4").touch()
+    with pytest.raises(kd.UserError, match=r"b.mkv, .*b.mp4: two clips of one name; rename one"):
+        kd.find_encoded_pairs(encoded_pairs)
+
+
+def test_a_folder_of_frames_keeps_a_dot_in_its_name(encoded_pairs):
+    (encoded_pairs / "low/a").rename(encoded_pairs / "low/a.v1")
+    (encoded_pairs / "sharp/a.mkv").rename(encoded_pairs / "sharp/a.v1.mkv")
+    assert [pair.title for pair in kd.find_encoded_pairs(encoded_pairs)] == ["a.v1"]
 
 
 def test_a_folder_of_numbered_pictures_is_a_clip(tmp_path, photographs):
