@@ -290,6 +290,7 @@ CONDITIONS = {
     "x2-grey": Condition(PROTOCOLS["x2"], change=as_grey),
     "x2-border": Condition(PROTOCOLS["x2"], scored=outer_rows),
 }
+PLAIN = Condition(())  # of all other protocols: whole frames as they are
 
 
 def degrade(sharp: Image.Image, degradation: Degradation) -> Image.Image:
@@ -4169,8 +4170,9 @@ def encoded(frames: list[np.ndarray], call: Call) -> tuple[io.BytesIO, float]:
             stream.width = width
             stream.height = height
             stream.pix_fmt = "yuv420p"
-            stream.bit_rate = max(8000, int(call.bits * width * height * FRAMES_A_SECOND))
-            stream.codec_context.gop_size = 300
+            wanted = int(call.bits * width * height * FRAMES_A_SECOND)
+            stream.bit_rate = max(8000, wanted)  # a floor for tiny frames
+            stream.codec_context.gop_size = 300  # so only the first frame is whole, as in a call
             if call.codec == "libvpx":
                 stream.codec_context.thread_count = 1  # with more it sometimes waits for ever
             pictures = [av.VideoFrame.from_ndarray(frame, format="rgb24") for frame in frames]
@@ -4330,6 +4332,10 @@ def format_clip_scores(scores: dict[str, float]) -> str:
 
 
 # --- Prepared crops: what training on calls reads -------------------------------------------------
+#
+# Twelve crops come from one stream: draw a clip or a picture, take 20 frames of it (a picture is
+# moved about), send them through an encoder, and cut crops from what was received and the same
+# crops from what was sent. `Streams` does this, `write_crops` stores it.
 
 STREAM_FRAMES = 20  # frames that are encoded for a few crops; 2 of them are the stream's beginning
 CROPS_A_STREAM = 12
@@ -4494,7 +4500,10 @@ class Streams(Dataset):
     def crops_of_frames(
         self, received: list[np.ndarray], sharp: list[np.ndarray], key: Sequence[int]
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(received, sharp) crops behind the stream's first two frames, where blocks begin."""
+        """(received, sharp) crops whose corners are those of an encoder's blocks.
+
+        They are of the third frame or later; of a still picture, whose stream is one frame, of it.
+        """
         side = self.config.crop_size
         height, width = sharp[0].shape[:2]
         fits = min(height, width) >= side
@@ -4514,8 +4523,9 @@ class Streams(Dataset):
         picture = self.large_enough(source)
         for number, (_, sharp) in enumerate(self.crops_of_frames([picture], [picture], key)):
             crop_key = (*key, number)
-            degradation = draw_mixture(crop_key)
-            if protocol != MIXED:
+            if protocol == MIXED:
+                degradation = draw_mixture(crop_key)
+            else:
                 degradation = reseeded(PROTOCOLS[protocol], crop_key)
             yield np.array(degrade(Image.fromarray(sharp), degradation)), sharp
 
@@ -4533,33 +4543,40 @@ def as_it_is(item: object) -> object:
     return item
 
 
+def open_crops(folder: Path, key: str, shape: tuple) -> tuple[np.ndarray, list[str]]:
+    """(a folder's crops as a mapped file, the names of those that are written already).
+
+    They are new where there were none. UserError for damaged ones, and for those of another key.
+    """
+    pixels_file = folder / PREPARED_PIXELS
+    about_file = folder / PREPARED_ABOUT
+    if not about_file.exists():
+        require_writable(pixels_file)
+        return np.lib.format.open_memmap(pixels_file, "w+", np.uint8, shape), []
+    remedy = "remove it or choose another --data-root"
+    try:
+        about = json.loads(about_file.read_text())
+        pixels = np.lib.format.open_memmap(pixels_file, "r+")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: its crops are damaged ({error}); {remedy}") from error
+    require(about.get("key") == key, f"{folder} holds other crops; {remedy}")
+    return pixels, about["sources"]
+
+
 def write_crops(streams: Streams, folder: Path) -> int:
     """Write what `PreparedCrops` reads, or what is still missing of it; returns the number.
 
     UserError for a folder that holds other crops.
     """
-    pixels_file = folder / PREPARED_PIXELS
-    about_file = folder / PREPARED_ABOUT
     key = streams.key()
-    names: list[str] = []  # of each crop's clip or picture
-    if about_file.exists():
-        remedy = "remove it or choose another --data-root"
-        try:
-            about = json.loads(about_file.read_text())
-            pixels = np.lib.format.open_memmap(pixels_file, "r+")
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder}: its crops are damaged ({error}); {remedy}") from error
-        require(about.get("key") == key, f"{folder} holds other crops; {remedy}")
-        names = about["sources"]
-    else:
-        require_writable(pixels_file)
-        side = streams.config.crop_size
-        shape = (len(streams) * CROPS_A_STREAM, 2, side, side, 3)
-        pixels = np.lib.format.open_memmap(pixels_file, "w+", np.uint8, shape)
+    side = streams.config.crop_size
+    shape = (len(streams) * CROPS_A_STREAM, 2, side, side, 3)
+    pixels, names = open_crops(folder, key, shape)
 
     def save() -> None:
         pixels.flush()
-        write_json({"key": key, "written": len(names), "sources": names}, about_file)
+        about = {"key": key, "written": len(names), "sources": names}
+        write_json(about, folder / PREPARED_ABOUT)
 
     save()
     saved = time.monotonic()
@@ -4600,10 +4617,11 @@ def files_of(source: Pair | Clip) -> list[Path]:
 def with_sharp_part(
     received: np.ndarray, sharp: np.ndarray, key: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A crop; in a fifth, a rectangle of the received side is as sharp as it was sent.
+    """A crop; in a fifth, a rectangle of both sides is the same and sharp.
 
-    Half of these rectangles are captions, the others show the picture itself. From these crops the
-    student learns to leave one thing alone and to sharpen what is beside it.
+    Half of these rectangles are captions, drawn into both; the others have the sharp side's own
+    pixels. From these crops the student learns to leave one thing alone and to sharpen what is
+    beside it.
     """
     draw = generator(key, "sharp part")
     if draw.random() >= 0.2:
@@ -4640,6 +4658,26 @@ class Encoder:
 X264 = Encoder("libx264", "yuv420p", {"crf": "16", "preset": "veryfast"})
 VP9 = Encoder("libvpx-vp9", "yuv420p", {"crf": "20", "deadline": "realtime", "cpu-used": "6"})
 LOSSLESS = Encoder("ffv1", "bgr0", {})
+
+BT709 = 1  # FFmpeg's number for the colours of high-definition video
+LIMITED_RANGE = 1  # and for black at 16, white at 235
+
+
+def say_colours(context) -> None:
+    """State in a stream how its colours are to be read."""
+    context.color_range = LIMITED_RANGE
+    for name in ("colorspace", "color_primaries", "color_trc"):
+        setattr(context, name, BT709)
+
+
+def in_those_colours(pixels: np.ndarray, pixel_format: str):
+    """8-bit RGB (H, W, 3) as an av.VideoFrame of the colours that `say_colours` states."""
+    av = importlib.import_module("av")
+    picture = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+    return picture.reformat(
+        format=pixel_format, dst_colorspace=BT709, dst_color_range=LIMITED_RANGE
+    )
+
 
 # The containers that are kept. Others (.avi) and lossless clips become .mkv.
 CLIP_ENCODERS = {".mp4": X264, ".mov": X264, ".mkv": X264, ".webm": VP9}
@@ -4728,7 +4766,7 @@ class CopiedStreams:
         if not self.streams:
             return
         wanted = [self.given.streams[index] for index in self.streams]
-        with naming(self.given.name):
+        with errors_about(self.given.name):
             for packet in self.given.demux(wanted):
                 if packet.dts is not None:  # else it marks the end
                     yield packet
@@ -4742,7 +4780,7 @@ class CopiedStreams:
 
 
 @contextlib.contextmanager
-def naming(source: str) -> Iterator[None]:
+def errors_about(source: str) -> Iterator[None]:
     """Errors in here are the source's, although a target is being written."""
     try:
         yield
@@ -4781,7 +4819,7 @@ class ClipSharpener:
         av = importlib.import_module("av")
         encoder = LOSSLESS if self.lossless else CLIP_ENCODERS[target.suffix.lower()]
         # The file is opened twice: once for its pictures, once for all else.
-        with naming(str(source)), av.open(source) as given, av.open(source) as again:
+        with errors_about(str(source)), av.open(source) as given, av.open(source) as again:
             require(given.streams.video, f"{source}: has no pictures in it")
             with replacing(target) as temporary, av.open(temporary, "w") as made:
                 return self.convert(given, again, made, encoder)
@@ -4808,7 +4846,7 @@ class ClipSharpener:
     def decoded(self, given) -> Generator[TimedFrame, None, None]:
         """The frames of an open clip, upright and at the wanted size."""
         next_pts = 0
-        with naming(given.name):
+        with errors_about(given.name):
             for frame in given.decode(video=0):
                 pixels = upright(frame)
                 if self.size:
@@ -4820,7 +4858,7 @@ class ClipSharpener:
     def sharpened(
         self, frames: Generator[TimedFrame, None, None], source: str
     ) -> Generator[TimedFrame, None, None]:
-        with contextlib.closing(frames), naming(source):
+        with contextlib.closing(frames), errors_about(source):
             for frame in frames:
                 yield TimedFrame(self.sharpener(frame.pixels), frame.pts)
 
@@ -4946,19 +4984,15 @@ class LiveSource:
     ) -> None:
         self.av = importlib.import_module("av")
         self.is_file = Path(name).is_file()
-        for beginning, format_name in LIVE_FORMATS.items():
-            if not kind and not self.is_file and name.startswith(beginning):
-                kind = format_name
+        self.kind = kind or self.known_kind(name)
         options = {}
-        is_device = kind and not self.is_file
-        if is_device and rate:
-            options["framerate"] = f"{rate:g}"
-        if is_device and size:
-            options["video_size"] = f"{size[0]}x{size[1]}"
-        with naming_live(name, kind):
-            settings = {"format": kind or None, "options": options}
-            settings["timeout"] = (LONGEST_WAIT, None)  # to open it, and then for each packet
-            self.container = interruptible(lambda: self.av.open(name, **settings))
+        if self.kind and not self.is_file:  # what FFmpeg asks a device for
+            if rate:
+                options["framerate"] = f"{rate:g}"
+            if size:
+                options["video_size"] = f"{size[0]}x{size[1]}"
+        with opening_errors_about(name, self.kind):
+            self.container = interruptible(lambda: self.open(name, options))
         is_picture = self.is_file and re.search("_pipe$|^image2$", self.container.format.name)
         require(not is_picture, f"--live {name}: a picture; `sharpen {name}` sharpens it")
         require(self.container.streams.video, f"--live {name}: has no pictures in it")
@@ -4976,12 +5010,25 @@ class LiveSource:
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self.run, daemon=True)
 
+    def known_kind(self, name: str) -> str:
+        """FFmpeg's name of what a source is, by how it begins; "" leaves it to FFmpeg."""
+        if self.is_file:
+            return ""
+        for beginning, kind in LIVE_FORMATS.items():
+            if name.startswith(beginning):
+                return kind
+        return ""
+
+    def open(self, name: str, options: dict[str, str]):
+        timeout = (LONGEST_WAIT, None)  # to open it, and then for each packet
+        return self.av.open(name, format=self.kind or None, options=options, timeout=timeout)
+
     def frame_size(self) -> Size:
         """(width, height) of the frames, upright. A source that can be read again is asked."""
         width = self.video.width
         height = self.video.height
         if self.is_file:
-            with self.av.open(self.name) as again:
+            with self.open(self.name, {}) as again:
                 first = next(again.decode(video=0), None)
             if first is not None and round((first.rotation or 0) / 90) % 2:
                 return height, width
@@ -5047,7 +5094,7 @@ def interruptible(call: Callable[[], object]):
 
 
 @contextlib.contextmanager
-def naming_live(name: str, kind: str) -> Iterator[None]:
+def opening_errors_about(name: str, kind: str) -> Iterator[None]:
     """Errors in here are about what --live names."""
     try:
         yield
@@ -5148,7 +5195,10 @@ LIVE_X264 = Encoder(
 
 
 class StreamSink:
-    """A file, a named pipe or a stream's address; sound is copied, as long as its packets fit."""
+    """A file, a named pipe or a stream's address, with the source's sound as it is.
+
+    UserError where it cannot be written, or where its container does not take that sound.
+    """
 
     def __init__(self, path: str, size: Size, source: LiveSource, name: str = "") -> None:
         name = name or path  # a file is written under another name until it is whole
@@ -5176,18 +5226,13 @@ class StreamSink:
         stream.height = size[1] // 2 * 2
         stream.pix_fmt = LIVE_X264.pixel_format
         stream.options = LIVE_X264.options
-        context = stream.codec_context
-        context.time_base = Fraction(1, 90000)
-        context.color_range = LIMITED_RANGE
-        for name in ("colorspace", "color_primaries", "color_trc"):
-            setattr(context, name, BT709)
+        stream.codec_context.time_base = Fraction(1, 90000)
+        say_colours(stream.codec_context)
         return stream
 
     def show(self, pixels: np.ndarray, seconds: float) -> bool:
         cut = np.ascontiguousarray(pixels[: self.video.height, : self.video.width])
-        picture = self.source.av.VideoFrame.from_ndarray(cut, format="rgb24")
-        colours = {"dst_colorspace": BT709, "dst_color_range": LIMITED_RANGE}
-        picture = picture.reformat(format=self.video.pix_fmt, **colours)
+        picture = in_those_colours(cut, self.video.pix_fmt)
         picture.time_base = self.video.codec_context.time_base
         picture.pts = max(round(seconds * 90000), self.last_pts + 1)
         self.last_pts = picture.pts
@@ -5391,7 +5436,7 @@ class LiveSharpening:
     def run(self) -> None:
         """Sharpen until the source ends, or an error."""
         try:
-            with naming(self.source.name):
+            with errors_about(self.source.name):
                 while (frame := self.source.latest.take()) is not None:
                     self.finished.put(self.sharpened(frame))
         except UserError as error:  # raised again by `close`
@@ -5518,23 +5563,28 @@ def sink_of(config: SharpenConfig) -> str:
     require(config.output, "--live: name with -o where it goes: camera, window, an address, a file")
     require(config.live, "--live: name a camera, a screen, an address or a file")
     require(not config.inputs, "--live: takes no other input")
+    require(not config.lossless, "--lossless: does not go with --live")
+    require(not config.before_after, "--before-after: does not go with --live")
     # Path drops a slash of an address (and Windows turns the others); C: is a drive.
     name = re.sub(r"^(\w\w+):/+", r"\1://", config.output.as_posix())
     packages = ["av", "pyvirtualcam"] if name == "camera" else ["av"]
     require_packages(packages, f"--live into {name}")
+    if name not in ("camera", "window"):
+        require_free(name, config)
+    return name
+
+
+def require_free(name: str, config: SharpenConfig) -> None:
+    """UserError for a sink that is a folder, of the wrong ending, the source, or there already."""
     require(not os.path.isdir(name), f"-o {name}: is a folder; name a file in it")
-    if is_plain_file(name) and name not in ("camera", "window"):
+    if is_plain_file(name):
         fits = Path(name).suffix.lower() in LIVE_SUFFIXES
         require(fits, f"-o {name}: its ending is none of {', '.join(LIVE_SUFFIXES)}")
-    for flag_name in ("lossless", "before_after"):
-        flag_text = flag_name.replace("_", "-")
-        require(not getattr(config, flag_name), f"--{flag_text}: does not go with --live")
     if os.path.exists(name) and os.path.exists(config.live):
         is_input = os.path.samefile(name, config.live)
         require(not is_input, f"-o {name}: would be overwritten; choose another -o")
     if os.path.isfile(name) and not config.overwrite:
         raise UserError(f"-o {name}: exists; add --overwrite, or choose another -o")
-    return name
 
 
 # --- Command: sharpen -----------------------------------------------------------------------------
@@ -6375,36 +6425,41 @@ def evaluation_data(config: EvalConfig) -> dict[str, list[Pair] | list[Clip]]:
     return data
 
 
+def load_pair(config: EvalConfig, condition: Condition, pair: Pair) -> tuple:
+    """(blurred, sharp) of a pair as 8-bit arrays (H, W, 3), at --resize and in a condition."""
+    sides = pair.load()
+    if config.resize:
+        size = (config.resize, config.resize)
+        sides = [resized(side, size) for side in sides]
+    blurred, sharp = (condition.change(side) for side in sides)
+    return blurred, sharp
+
+
 def score_pair(
     config: EvalConfig,
     protocol: str,
     pair: Pair,
     methods: dict[str, FrameFunction],
-    sheet: bool,
+    with_sheet: bool,
     gallery: "Gallery | None",
 ) -> dict:
     """{"picture", "category", "scores": {method: scores}}; writes the pictures that are wanted."""
-    pictures = config.output_dir / protocol
-    condition = CONDITIONS.get(protocol, Condition(pair.degradation))
-    blurred, sharp = pair.load()
-    if config.resize:
-        size = (config.resize, config.resize)
-        blurred = np.array(Image.fromarray(blurred).resize(size, Image.Resampling.BICUBIC))
-        sharp = np.array(Image.fromarray(sharp).resize(size, Image.Resampling.BICUBIC))
-    blurred = condition.change(blurred)
-    sharp = condition.change(sharp)
+    condition = CONDITIONS.get(protocol, PLAIN)
+    blurred, sharp = load_pair(config, condition, pair)
     outputs = {name: method(blurred) for name, method in methods.items()}
     if config.save_images:
-        save_picture(Image.fromarray(outputs["student"]), pictures / f"{pair.key}.png")
-    if config.save_images and sheet:
-        restored = {name: output for name, output in outputs.items() if name != "input"}
-        panels = {"blurred": blurred} | restored | {"sharp": sharp}
-        save_picture(side_by_side(panels), pictures / "side_by_side" / f"{pair.category}.png")
+        folder = config.output_dir / protocol
+        save_picture(Image.fromarray(outputs["student"]), folder / f"{pair.key}.png")
+        if with_sheet:
+            restored = {name: output for name, output in outputs.items() if name != "input"}
+            panels = {"blurred": blurred} | restored | {"sharp": sharp}
+            save_picture(side_by_side(panels), folder / "side_by_side" / f"{pair.category}.png")
     wanted = condition.scored(sharp)
     scores = {name: score(condition.scored(output), wanted) for name, output in outputs.items()}
     row = {"picture": pair.key, "category": pair.category, "scores": scores}
     if gallery:
-        gallery.offer(row, {name: [frame] for name, frame in (outputs | {"sharp": sharp}).items()})
+        sides = {name: [frame] for name, frame in outputs.items()}
+        gallery.offer(row, sides | {"sharp": [sharp]})
     return row
 
 
@@ -6416,10 +6471,10 @@ def evaluate_pairs(
     gallery: "Gallery | None",
 ) -> tuple[dict, list[dict]]:
     """({"images": their number, "scores": the table}, the rows of a protocol); prints the table."""
-    with_sheet = [group[0] for group in grouped(pairs, lambda pair: pair.category).values()]
+    first_ones = [group[0] for group in grouped(pairs, lambda pair: pair.category).values()]
     rows = []
     for pair in progress(pairs, protocol_title(protocol)):
-        rows.append(score_pair(config, protocol, pair, methods, pair in with_sheet, gallery))
+        rows.append(score_pair(config, protocol, pair, methods, pair in first_ones, gallery))
     table = scores_by_category(rows, methods)
     print_table(protocol_title(protocol), table)
     return {"images": len(rows), "scores": table}, rows
@@ -6458,9 +6513,8 @@ def evaluate(config: EvalConfig) -> None:
 
     galleries = {}
     if config.report:
-        galleries = empty_galleries(
-            {protocol: len(examples) for protocol, examples in data.items()}
-        )
+        counts = {protocol: len(examples) for protocol, examples in data.items()}
+        galleries = empty_galleries(counts)
 
     results: dict[str, dict] = {}
     lines = []
@@ -6500,20 +6554,17 @@ def csv_line(protocol: str, row: dict) -> dict:
 REPORT_PAGE = SAMPLES / "report.html"
 MOST_WORST = 5  # of each protocol, those that gained least
 MOST_OTHERS = 12  # spread evenly over all others
-PAGE_BYTES = 21_000_000  # all pictures and clips; as base64 they take a third more
+PAGE_BYTES = 21_000_000  # all pictures and clips; as base64 they are 28 MB
 LONGEST_SIDE = 1280  # in pixels; larger pictures are cut, and so are those with too many bytes
 SHORTEST_SIDE = 96  # which is not cut further
 
 # A clip in a page: a format that every browser plays, close to the frames that were scored. Frames
 # refer to earlier ones only, and every eighth to none, so stepping through them is quick.
 PAGE_CLIP = Encoder("libx264", "yuv420p", {"crf": "12", "preset": "veryfast", "bf": "0", "g": "8"})
-BT709 = 1  # FFmpeg's number for the colours of high-definition video
-LIMITED_RANGE = 1  # and for black at 16, white at 235
 CLIP_BORDER = 8  # rows around each side in the stack, so that no side colours its neighbour
 
-Sides = dict[
-    str, list[np.ndarray]
-]  # {"input", methods, "sharp"}: a clip's frames; of a picture one
+# {"input", each method, "sharp"}: the frames of a clip; one frame of a picture
+Sides = dict[str, list[np.ndarray]]
 
 
 def psnr_gain(row: dict) -> float:
@@ -6573,11 +6624,11 @@ def gallery_item(row: dict, sides: Sides, most_bytes: float) -> dict:
     whole = sides["input"][0].shape
     window = min(LONGEST_SIDE, max(whole))
     while True:
-        seen = in_window(sides, window)
+        seen = cropped_sides(sides, window)
         media, size = encoded_sides(seen)
         if size <= most_bytes or window <= SHORTEST_SIDE:
             break
-        wanted = 0.95 * window * math.sqrt(most_bytes / size)
+        wanted = 0.95 * window * math.sqrt(most_bytes / size)  # bytes fall slower than the area
         window = max(SHORTEST_SIDE, int(wanted))
     height, width = seen["input"][0].shape[:2]
     item = {"name": row["picture"], "scores": row["scores"], "sides": list(seen)}
@@ -6608,7 +6659,7 @@ def size_note(whole_shape: tuple, seen_shape: tuple) -> str:
     return f"{part}, where the student changed most; the scores are of all"
 
 
-def in_window(sides: Sides, window: int) -> Sides:
+def cropped_sides(sides: Sides, window: int) -> Sides:
     """The same part of every frame, where the student changed the middle one most.
 
     No side of it is above `window`, and a clip's are even.
@@ -6661,9 +6712,7 @@ def stacked_clip(sides: Sides) -> bytes:
             border = ((CLIP_BORDER, CLIP_BORDER), (0, 0), (0, 0))
             stack = np.concatenate([np.pad(frame, border, "edge") for frame in frames])
             stream = stream or page_stream(container, stack)
-            picture = av.VideoFrame.from_ndarray(stack, format="rgb24")
-            colours = {"dst_colorspace": BT709, "dst_color_range": LIMITED_RANGE}
-            container.mux(stream.encode(picture.reformat(format=PAGE_CLIP.pixel_format, **colours)))
+            container.mux(stream.encode(in_those_colours(stack, PAGE_CLIP.pixel_format)))
         container.mux(stream.encode(None))
     return file.getvalue()
 
@@ -6673,9 +6722,7 @@ def page_stream(container, first: np.ndarray):
     stream = container.add_stream(PAGE_CLIP.codec, rate=FRAMES_A_SECOND, options=PAGE_CLIP.options)
     stream.height, stream.width = first.shape[:2]
     stream.pix_fmt = PAGE_CLIP.pixel_format
-    for name in ("colorspace", "color_primaries", "color_trc"):
-        setattr(stream.codec_context, name, BT709)
-    stream.codec_context.color_range = LIMITED_RANGE
+    say_colours(stream.codec_context)
     return stream
 
 

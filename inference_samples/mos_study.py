@@ -11,8 +11,8 @@ which stays with you.
 
 `score` reads the CSV files that participants exported, leaves out participants as Recommendation
 ITU-R BT.500 does, and prints mean opinion scores (MOS), the same against the hidden reference
-(DMOS), both with 95 % confidence intervals, and which methods differ. It prints nothing that was
-not rated.
+(DMOS), both with 95 % confidence intervals, and which methods differ. A hyphen stands for what
+was not rated.
 
 This script knows nothing of networks and imports neither PyTorch nor sharpen_kd.
 
@@ -67,6 +67,8 @@ GRADES = {"1", "2", "3", "4", "5"}
 
 CONFIDENCE = 0.95
 SIGNIFICANCE = 0.05
+# Between one who answers at random and all others in the simulation of `correlations`. It only
+# warns, so it may name an honest participant now and then.
 LOW_CORRELATION = 0.75
 FEW_PARTICIPANTS = 15  # P.910 (2008), 7.2: at least 15 should take part
 
@@ -179,9 +181,9 @@ def find_methods(folders: Sequence[Path], reference: str) -> dict[str, dict]:
     everything = sorted(set().union(*methods.values()))
     for name, files in methods.items():
         missing = ["/".join(filter(None, key)) for key in everything if key not in files]
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        message = f"{name}: lacks {', '.join(missing[:1])}{more}; all folders need the same files"
-        require(not missing, message)
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise UserError(f"{name}: lacks {missing[0]}{more}; all folders need the same files")
     first = {reference: methods.pop(reference)}
     return first | methods
 
@@ -221,7 +223,7 @@ def picture_size(file: Path) -> tuple[int, int]:
 
 
 def choose_training(methods: dict[str, dict], count: int) -> tuple[list[Stimulus], bool]:
-    """Training stimuli, reference first, then each method in turn; and whether they are spare.
+    """Training stimuli, the first sources by every method; and whether they are spare.
 
     Training is best done with sources that are not rated later (P.910). They come from the category
     with the most sources, if it has enough. Else the training's stimuli are rated again later.
@@ -471,10 +473,8 @@ def read_rows(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
             require(not missing, message)
             for row in reader:
                 whole = None not in row and None not in row.values()
-                message = (
-                    f"{file}, line {reader.line_num}: has not {len(names)} cells; export again"
-                )
-                require(whole, message)
+                line = f"{file}, line {reader.line_num}"
+                require(whole, f"{line}: has not {len(names)} cells; export again")
                 yield reader.line_num, row
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from error
@@ -596,17 +596,19 @@ def correlations(values: np.ndarray) -> list[float]:
     """Pearson's correlation of each participant with the mean of the others; NaN where undefined.
 
     `values` are (participants, stimuli). P.913 screens participants by such a correlation. Here a
-    low one is a warning, and `--leave-out` the answer to it. It finds what BT.500 misses: of 20
-    simulated studies of 24 participants and one who answered at random, BT.500 rejected that one
-    in 15; that correlation was below 0.5 in all, and those of the others above 0.7.
+    low one is a warning, and `--leave-out` the answer to it. It finds what BT.500 misses. In 20
+    simulated studies 24 participants were honest and the 25th answered at random. BT.500 rejected
+    the 25th in 15 of them. The 25th's correlation was below 0.5 in all 20, everybody else's above
+    0.7.
     """
     result = []
     for row, own in enumerate(values):
         others = np.delete(values, row, 0)
         both = ~np.isnan(own) & (~np.isnan(others)).any(0)
-        result.append(
-            pearson(own[both], np.nanmean(others[:, both], 0)) if both.any() else math.nan
-        )
+        correlation = math.nan
+        if both.any():
+            correlation = pearson(own[both], np.nanmean(others[:, both], 0))
+        result.append(correlation)
     return result
 
 
@@ -775,7 +777,7 @@ def compare(ratings: Ratings) -> list[Comparison]:
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Columns of equal width, a space between them; the first to the left, numbers to the right."""
+    """Aligned columns, two spaces apart: the first to the left, all others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [row[0].ljust(widths[0])]
@@ -784,9 +786,9 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
     print()
 
 
-def decimals(number: float, form: str = ".2f") -> str:
-    """A number, or a hyphen where there is none."""
-    return "-" if math.isnan(number) else format(number, form)
+def decimals(number: float) -> str:
+    """A number with two digits behind the point, or a hyphen where there is none."""
+    return "-" if math.isnan(number) else f"{number:.2f}"
 
 
 def print_screening(
@@ -800,9 +802,10 @@ def print_screening(
         counts = (str(each.rated), str(each.p), str(each.q))
         rows.append((shown(name), *counts, decimals(correlation), verdict))
     print_table(rows)
-    for name, each, correlation in zip(names, screened, found, strict=True):
-        low = not correlation >= LOW_CORRELATION and len(names) > 1
-        if low and not each.rejected:
+    kept = [not each.rejected for each in screened]
+    for name, is_kept, correlation in zip(names, kept, found, strict=True):
+        agrees = correlation >= LOW_CORRELATION  # no, where it is NaN
+        if is_kept and not agrees and len(names) > 1:
             message = f"{name} agrees little with the others (correlation {decimals(correlation)})"
             warn(f"{message}; look at the ratings, --leave-out leaves them out")
 
@@ -1012,25 +1015,37 @@ def make_parser() -> Parser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     about = "write a blind study page, and its key beside it"
-    one = commands.add_parser("build", help=about, description=about)
-    one.add_argument("folders", nargs="+", type=named_path, help="one folder a method")
-    one.add_argument("-o", "--output", type=named_path, required=True, help="the study's folder")
-    one.add_argument("--key", type=named_path, help="the key's file (default: OUTPUT_key.json)")
-    one.add_argument("--reference", default="sharp", help="the hidden reference (default: sharp)")
-    one.add_argument("--title", default="Picture quality study", help="the page's title")
-    one.add_argument("--training", type=count, default=3, help="training items first (default: 3)")
-    one.add_argument("--seed", type=count, help="build the same names again (default: random)")
+    build_parser = commands.add_parser("build", help=about, description=about)
+    build_parser.add_argument("folders", nargs="+", type=named_path, help="one folder a method")
+    build_parser.add_argument(
+        "-o", "--output", type=named_path, required=True, help="the study's folder"
+    )
+    build_parser.add_argument(
+        "--key", type=named_path, help="the key's file (default: OUTPUT_key.json)"
+    )
+    build_parser.add_argument(
+        "--reference", default="sharp", help="the hidden reference (default: sharp)"
+    )
+    build_parser.add_argument("--title", default="Picture quality study", help="the page's title")
+    build_parser.add_argument(
+        "--training", type=count, default=3, help="training items first (default: 3)"
+    )
+    build_parser.add_argument(
+        "--seed", type=count, help="build the same names again (default: random)"
+    )
 
     about = "print MOS, DMOS and comparisons of exported ratings"
-    two = commands.add_parser("score", help=about, description=about)
-    two.add_argument("files", nargs="+", type=named_path, help="CSV files that the page exported")
-    two.add_argument("--key", type=named_path, required=True, help="what `build` wrote")
-    two.add_argument("-o", "--output", type=named_path, help="write all scores as CSV")
-    two.add_argument("--plot", type=named_path, help="draw MOS as .png, .svg or .pdf")
-    two.add_argument(
+    score_parser = commands.add_parser("score", help=about, description=about)
+    score_parser.add_argument(
+        "files", nargs="+", type=named_path, help="CSV files that the page exported"
+    )
+    score_parser.add_argument("--key", type=named_path, required=True, help="what `build` wrote")
+    score_parser.add_argument("-o", "--output", type=named_path, help="write all scores as CSV")
+    score_parser.add_argument("--plot", type=named_path, help="draw MOS as .png, .svg or .pdf")
+    score_parser.add_argument(
         "--no-screening", dest="screening", action="store_false", help="leave nobody out by BT.500"
     )
-    two.add_argument(
+    score_parser.add_argument(
         "--leave-out",
         action="append",
         default=[],
