@@ -551,6 +551,7 @@ class SharpenConfig(InferenceConfig):
         1.0, "scale of the student's correction; 0 returns the input", at_least=0, at_most=100
     )
     overwrite: bool = flag(False, "replace files that -o names")
+    skip_existing: bool = flag(False, "do only what has no result yet, as after an interruption")
     before_after: bool = flag(False, "pictures: also write NAME_before_after.png, side by side")
     metadata: bool = flag(
         True,
@@ -5565,6 +5566,7 @@ def sink_of(config: SharpenConfig) -> str:
     require(not config.inputs, "--live: takes no other input")
     require(not config.lossless, "--lossless: does not go with --live")
     require(not config.before_after, "--before-after: does not go with --live")
+    require(not config.skip_existing, "--skip-existing: does not go with --live")
     # Path drops a slash of an address (and Windows turns the others); C: is a drive.
     name = re.sub(r"^(\w\w+):/+", r"\1://", config.output.as_posix())
     packages = ["av", "pyvirtualcam"] if name == "camera" else ["av"]
@@ -5727,6 +5729,10 @@ def plan_jobs(config: SharpenConfig) -> tuple[list[Job], list[Path]]:
             sheet = numbered(with_ending(stem, "_before_after.png"), taken)
             jobs.append(Job(source, target, sheet))
     require(jobs, f"{config.inputs[0]}: no pictures or clips in this folder")
+    if config.skip_existing:
+        missing = [job for job in jobs if not os.path.lexists(job.target)]
+        print(f"{len(jobs) - len(missing)} of {len(jobs)} results exist already")
+        jobs = missing
     check_targets(config, jobs, planned)
     return jobs, others
 
@@ -5790,7 +5796,8 @@ def check_targets(config: SharpenConfig, jobs: list[Job], sources: set[str]) -> 
             require(not is_input, f"{target}: would be overwritten; choose another -o")
             named_by_user = config.output is not None
             if named_by_user and os.path.lexists(target) and not config.overwrite:
-                raise UserError(f"{target}: exists; add --overwrite, or choose another -o")
+                remedy = "--overwrite replaces it, --skip-existing keeps it and does the others"
+                raise UserError(f"{target}: exists; {remedy}; or choose another -o")
 
 
 def kept_exif(image: Image.Image) -> bytes | None:
@@ -5979,6 +5986,8 @@ def sharpen_file(config: SharpenConfig, job: Job, sharpener: FrameFunction) -> N
 def sharpen(config: SharpenConfig) -> None:
     """Sharpen pictures and clips: files, or folders with everything in them."""
     clip_size(config.size)  # UserError now
+    both = config.overwrite and config.skip_existing
+    require(not both, "--overwrite, --skip-existing: name one of them")
     if config.live is not None:
         sharpen_live(config)
         return

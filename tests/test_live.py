@@ -444,6 +444,7 @@ def test_mistakes_are_named_before_any_work(camera, tmp_path, capsys, monkeypatc
         (["--live", camera, "-o", "a.webm"], "a.webm: its ending is none of .mp4"),
         (["--live", camera, "-o", "a.png"], "a.png: its ending is none of .mp4"),
         (["--live", camera, "-o", "a.mkv", "--lossless"], "--lossless: does not go with --live"),
+        (["--live", camera, "-o", "a.mkv", "--skip-existing"], "--skip-existing: does not go with"),
         (["--live", folder, "-o", tmp_path / "out.mp4"], f"--live {folder}: cannot be opened"),
         (["--live", camera, camera, "-o", "window"], "--live: takes no other input"),
         (["--live", camera, "-o", "camera"], "pip install pyvirtualcam"),

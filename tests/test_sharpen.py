@@ -96,10 +96,31 @@ def test_a_named_file_is_replaced_only_on_request(tmp_path, run_sharpen, small):
     target.write_bytes(b"of another program")
     status, error, _ = run_sharpen(tmp_path / "a.png", "-o", target)
     assert status == 2
-    assert f"{target}: exists; add --overwrite" in error
+    assert f"{target}: exists; --overwrite replaces it" in error
     assert target.read_bytes() == b"of another program"
     assert run_sharpen(tmp_path / "a.png", "-o", target, "--overwrite")[0] == 0
     assert Image.open(target).size == (40, 30)
+
+
+def test_an_interrupted_folder_is_gone_on_with(tmp_path, run_sharpen, small):
+    pictures, out = tmp_path / "in", tmp_path / "out"
+    pictures.mkdir()
+    for name in ("a.png", "b.png"):
+        small.save(pictures / name)
+    assert run_sharpen(pictures, "-o", out)[0] == 0
+    (out / "a.png").write_bytes(b"kept")
+    (out / "b.png").unlink()
+    assert run_sharpen(pictures, "-o", out)[0] == 2
+    status, _, printed = run_sharpen(pictures, "-o", out, "--skip-existing")
+    line = f"{pictures / 'b.png'} -> {out / 'b.png'}\n"
+    assert (status, printed) == (0, f"1 of 2 results exist already\n{line}")
+    assert (out / "a.png").read_bytes() == b"kept"
+    assert Image.open(out / "b.png").size == (40, 30)
+    _, _, printed = run_sharpen(pictures, "-o", out, "--skip-existing")
+    assert printed == "2 of 2 results exist already\n"
+    status, error, _ = run_sharpen(pictures, "-o", out, "--skip-existing", "--overwrite")
+    assert status == 2
+    assert "--overwrite, --skip-existing: name one of them" in error
 
 
 def test_a_sheet_replaces_no_file_in_a_named_folder(tmp_path, run_sharpen, small):
@@ -513,7 +534,7 @@ def test_links_to_nowhere_are_named_and_the_rest_is_done(tmp_path, run_sharpen, 
     assert names_in(tmp_path / "out") == ["a.png"]
     status, error, _ = run_sharpen(tmp_path / "in/a.png", "-o", tmp_path / "in/loop.png")
     assert status == 2
-    assert "loop.png: exists; add --overwrite" in error
+    assert "loop.png: exists; --overwrite replaces it" in error
 
 
 def test_of_a_tiffs_tags_those_about_the_picture_are_kept(tmp_path, run_sharpen, small):
