@@ -346,7 +346,8 @@ def draw_shrunk(key: Sequence[int], jpeg: Jpeg, compressing: np.random.Generator
     """One degradation that shrinks and enlarges.
 
     Two thirds by 2, one third by a factor drawn from 1.2 to 4. A tenth is blurred as well, a fifth
-    compressed, a fifth enlarged by another filter than bicubic.
+    compressed, a fifth enlarged by another filter than bicubic. `compressing` are the random
+    numbers that `jpeg` was drawn from.
     """
     at_the_camera = []
     while_small = []
@@ -3367,7 +3368,7 @@ def format_scores(means: dict[str, float]) -> str:
 def scores_by_category(
     rows: list[dict], methods: Iterable[str]
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """{category: {method: mean scores}}, "all" first.
+    """{category: {method: mean scores}}, "all" first; a category of that name has no row.
 
     A row is {"category": its name, "scores": {method: {"psnr", "ssim"}}}.
     """
@@ -3626,7 +3627,11 @@ Engine = Callable[..., np.ndarray]  # a network's inputs to its output
 
 
 class TorchEngine:
-    """PyTorch as it is, or its compiler, with CUDA graphs on CUDA."""
+    """PyTorch as it is, or its compiler.
+
+    Without CUDA graphs: PyTorch before 2.14 ties them to the thread that made them, and frames of
+    clips and calls are sharpened by another.
+    """
 
     def __init__(
         self, network: nn.Module, device: torch.device, precision: torch.dtype, compiled: bool
@@ -3638,8 +3643,7 @@ class TorchEngine:
                 require_compiler()
             # Networks and sizes share this limit; past the default of 8, plain PyTorch would run.
             torch._dynamo.config.recompile_limit = 64
-            mode = "reduce-overhead" if device.type == "cuda" else "default"
-            self.network = torch.compile(self.network, mode=mode, dynamic=False)
+            self.network = torch.compile(self.network, dynamic=False)
 
     @torch.inference_mode()
     def __call__(self, frames: np.ndarray) -> np.ndarray:
@@ -3951,11 +3955,12 @@ class Clip:
 
     path: Path
     received: Path | None = None  # the same clip as it arrived, where the user has it
-    name: str = ""  # in tables; its path where two clips have one stem
+    name: str = ""  # in tables, where the file's own would not do
 
     @property
     def title(self) -> str:
-        return self.name or self.path.stem
+        own = self.path.name if self.path.is_dir() else self.path.stem
+        return self.name or own
 
     @property
     def kind(self) -> str:
@@ -4067,9 +4072,9 @@ def find_encoded_pairs(folder: Path) -> list[Clip]:
         raise UserError(f"{path}: has no partner in {folder / lack}; add or remove it")
     require(sides["sharp"], f"{folder / 'sharp'}: no clips in this folder")
     pairs = []
-    for name, path in sorted(sides["sharp"].items()):
-        name = "" if name == "." else name  # it is the folder itself that holds the frames
-        pairs.append(Clip(path, sides["low"][name or "."], name))
+    for key, path in sorted(sides["sharp"].items()):
+        name = "" if key == "." else key  # it is the folder itself that holds the frames
+        pairs.append(Clip(path, sides["low"][key], name))
     return pairs
 
 
@@ -4256,12 +4261,13 @@ def clip_sides(clip: Clip, call: Call | None) -> tuple[list, list, float]:
 
     Without a call the clip has a received side of its own, of unknown kilobits.
     """
-    long_enough = clip.count() > FIRST_SCORED
-    require(long_enough, f"{clip.path}: a clip needs more than {FIRST_SCORED} frames")
+    too_short = f"{clip.path}: a clip needs more than {FIRST_SCORED} frames"
     if call is None:
         received, sharp = encoded_pair(clip)
+        require(len(sharp) > FIRST_SCORED, too_short)
         return received, sharp, math.nan
     sharp = clip.frames()
+    require(len(sharp) > FIRST_SCORED, too_short)
     received, kilobits = received_frames(sharp, call, clip.path)
     return received, sharp, kilobits
 
@@ -4307,7 +4313,7 @@ def mean_of_clips(rows: list[dict], methods: Iterable[str]) -> dict[str, dict[st
 
 
 def clip_table(rows: list[dict], methods: Iterable[str]) -> dict[str, dict[str, dict[str, float]]]:
-    """{"all", each kind, each "kind/clip": {method: means}}.
+    """{"all", each kind (but one of the name all), each "kind/clip": {method: means}}.
 
     A kind's means are those of its clips, and the means of "all" those of the kinds.
     """
@@ -4503,7 +4509,8 @@ class Streams(Dataset):
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(received, sharp) crops whose corners are those of an encoder's blocks.
 
-        They are of the third frame or later; of a still picture, whose stream is one frame, of it.
+        They are of the third frame or later. A picture that is not encoded is a stream of one
+        frame, and they are of that.
         """
         side = self.config.crop_size
         height, width = sharp[0].shape[:2]
@@ -4671,7 +4678,7 @@ def say_colours(context) -> None:
         setattr(context, name, BT709)
 
 
-def in_those_colours(pixels: np.ndarray, pixel_format: str):
+def as_bt709(pixels: np.ndarray, pixel_format: str):
     """8-bit RGB (H, W, 3) as an av.VideoFrame of the colours that `say_colours` states."""
     av = importlib.import_module("av")
     picture = av.VideoFrame.from_ndarray(pixels, format="rgb24")
@@ -4781,16 +4788,17 @@ class CopiedStreams:
 
 
 @contextlib.contextmanager
-def errors_about(source: str) -> Iterator[None]:
-    """Errors in here are the source's, although a target is being written."""
+def errors_about(what: str) -> Iterator[None]:
+    """Errors in here are about this, although a target is being written."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # PyAV and PyTorch have errors of many kinds
-        cause = getattr(error, "strerror", None) or error  # without FFmpeg's numbers
+        cause = getattr(error, "strerror", None) or str(error)  # without FFmpeg's numbers
+        cause = cause or type(error).__name__
         remedy = "; is it whole, and a clip?" if type(error).__name__ == "InvalidDataError" else ""
-        raise UserError(f"{source}: {cause}{remedy}") from error
+        raise UserError(f"{what}: {cause}{remedy}") from error
 
 
 def upright(frame) -> np.ndarray:
@@ -4939,6 +4947,8 @@ class LatestFrame:
 
     def put(self, frame: LiveFrame | SharpenedFrame) -> None:
         with self.changed:
+            if self.closed:
+                return
             self.received += 1
             if self.frame is not None:
                 self.dropped += 1
@@ -4955,8 +4965,15 @@ class LatestFrame:
             return frame
 
     def close(self) -> None:
-        """Say that no more frames come."""
+        """Say that no more frames come; one that waits here is still taken."""
         with self.changed:
+            self.closed = True
+            self.changed.notify()
+
+    def stop(self) -> None:
+        """Say that nobody wants more frames, not even the one that waits here."""
+        with self.changed:
+            self.frame = None
             self.closed = True
             self.changed.notify()
 
@@ -5233,7 +5250,7 @@ class StreamSink:
 
     def show(self, pixels: np.ndarray, seconds: float) -> bool:
         cut = np.ascontiguousarray(pixels[: self.video.height, : self.video.width])
-        picture = in_those_colours(cut, self.video.pix_fmt)
+        picture = as_bt709(cut, self.video.pix_fmt)
         picture.time_base = self.video.codec_context.time_base
         picture.pts = max(round(seconds * 90000), self.last_pts + 1)
         self.last_pts = picture.pts
@@ -5348,34 +5365,32 @@ class Governor:
     def level(self) -> Level:
         return self.levels[self.index]
 
-    def note(self, seconds: float) -> bool:
-        """Note how long a frame took; True if the level has changed."""
+    def note(self, seconds: float) -> None:
+        """Note how long a frame took."""
         self.times.append(seconds)
         if self.since_rise is not None:
             self.since_rise += 1
         self.calm = self.calm + 1 if seconds < self.budget / 2 else 0
         is_full = len(self.times) == self.FRAMES_JUDGED
         if is_full and statistics.median(self.times) > self.TOLERANCE * self.budget:
-            return self.go_down()
-        if self.calm >= self.patience and self.index > 0:
+            self.go_down()
+        elif self.calm >= self.patience and self.index > 0:
             self.since_rise = 0
-            return self.change(-1)
-        return False
+            self.change(-1)
 
-    def go_down(self) -> bool:
+    def go_down(self) -> None:
         if self.index == len(self.levels) - 1:
-            return False
+            return
         if self.since_rise is not None:
             was_wrong = self.since_rise < self.PATIENCE
             self.patience = 2 * self.patience if was_wrong else self.PATIENCE
             self.since_rise = None
-        return self.change(1)
+        self.change(1)
 
-    def change(self, by: int) -> bool:
+    def change(self, by: int) -> None:
         self.index += by
         self.times.clear()
         self.calm = 0
-        return True
 
 
 class LiveSharpener:
@@ -5419,7 +5434,7 @@ class LiveSharpening:
     """A thread that sharpens the source's newest frame, again and again.
 
     So the next frame is sharpened while the last one is encoded or drawn. The governor is told how
-    long the sharpening takes, and nothing of the sink: no level makes that faster.
+    long the sharpening takes, and nothing of the sink, whose frames are as large at every level.
     """
 
     def __init__(self, source: LiveSource, sharpener: LiveSharpener, governor: Governor) -> None:
@@ -5437,10 +5452,10 @@ class LiveSharpening:
     def run(self) -> None:
         """Sharpen until the source ends, or an error."""
         try:
-            with errors_about(self.source.name):
+            with errors_about(f"{self.source.name}, while sharpening"):
                 while (frame := self.source.latest.take()) is not None:
                     self.finished.put(self.sharpened(frame))
-        except UserError as error:  # raised again by `close`
+        except UserError as error:  # `sharpen_live` raises it again
             self.error = error
         finally:
             self.finished.close()
@@ -5455,12 +5470,10 @@ class LiveSharpening:
         return SharpenedFrame(pixels, frame.seconds, frame.arrived, level)
 
     def close(self) -> None:
-        """Stop sharpening; UserError if it failed."""
-        self.source.latest.close()
-        if self.thread.is_alive():
-            self.thread.join()
-        if self.error:
-            raise self.error
+        """Stop sharpening."""
+        self.source.latest.stop()
+        while self.thread.is_alive():
+            self.thread.join(timeout=0.2)  # Ctrl-C is noticed between two waits
 
 
 class LiveReport:
@@ -5516,19 +5529,22 @@ def sharpen_live(config: SharpenConfig) -> None:
         size = clip_size(config.size) or source.frame_size()
         sharpener = LiveSharpener(config, size)
         sharpener.warm_up(governor.level.checkpoint)  # now, while nobody waits for frames
+        sharpening = LiveSharpening(source, sharpener, governor)
         with open_sink(sink_name, size, source) as sink:
-            hold_call(source, LiveSharpening(source, sharpener, governor), sink)
+            hold_call(source, sharpening, sink)
+        if sharpening.error:  # now, so that the sink has finished what it was given
+            raise sharpening.error
 
 
 def hold_call(source: LiveSource, sharpening: LiveSharpening, sink: LiveSink) -> None:
     """Show frames until the end, and say how it went."""
     report = LiveReport([source.latest, sharpening.finished])
-    report.say(f"{source.name}: {source.rate:g} frames/s; {sharpening.level}; Ctrl-C ends it")
-    with contextlib.closing(sharpening):
+    level = sharpening.level
+    with contextlib.suppress(KeyboardInterrupt), ended_by_signals(), contextlib.closing(sharpening):
+        report.say(f"{source.name}: {source.rate:g} frames/s; {level}; Ctrl-C ends it")
         source.thread.start()
         sharpening.thread.start()
-        with contextlib.suppress(KeyboardInterrupt), ended_by_signals():
-            show_frames(sharpening, sink, report)
+        show_frames(sharpening.finished, level, sink, report)
     report.say(f"{report}; {sharpening.sharpener.repeated} frames stood still")
 
 
@@ -5545,10 +5561,12 @@ def ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def show_frames(sharpening: LiveSharpening, sink: LiveSink, report: LiveReport) -> None:
-    """Show the newest sharpened frame, as long as there are any and somebody sees them."""
-    level = sharpening.level
-    while (frame := sharpening.finished.take()) is not None:
+def show_frames(finished: LatestFrame, level: Level, sink: LiveSink, report: LiveReport) -> None:
+    """Show the newest sharpened frame, as long as there are any and somebody sees them.
+
+    A change from the level at the beginning is said when it is seen.
+    """
+    while (frame := finished.take()) is not None:
         is_seen = sink.show(frame.pixels, frame.seconds)
         report.note(frame.arrived)
         if frame.level != level:
@@ -5638,6 +5656,12 @@ class Job:
     @property
     def is_clip(self) -> bool:
         return is_clip(self.source)
+
+    def targets(self, config: SharpenConfig) -> list[Path]:
+        """What is to be written."""
+        if config.before_after and not self.is_clip:
+            return [self.target, self.before_after]
+        return [self.target]
 
 
 def is_clip(path: Path) -> bool:
@@ -5729,11 +5753,14 @@ def plan_jobs(config: SharpenConfig) -> tuple[list[Job], list[Path]]:
             sheet = numbered(with_ending(stem, "_before_after.png"), taken)
             jobs.append(Job(source, target, sheet))
     require(jobs, f"{config.inputs[0]}: no pictures or clips in this folder")
+    keep_inputs(config, jobs, planned)
     if config.skip_existing:
-        missing = [job for job in jobs if not os.path.lexists(job.target)]
+        missing = [job for job in jobs if not all(map(os.path.lexists, job.targets(config)))]
         print(f"{len(jobs) - len(missing)} of {len(jobs)} results exist already")
-        jobs = missing
-    check_targets(config, jobs, planned)
+        return missing, others
+    named_by_user = config.output is not None  # else it is this input's own output, replaced
+    if named_by_user and not config.overwrite:
+        keep_existing(config, jobs)
     return jobs, others
 
 
@@ -5781,23 +5808,21 @@ def numbered(target: Path, taken: set[Path]) -> Path:
     return free
 
 
-def check_targets(config: SharpenConfig, jobs: list[Job], sources: set[str]) -> None:
-    """UserError for outputs that would replace an input, or a file that the user has named.
-
-    What stands under the default name is this input's own output of an earlier call, and is
-    replaced.
-    """
+def keep_inputs(config: SharpenConfig, jobs: list[Job], sources: set[str]) -> None:
+    """UserError for an output that would replace an input."""
     for job in jobs:
-        targets = [job.target]
-        if config.before_after and not job.is_clip:
-            targets.append(job.before_after)
-        for target in targets:
+        for target in job.targets(config):
             is_input = os.path.realpath(target) in sources
             require(not is_input, f"{target}: would be overwritten; choose another -o")
-            named_by_user = config.output is not None
-            if named_by_user and os.path.lexists(target) and not config.overwrite:
-                remedy = "--overwrite replaces it, --skip-existing keeps it and does the others"
-                raise UserError(f"{target}: exists; {remedy}; or choose another -o")
+
+
+def keep_existing(config: SharpenConfig, jobs: list[Job]) -> None:
+    """UserError for an output that would replace any file."""
+    remedy = "--overwrite replaces it, --skip-existing keeps it and does the others"
+    for job in jobs:
+        for target in job.targets(config):
+            exists = os.path.lexists(target)
+            require(not exists, f"{target}: exists; {remedy}; or choose another -o")
 
 
 def kept_exif(image: Image.Image) -> bytes | None:
@@ -6721,7 +6746,7 @@ def stacked_clip(sides: Sides) -> bytes:
             border = ((CLIP_BORDER, CLIP_BORDER), (0, 0), (0, 0))
             stack = np.concatenate([np.pad(frame, border, "edge") for frame in frames])
             stream = stream or page_stream(container, stack)
-            container.mux(stream.encode(in_those_colours(stack, PAGE_CLIP.pixel_format)))
+            container.mux(stream.encode(as_bt709(stack, PAGE_CLIP.pixel_format)))
         container.mux(stream.encode(None))
     return file.getvalue()
 

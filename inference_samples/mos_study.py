@@ -67,8 +67,8 @@ GRADES = {"1", "2", "3", "4", "5"}
 
 CONFIDENCE = 0.95
 SIGNIFICANCE = 0.05
-# Between one who answers at random and all others in the simulation of `correlations`. It only
-# warns, so it may name an honest participant now and then.
+# A little above the 0.7 that all honest participants passed in the simulation of `correlations`. It
+# only warns, so it may name somebody who answered well.
 LOW_CORRELATION = 0.75
 FEW_PARTICIPANTS = 15  # P.910 (2008), 7.2: at least 15 should take part
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 
 import numpy as np
 import pytest
@@ -192,6 +193,22 @@ def test_a_call_without_pyav_says_what_to_install(clip_folder, monkeypatch, caps
     monkeypatch.setitem(kd.sys.modules, "av", None)
     assert kd.main(["eval", "--data-root", str(clip_folder), "--protocol", "call"]) == 2
     assert "--protocol call needs more packages: pip install av" in capsys.readouterr().err
+
+
+def test_frames_that_an_edit_list_hides_do_not_count(tmp_path, panning):
+    imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg", reason="pip install imageio-ffmpeg")
+    write_clip(tmp_path / "whole.mkv", panning * 4)
+    ffmpeg = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error"]
+    encode = ["-i", tmp_path / "whole.mkv", "-c:v", "libx264", "-bf", "0", tmp_path / "whole.mp4"]
+    cut = ["-ss", "1.2", "-i", tmp_path / "whole.mp4", "-c", "copy", tmp_path / "cut/talk_1.mp4"]
+    (tmp_path / "cut").mkdir()
+    for arguments in (encode, cut):
+        subprocess.run([*ffmpeg, *arguments], check=True)
+    (clip,) = kd.find_clips(tmp_path / "cut")
+    assert clip.count() == 32
+    assert len(clip.frames()) == 2
+    with pytest.raises(kd.UserError, match=r"talk_1\.mp4: a clip needs more than 2 frames"):
+        kd.evaluate_clip(clip, kd.CALLS["call"], {"input": lambda frame: frame})
 
 
 def test_a_clip_that_is_too_short_is_named(tmp_path, panning):

@@ -79,21 +79,28 @@ def test_levels_begin_with_the_best_student_and_end_without_one():
     assert [level.checkpoint for level in kd.live_levels("fast")] == ["fast"] * 3 + [""]
 
 
+def changes(governor, seconds):
+    """Whether the level is another one after a frame that took so long."""
+    before = governor.level
+    governor.note(seconds)
+    return governor.level != before
+
+
 def test_the_governor_goes_down_when_half_of_the_frames_are_late():
     governor = kd.Governor(kd.live_levels("auto"), budget=0.04)
     for late in (0.01, 0.05) * 12:
-        assert not governor.note(late)
-    assert governor.note(0.05)  # 13 of 25
+        assert not changes(governor, late)
+    assert changes(governor, 0.05)  # 13 of 25
     assert str(governor.level) == "call-fast"
     for _ in range(24):
-        assert not governor.note(0.05)  # the window has begun anew
-    assert governor.note(0.05)
+        assert not changes(governor, 0.05)  # the window has begun anew
+    assert changes(governor, 0.05)
 
 
 def test_the_governor_ends_with_frames_as_they_are():
     governor = kd.Governor(kd.live_levels("fast"), budget=0.04)
-    changes = [governor.note(1.0) for _ in range(200)]
-    assert sum(changes) == 3
+    falls = [changes(governor, 1.0) for _ in range(200)]
+    assert sum(falls) == 3
     assert str(governor.level) == "frames as they are"
 
 
@@ -101,12 +108,12 @@ def test_the_governor_goes_up_after_calm_and_waits_twice_as_long_the_next_time()
     governor = kd.Governor(kd.live_levels("auto"), budget=0.03)
     for _ in range(25):
         governor.note(0.1)
-    calm = [governor.note(0.009) for _ in range(300)]
+    calm = [changes(governor, 0.009) for _ in range(300)]
     assert calm.index(True) == 299
     assert str(governor.level) == "call"
     for _ in range(25):
         governor.note(0.1)
-    calm = [governor.note(0.009) for _ in range(600)]
+    calm = [changes(governor, 0.009) for _ in range(600)]
     assert calm.index(True) == 599
 
 
@@ -116,7 +123,7 @@ def test_a_rise_that_held_is_no_reason_to_wait_longer():
         for _ in range(25):
             governor.note(0.1)
         assert str(governor.level) == "call-fast"
-        calm = [governor.note(0.009) for _ in range(300)]
+        calm = [changes(governor, 0.009) for _ in range(300)]
         assert calm.index(True) == 299
         assert not any(governor.note(0.02) for _ in range(300))
 
@@ -133,13 +140,21 @@ def test_the_steps_down_after_a_wrong_rise_are_one_mistake():
 def test_frames_that_stood_still_are_not_counted(camera, tmp_path, monkeypatch, capsys):
     noted = []
     monkeypatch.setattr(kd.Governor, "note", lambda self, seconds: noted.append(seconds))
+    sharpened = []
+    compute = kd.LiveSharpener.__call__
+
+    def counted(sharpener, picture, level):
+        sharpened.append(level)
+        return compute(sharpener, picture, level)
+
+    monkeypatch.setattr(kd.LiveSharpener, "__call__", counted)
     still = tmp_path / "still.mp4"
     loop = ("-vf", "select=eq(n\\,0),loop=19:1,setpts=N/10/TB", "-c:v", "libx264", "-qp", "0")
     ffmpeg("-i", camera, *loop, "-an", still)
     options = ["--checkpoint", "call-fast", "--backend", "torch"]
     assert live("--live", still, "-o", tmp_path / "out.mp4", *options) == 0
     repeated = int(re.search(r"; (\d+) frames stood still", capsys.readouterr().out)[1])
-    assert repeated == len(frames_of(tmp_path / "out.mp4")[1]) - 1 > 0
+    assert repeated == len(sharpened) - 1 > 0
     assert len(noted) == 1
 
 
@@ -172,6 +187,13 @@ def live_frame(number, seconds=0.0):
     return kd.LiveFrame(number, seconds, time.perf_counter())
 
 
+def wait_until(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 def test_the_next_frame_is_sharpened_while_one_is_shown():
     latest = kd.LatestFrame()
     sharpener = FakeSharpener()
@@ -200,8 +222,7 @@ def test_a_slow_sink_drops_frames_and_is_no_reason_for_another_level(capsys):
         if pixels == 0:
             for number in (1, 2, 3):
                 latest.put(live_frame(number))
-                while latest.frame is not None:  # until it is being sharpened
-                    time.sleep(0.001)
+                wait_until(lambda: latest.frame is None)  # it is being sharpened
             latest.close()
             time.sleep(0.2)
         return True
@@ -214,26 +235,62 @@ def test_a_slow_sink_drops_frames_and_is_no_reason_for_another_level(capsys):
     assert " 2 dropped;" in capsys.readouterr().out
 
 
-def test_a_viewer_who_leaves_ends_it_though_no_more_frames_come():
+def leave(pixels, seconds):
+    return False
+
+
+def fail(pixels, seconds):
+    raise kd.UserError("the listener has gone")
+
+
+@pytest.mark.parametrize("show", [leave, fail])
+@pytest.mark.parametrize("more", [False, True])
+def test_a_sink_that_ends_ends_the_call(show, more):
+    """Though no more frames come, or though they come faster than they are sharpened."""
     latest = kd.LatestFrame()
     latest.put(live_frame(0))
-    hold_call(latest, lambda pixels, seconds: False)
-    assert latest.closed
 
-
-def test_what_fails_while_sharpening_is_no_error_of_the_sink(tmp_path):
-    latest = kd.LatestFrame()
-    latest.put(live_frame(0))
-
-    class Failing(FakeSharpener):
+    class Slow(FakeSharpener):
         def __call__(self, picture, level):
-            raise RuntimeError("out of memory")
+            if more:
+                for number in range(9):
+                    latest.put(live_frame(number))
+            return picture
 
-    with (
-        pytest.raises(kd.UserError, match=r"^test: out of memory$"),
-        kd.replacing(tmp_path / "out.mp4"),
-    ):
-        hold_call(latest, lambda pixels, seconds: True, Failing())
+    outcome = []
+
+    def call():
+        try:
+            outcome.append(hold_call(latest, show, Slow()))
+        except kd.UserError as error:
+            outcome.append(str(error))
+
+    thread = threading.Thread(target=call, daemon=True)
+    # Signals are handled in the main thread only, and this is another, which may hang.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kd, "ended_by_signals", contextlib.nullcontext)
+        thread.start()
+        thread.join(timeout=20)
+    assert not thread.is_alive()
+    assert outcome[0] == "the listener has gone" if show is fail else len(outcome[0]) >= 1
+
+
+def test_what_fails_while_sharpening_leaves_a_whole_file(camera, tmp_path, capsys, monkeypatch):
+    compute = kd.FrameSharpener.__call__
+    frames = []
+
+    def failing(sharpener, frame):
+        frames.append(frame)
+        if len(frames) == 8:
+            raise RuntimeError("out of memory")
+        return compute(sharpener, frame)
+
+    monkeypatch.setattr(kd.FrameSharpener, "__call__", failing)
+    out = tmp_path / "out.mp4"
+    assert live("--live", camera, "-o", out) == 2
+    message = f"sharpen_kd: error: {camera}, while sharpening: out of memory\n"
+    assert capsys.readouterr().err == message
+    assert 0 < len(frames_of(out)[1]) < 8
 
 
 def test_a_frame_that_takes_some_time_ends_the_calm():
@@ -241,8 +298,8 @@ def test_a_frame_that_takes_some_time_ends_the_calm():
     for _ in range(25):
         governor.note(0.1)
     for _ in range(10):
-        assert not any(governor.note(0.009) for _ in range(299))
-        assert not governor.note(0.016)
+        assert not any(changes(governor, 0.009) for _ in range(299))
+        assert not changes(governor, 0.016)
 
 
 # --- From a file as the camera --------------------------------------------------------------------
@@ -363,7 +420,7 @@ def test_a_slow_network_drops_frames_and_the_level_falls(camera, tmp_path, capsy
     assert dropped >= 9
     assert dropped + shown == 60
     late = float(summary.split("(95 %: ")[1].split(")")[0])
-    assert late < 1000  # no queue: a frame waits for the one before it at most
+    assert late < 1000  # no queue: a frame waits once to be sharpened, once to be shown
     assert len(sound_of(tmp_path / "out.mp4")) == len(sound_of(long))
 
 

@@ -122,6 +122,17 @@ def test_an_interrupted_folder_is_gone_on_with(tmp_path, run_sharpen, small):
     assert status == 2
     assert "--overwrite, --skip-existing: name one of them" in error
 
+    status, error, _ = run_sharpen(pictures, "-o", pictures, "--skip-existing")
+    assert status == 2
+    assert "a.png: would be overwritten" in error
+
+    assert run_sharpen(pictures, "-o", out, "--overwrite", "--before-after")[0] == 0
+    (out / "a.png").unlink()
+    (out / "b_before_after.png").unlink()
+    sheets = run_sharpen(pictures, "-o", out, "--before-after", "--skip-existing")
+    assert (sheets[0], sheets[2].splitlines()[0]) == (0, "0 of 2 results exist already")
+    assert names_in(out) == ["a.png", "a_before_after.png", "b.png", "b_before_after.png"]
+
 
 def test_a_sheet_replaces_no_file_in_a_named_folder(tmp_path, run_sharpen, small):
     small.save(tmp_path / "a.png")
