@@ -87,6 +87,13 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
+if __name__ == "__main__":  # before the imports below would end in a traceback
+    for package in ("numpy", "PIL", "torch", "torchvision", "skimage", "einops", "tqdm"):
+        if importlib.util.find_spec(package) is None:
+            remedy = f"pip install -r {Path(__file__).with_name('requirements.txt')}"
+            print(f"sharpen_kd: error: {package} is not installed; {remedy}", file=sys.stderr)
+            sys.exit(2)
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
@@ -595,7 +602,7 @@ class PrepareConfig:
         " in low/ beside sharp/), or a protocol of `eval`",
         choices=(MIXED, CALL_MIXTURE, ENCODED_PAIRS, *PROTOCOLS, *CALLS), metavar="PROTOCOL",
     )  # fmt: skip
-    crops: int = flag(24000, "--protocol: crops to write", at_least=1, at_most=10**7)
+    crops: int = flag(24000, "--protocol: crops to write, in twelves", at_least=1, at_most=10**7)
     crop_size: int = flag(128, "--protocol: side of the crops in pixels", at_least=16, at_most=2048)
     split: str = flag("train", "which half of the dataset to write", choices=("train", "test"))
     data_root: Path = flag(DATASET, "dataset folder to write into")
@@ -5343,12 +5350,15 @@ class Governor:
     """Chooses the level at which frames are ready in time.
 
     The budget is the time between two frames. When the median of the last 25 frames is above 1.2
-    times the budget, it goes one level down: at that speed one frame in six is dropped. After 300
-    frames in a row below half of the budget it goes one level up. If it must go down again within
-    300 frames, the next rise needs twice as many.
+    times the budget, it goes one level down: at that speed one frame in six is dropped. Where
+    frames are slow, five or more that took 3 seconds are enough. After 300 frames in a row below
+    half of the budget it goes one level up. If it must go down again within 300 frames, the next
+    rise needs twice as many.
     """
 
     FRAMES_JUDGED = 25
+    FEWEST_JUDGED = 5
+    SECONDS_JUDGED = 3.0
     TOLERANCE = 1.2
     PATIENCE = 300
 
@@ -5371,8 +5381,9 @@ class Governor:
         if self.since_rise is not None:
             self.since_rise += 1
         self.calm = self.calm + 1 if seconds < self.budget / 2 else 0
-        is_full = len(self.times) == self.FRAMES_JUDGED
-        if is_full and statistics.median(self.times) > self.TOLERANCE * self.budget:
+        slow = len(self.times) >= self.FEWEST_JUDGED and sum(self.times) > self.SECONDS_JUDGED
+        can_judge = slow or len(self.times) == self.FRAMES_JUDGED
+        if can_judge and statistics.median(self.times) > self.TOLERANCE * self.budget:
             self.go_down()
         elif self.calm >= self.patience and self.index > 0:
             self.since_rise = 0
@@ -6026,9 +6037,12 @@ def sharpen(config: SharpenConfig) -> None:
     for for_clips in {job.is_clip for job in jobs}:
         sharpeners[for_clips] = sharpener_of(config, config.strength, for_clips)
     failed = []
-    for job in progress(jobs, "sharpen"):
+    for number, job in enumerate(progress(jobs, "sharpen")):
         try:
             sharpen_file(config, job, sharpeners[job.is_clip])
+        except KeyboardInterrupt:
+            print(f"{number} of {len(jobs)} done; the same with --skip-existing does the others")
+            raise
         except Exception as error:  # one picture must not stop the others; all are named at the end
             text = str(error) or type(error).__name__
             failed.append(text if str(job.source) in text else f"{job.source}: {text}")
@@ -6056,7 +6070,8 @@ def prepare(config: PrepareConfig) -> None:
     if {CALL_MIXTURE, *CLIP_PROTOCOLS} & set(config.protocol):
         require_packages(["av"], f"--protocol {' '.join(config.protocol)}")
     count = write_crops(Streams(config), target)
-    print(f"{count} crops in {target}; `train --degradation crops` reads them")
+    learn = f"train --preset call --data-root {shlex.quote(str(config.data_root))}"
+    print(f"{count} crops in {target}; `{learn}` learns from them")
 
 
 def prepare_pairs(config: PrepareConfig, target: Path) -> None:
@@ -6526,6 +6541,7 @@ def evaluate_clips(
         rows.append(evaluate_clip(clip, CALLS.get(protocol), methods, gallery))
     table = clip_table(rows, methods)
     print_table(protocol, table, format_clip_scores)
+    print(f"each: {' / '.join(table['all']['input'])}; flicker against the input's")
     if protocol in CALLS:
         kilobits = ", ".join(f"{row['picture']} {row['kilobits']:.0f}" for row in rows)
         print(f"kilobits a second: {kilobits}")
@@ -7557,6 +7573,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_error(UserError(f"{error.name} is not installed: pip install {error.name}"))
         return 2
     except KeyboardInterrupt:
+        print("sharpen_kd: interrupted", file=sys.stderr)
         return 130
     return 0
 

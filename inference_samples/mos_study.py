@@ -247,7 +247,7 @@ def choose_stimuli(methods: dict[str, dict], training: int) -> list[Stimulus]:
     chosen, spare = choose_training(methods, training)
     require(
         len(chosen) == training,
-        f"--training {training}: there are only {len(chosen)} files; name a smaller number",
+        f"only {len(chosen)} files for {training} training items; `--training 0` shows none",
     )
     if chosen and not spare:
         warn("training shows pictures that are rated again later: no category has any to spare")

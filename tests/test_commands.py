@@ -77,6 +77,18 @@ def test_json_holds_no_infinite_numbers(tmp_path):
     }
 
 
+# --- Packages -------------------------------------------------------------------------------------
+
+
+def test_a_missing_base_package_costs_one_line():
+    command = [sys.executable, "-I", "-S", kd.__file__, "--help"]  # without site-packages
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    requirements = kd.Path(kd.__file__).with_name("requirements.txt")
+    message = f"numpy is not installed; pip install -r {requirements}"
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"sharpen_kd: error: {message}\n"
+
+
 # --- eval -----------------------------------------------------------------------------------------
 
 

@@ -97,6 +97,12 @@ def test_the_governor_goes_down_when_half_of_the_frames_are_late():
     assert changes(governor, 0.05)
 
 
+def test_the_governor_needs_fewer_frames_where_they_are_slow():
+    governor = kd.Governor(kd.live_levels("auto"), budget=0.04)
+    assert [changes(governor, 0.8) for _ in range(5)] == [False, False, False, False, True]
+    assert [changes(governor, 0.5) for _ in range(7)] == [False] * 6 + [True]
+
+
 def test_the_governor_ends_with_frames_as_they_are():
     governor = kd.Governor(kd.live_levels("fast"), budget=0.04)
     falls = [changes(governor, 1.0) for _ in range(200)]

@@ -184,7 +184,7 @@ def remove(folder):
         (lambda i: (i / "sharp").rename(i / "x") and (i / "sharp").symlink_to(i / "blurred"), (),
          "two folders are named blurred"),
         (lambda i: None, ("--reference", "original"), "--reference original: none of the folders"),
-        (lambda i: None, ("--training", "10"), "--training 10: there are only 9 files"),
+        (lambda i: None, ("--training", "10"), "only 9 files for 10 training items; "),
         (lambda i: None, ("--training", "-1"), "'-1' is no whole number"),
         (lambda i: None, ("--key", ""), "an empty name"),
         (lambda i: None, ("--colour",), "unrecognized arguments: --colour"),
