@@ -13,9 +13,9 @@ or OpenVINO files. Every flag is explained by `python sharpen_kd.py COMMAND --he
 excitation blocks, distilled from Restormer by five loss terms. "x2" is its blur: a picture shrunk
 to half its sides and enlarged again.
 
-What it reached: 110 test pictures at x2 (27.75 dB / 0.8605) become 30.31 dB / 0.9076 by
-model_checkpoints/student.pth and 29.59 dB / 0.9018 by student_fast.pth. Six talking clips in calls
-gain 0.63 dB by student_call.pth and 0.48 dB by student_call_fast.pth. README.md has the speeds.
+What it reached: 110 test pictures at x2 (27.75 dB / 0.8605) become 30.34 dB / 0.9077 by
+model_checkpoints/student.pth and 29.80 dB / 0.9030 by student_fast.pth. Six talking clips in calls
+gain 0.63 dB by student_call.pth and 0.51 dB by student_call_fast.pth. README.md has the speeds.
 
 Map of this file. The story is read from top to bottom and needs nothing from the workshop:
 
