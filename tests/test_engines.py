@@ -62,8 +62,10 @@ def test_tiled_and_whole_agree_at_1080p(engine_of, photographs, name, checkpoint
     tiled = engine_of(checkpoint, backend, tile=1024)(frame)
     assert difference(whole, frame).mean() > 0.5  # the network does something
     # What gates of several stages see far away adds up, and int8 makes steps of it.
-    assert difference(whole, tiled).max() <= (3 if backend == "openvino-int8" else 2)
-    assert difference(whole, tiled).mean() <= 0.05
+    apart = difference(whole, tiled)
+    assert apart.max() <= (4 if backend == "openvino-int8" else 2)
+    assert (apart > 2).mean() < 1e-5
+    assert apart.mean() <= 0.05
 
 
 @pytest.mark.parametrize(
