@@ -5731,6 +5731,23 @@ def find_sources(given: Path) -> tuple[list[Path], list[Path]]:
     return sources, others
 
 
+def output_of(
+    config: SharpenConfig, source: Path, folder: Path, to_file: bool
+) -> tuple[Path, Path]:
+    """(what the outputs' names begin with, the output) of a source in a folder that was given."""
+    if is_clip(source):
+        suffix = clip_suffix(source, config.lossless)
+    else:
+        suffix = writable_suffix(source)
+    if config.output is None:
+        stem = source.with_suffix("")
+        return stem, with_ending(stem, f"_sharpened{suffix}")
+    if to_file:
+        return config.output.with_suffix(""), config.output
+    stem = config.output / source.relative_to(folder).with_suffix("")
+    return stem, with_ending(stem, suffix)
+
+
 def plan_jobs(config: SharpenConfig) -> tuple[list[Job], list[Path]]:
     """(the jobs, what else the folders hold); UserError before anything is written."""
     to_file = output_is_file(config)
@@ -5747,19 +5764,7 @@ def plan_jobs(config: SharpenConfig) -> tuple[list[Job], list[Path]]:
             if real in planned:
                 continue
             planned.add(real)
-            if is_clip(source):
-                suffix = clip_suffix(source, config.lossless)
-            else:
-                suffix = writable_suffix(source)
-            if config.output is None:
-                stem = source.with_suffix("")
-                target = with_ending(stem, f"_sharpened{suffix}")
-            elif to_file:
-                stem = config.output.with_suffix("")
-                target = config.output
-            else:
-                stem = config.output / source.relative_to(folder).with_suffix("")
-                target = with_ending(stem, suffix)
+            stem, target = output_of(config, source, folder, to_file)
             target = numbered(target, taken)
             sheet = numbered(with_ending(stem, "_before_after.png"), taken)
             jobs.append(Job(source, target, sheet))
