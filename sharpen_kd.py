@@ -4349,78 +4349,11 @@ def format_clip_scores(scores: dict[str, float]) -> str:
 #
 # Twelve crops come from one stream: draw a clip or a picture, take 20 frames of it (a picture is
 # moved about), send them through an encoder, and cut crops from what was received and the same
-# crops from what was sent. `Streams` does this, `write_crops` stores it.
+# crops from what was sent. `Streams` does this, `write_crops` stores them.
 
 STREAM_FRAMES = 20  # frames that are encoded for a few crops; 2 of them are the stream's beginning
 CROPS_A_STREAM = 12
 LARGEST_VIEW = (416, 288)  # the largest part of a still picture that moves through a stream
-
-
-def moving_still(picture: np.ndarray, key: Sequence[int], crop_size: int = 0) -> list[np.ndarray]:
-    """A still picture as a clip: a window of it that rests, pans, zooms or scrolls.
-
-    The window is as large as LARGEST_VIEW, or as `crop_size` where that is larger. It moves by
-    whole pixels, since a fraction of one would blur what is to be sharp; and a zoom only shrinks.
-    """
-    draw = generator(key, "motion")
-    height, width = picture.shape[:2]
-    least = round_up(crop_size, 16)
-    view_width = min(max(LARGEST_VIEW[0], least), width) // 16 * 16
-    view_height = min(max(LARGEST_VIEW[1], least), height) // 16 * 16
-    kind = draw.choice(["pan", "zoom", "rest", "scroll"], p=(0.45, 0.2, 0.15, 0.2))
-    spare_x = width - view_width
-    spare_y = height - view_height
-    x = draw.integers(spare_x + 1)
-    y = draw.integers(spare_y + 1)
-    step_x, step_y = draw.integers(-5, 6, size=2)
-    zoom = draw.uniform(1.0, 1.02)  # from frame to frame
-    room = min((width - x) / view_width, (height - y) / view_height)  # for both sides to grow in
-    frames = []
-    for number in range(STREAM_FRAMES):
-        if kind == "pan":
-            x = int(np.clip(x + step_x, 0, spare_x))
-            y = int(np.clip(y + step_y, 0, spare_y))
-        elif kind == "scroll" and number % 6 < 3:  # and rests in between
-            y = int(np.clip(y + 4 * step_y, 0, spare_y))
-        scale = 1.0
-        if kind == "zoom":
-            scale = min(zoom**number, room)
-        right = x + int(view_width * scale)
-        bottom = y + int(view_height * scale)
-        view = picture[y:bottom, x:right]
-        frames.append(resized(view, (view_width, view_height)))
-    return frames
-
-
-def some_frames(clip: Clip, every: int, key: Sequence[int]) -> slice:
-    """Which frames of a clip make a stream."""
-    length = every * STREAM_FRAMES
-    last_start = max(clip.count() - length, 0)
-    start = int(generator(key, "part of clip").integers(last_start + 1))
-    return slice(start, start + length, every)
-
-
-def part_of_clip(clip: Clip, key: Sequence[int]) -> list[np.ndarray]:
-    """Some frames of a clip; a fifth of the senders drops every second frame."""
-    every = 2 if generator(key, "drops").random() < 0.2 else 1
-    frames = clip.frames(some_frames(clip, every, key))
-    height, width = frames[0].shape[:2]
-    even = (slice(height // 2 * 2), slice(width // 2 * 2))
-    return [frame[even] for frame in frames]
-
-
-def draw_source(sources: Sequence[Pair | Clip], key: Sequence[int]) -> Pair | Clip:
-    """A clip or a picture, equally often where there are both, and each category equally often."""
-    draw = generator(key, "source")
-    by_type = list(grouped(sources, lambda source: type(source).__name__).values())
-    of_type = by_type[draw.integers(len(by_type))]
-    by_kind = list(grouped(of_type, source_kind).values())
-    of_kind = by_kind[draw.integers(len(by_kind))]
-    return of_kind[draw.integers(len(of_kind))]
-
-
-def source_kind(source: Pair | Clip) -> str:
-    return source.kind if isinstance(source, Clip) else source.category
 
 
 class Streams(Dataset):
@@ -4553,80 +4486,71 @@ class Streams(Dataset):
         return np.array(picture)
 
 
-def as_it_is(item: object) -> object:
-    """A collate function, by name, since a lambda cannot be sent to a new process."""
-    return item
+def draw_source(sources: Sequence[Pair | Clip], key: Sequence[int]) -> Pair | Clip:
+    """A clip or a picture, equally often where there are both, and each category equally often."""
+    draw = generator(key, "source")
+    by_type = list(grouped(sources, lambda source: type(source).__name__).values())
+    of_type = by_type[draw.integers(len(by_type))]
+    by_kind = list(grouped(of_type, source_kind).values())
+    of_kind = by_kind[draw.integers(len(by_kind))]
+    return of_kind[draw.integers(len(of_kind))]
 
 
-def open_crops(folder: Path, key: str, shape: tuple) -> tuple[np.ndarray, list[str]]:
-    """(a folder's crops as a mapped file, the names of those that are written already).
+def source_kind(source: Pair | Clip) -> str:
+    return source.kind if isinstance(source, Clip) else source.category
 
-    They are new where there were none. UserError for damaged ones, and for those of another key.
+
+def some_frames(clip: Clip, every: int, key: Sequence[int]) -> slice:
+    """Which frames of a clip make a stream."""
+    length = every * STREAM_FRAMES
+    last_start = max(clip.count() - length, 0)
+    start = int(generator(key, "part of clip").integers(last_start + 1))
+    return slice(start, start + length, every)
+
+
+def part_of_clip(clip: Clip, key: Sequence[int]) -> list[np.ndarray]:
+    """Some frames of a clip; a fifth of the senders drops every second frame."""
+    every = 2 if generator(key, "drops").random() < 0.2 else 1
+    frames = clip.frames(some_frames(clip, every, key))
+    height, width = frames[0].shape[:2]
+    even = (slice(height // 2 * 2), slice(width // 2 * 2))
+    return [frame[even] for frame in frames]
+
+
+def moving_still(picture: np.ndarray, key: Sequence[int], crop_size: int = 0) -> list[np.ndarray]:
+    """A still picture as a clip: a window of it that rests, pans, zooms or scrolls.
+
+    The window is as large as LARGEST_VIEW, or as `crop_size` where that is larger. It moves by
+    whole pixels, since a fraction of one would blur what is to be sharp; and a zoom only shrinks.
     """
-    pixels_file = folder / PREPARED_PIXELS
-    about_file = folder / PREPARED_ABOUT
-    if not about_file.exists():
-        require_writable(pixels_file)
-        return np.lib.format.open_memmap(pixels_file, "w+", np.uint8, shape), []
-    remedy = "remove it or choose another --data-root"
-    try:
-        about = json.loads(about_file.read_text())
-        pixels = np.lib.format.open_memmap(pixels_file, "r+")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: its crops are damaged ({error}); {remedy}") from error
-    require(about.get("key") == key, f"{folder} holds other crops; {remedy}")
-    return pixels, about["sources"]
-
-
-def write_crops(streams: Streams, folder: Path) -> int:
-    """Write what `PreparedCrops` reads, or what is still missing of it; returns the number.
-
-    UserError for a folder that holds other crops.
-    """
-    key = streams.key()
-    side = streams.config.crop_size
-    shape = (len(streams) * CROPS_A_STREAM, 2, side, side, 3)
-    pixels, names = open_crops(folder, key, shape)
-
-    def save() -> None:
-        pixels.flush()
-        about = {"key": key, "written": len(names), "sources": names}
-        write_json(about, folder / PREPARED_ABOUT)
-
-    save()
-    saved = time.monotonic()
-    threads = torch.get_num_threads()
-    loader = DataLoader(
-        streams,
-        sampler=range(len(names) // CROPS_A_STREAM, len(streams)),
-        batch_size=None,
-        collate_fn=as_it_is,
-        num_workers=threads if threads > 1 else 0,
-        worker_init_fn=ignore_interrupts,
-    )
-    try:
-        with progress(total=len(pixels), initial=len(names), unit="crop") as bar:
-            for name, crops in loader:
-                pixels[len(names) : len(names) + CROPS_A_STREAM] = crops
-                names += [name] * CROPS_A_STREAM
-                bar.update(CROPS_A_STREAM)
-                if time.monotonic() - saved > 10:
-                    save()
-                    saved = time.monotonic()
-    finally:
-        save()
-    return len(names)
-
-
-def files_of(source: Pair | Clip) -> list[Path]:
-    """The files that a picture or a clip consists of."""
-    if isinstance(source, Pair):
-        return [source.sharp]
-    files = []
-    for path in (source.path, source.received):
-        if path is not None:
-            files += numbered_pictures(path) if path.is_dir() else [path]
-    return files
+    draw = generator(key, "motion")
+    height, width = picture.shape[:2]
+    least = round_up(crop_size, 16)
+    view_width = min(max(LARGEST_VIEW[0], least), width) // 16 * 16
+    view_height = min(max(LARGEST_VIEW[1], least), height) // 16 * 16
+    kind = draw.choice(["pan", "zoom", "rest", "scroll"], p=(0.45, 0.2, 0.15, 0.2))
+    spare_x = width - view_width
+    spare_y = height - view_height
+    x = draw.integers(spare_x + 1)
+    y = draw.integers(spare_y + 1)
+    step_x, step_y = draw.integers(-5, 6, size=2)
+    zoom = draw.uniform(1.0, 1.02)  # from frame to frame
+    room = min((width - x) / view_width, (height - y) / view_height)  # for both sides to grow in
+    frames = []
+    for number in range(STREAM_FRAMES):
+        if kind == "pan":
+            x = int(np.clip(x + step_x, 0, spare_x))
+            y = int(np.clip(y + step_y, 0, spare_y))
+        elif kind == "scroll" and number % 6 < 3:  # and rests in between
+            y = int(np.clip(y + 4 * step_y, 0, spare_y))
+        scale = 1.0
+        if kind == "zoom":
+            scale = min(zoom**number, room)
+        right = x + int(view_width * scale)
+        bottom = y + int(view_height * scale)
+        view = picture[y:bottom, x:right]
+        frames.append(resized(view, (view_width, view_height)))
+    return frames
 
 
 def with_sharp_part(
@@ -4656,6 +4580,100 @@ def with_sharp_part(
         sharp[place] = box[:height, :width][: side - top, : side - left]
     received[place] = sharp[place]
     return received, sharp
+
+
+def files_of(source: Pair | Clip) -> list[Path]:
+    """The files that a picture or a clip consists of."""
+    if isinstance(source, Pair):
+        return [source.sharp]
+    files = []
+    for path in (source.path, source.received):
+        if path is not None:
+            files += numbered_pictures(path) if path.is_dir() else [path]
+    return files
+
+
+class CropsFile:
+    """The crops of streams on the disk, which `PreparedCrops` reads.
+
+    They are new, or those that an interruption left. UserError for a folder with other crops.
+    """
+
+    SECONDS_BETWEEN_SAVES = 10
+
+    def __init__(self, folder: Path, key: str, shape: tuple) -> None:
+        self.about_file = folder / PREPARED_ABOUT
+        self.key = key
+        self.pixels, self.names = open_crops(folder, key, shape)
+        self.save()
+
+    def add(self, name: str, crops: np.ndarray) -> None:
+        """Write a stream's crops, from a picture or a clip of that name."""
+        written = len(self.names)
+        self.pixels[written : written + len(crops)] = crops
+        self.names += [name] * len(crops)
+        if time.monotonic() - self.saved > self.SECONDS_BETWEEN_SAVES:
+            self.save()
+
+    def save(self) -> None:
+        """Let what is written so far survive whatever comes."""
+        self.pixels.flush()
+        about = {"key": self.key, "written": len(self.names), "sources": self.names}
+        write_json(about, self.about_file)
+        self.saved = time.monotonic()
+
+
+def open_crops(folder: Path, key: str, shape: tuple) -> tuple[np.ndarray, list[str]]:
+    """(a folder's crops as a mapped file, the names of those that are written already).
+
+    They are new where there were none. UserError for damaged ones, and for those of another key.
+    """
+    pixels_file = folder / PREPARED_PIXELS
+    about_file = folder / PREPARED_ABOUT
+    if not about_file.exists():
+        require_writable(pixels_file)
+        return np.lib.format.open_memmap(pixels_file, "w+", np.uint8, shape), []
+    remedy = "remove it or choose another --data-root"
+    try:
+        about = json.loads(about_file.read_text())
+        pixels = np.lib.format.open_memmap(pixels_file, "r+")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: its crops are damaged ({error}); {remedy}") from error
+    require(about.get("key") == key, f"{folder} holds other crops; {remedy}")
+    return pixels, about["sources"]
+
+
+def write_crops(streams: Streams, folder: Path) -> int:
+    """Write what `PreparedCrops` reads, or what is still missing of it; returns the number.
+
+    UserError for a folder that holds other crops.
+    """
+    side = streams.config.crop_size
+    total = len(streams) * CROPS_A_STREAM
+    file = CropsFile(folder, streams.key(), (total, 2, side, side, 3))
+    written = len(file.names)
+    threads = torch.get_num_threads()
+    loader = DataLoader(
+        streams,
+        sampler=range(written // CROPS_A_STREAM, len(streams)),
+        batch_size=None,
+        collate_fn=as_it_is,
+        num_workers=threads if threads > 1 else 0,
+        worker_init_fn=ignore_interrupts,
+    )
+    try:
+        with progress(total=total, initial=written, unit="crop") as bar:
+            for name, crops in loader:
+                file.add(name, crops)
+                bar.update(len(crops))
+    finally:
+        file.save()
+    return len(file.names)
+
+
+def as_it_is(item: object) -> object:
+    """A collate function, by name, since a lambda cannot be sent to a new process."""
+    return item
 
 
 # --- Clips: sharpened, from one file to another ---------------------------------------------------
