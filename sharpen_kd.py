@@ -2392,11 +2392,11 @@ class StudentUNet(Student):
         widths = tuple(widths) or (c // 4, c // 2, c, 2 * c, 3 * c)
         scales = len(widths)
         require(scales > 1, f"--widths {widths}: a U-Net has two scales or more")
+        convolutions = tuple(convolutions)
         if len(convolutions) == 1:
-            convolutions = tuple(convolutions) * scales
-        wanted = (
-            f"--convolutions {convolutions}: one number, or one for each of the {scales} scales"
-        )
+            convolutions *= scales
+        one_each = f"one for each of the {scales} scales"
+        wanted = f"--convolutions {convolutions}: one number, or {one_each}"
         require(len(convolutions) == scales, wanted)
         require(min(*widths, *convolutions) > 0, "--widths, --convolutions: 1 or more each")
         require(skips in ("concatenate", "lateral"), f"--skips {skips}: concatenate or lateral")
@@ -2407,7 +2407,7 @@ class StudentUNet(Student):
             "stem_stride": stem_stride,
             "widths": widths,
             "skips": skips,
-            "convolutions": tuple(convolutions),
+            "convolutions": convolutions,
             "luma": luma,
         }
         self.stem_stride = stem_stride
@@ -3003,8 +3003,8 @@ def any_process(condition: bool, device: torch.device) -> bool:
 
 MOST_SKIPPED = 10  # steps in a row whose gradients are not finite
 
-# When the best weights are chosen, each held-out picture counts as at most so many dB: a blank one
-# may be restored exactly, and its PSNR is infinite.
+# A held-out picture counts as at most so many dB: a blank one may be restored exactly, and its
+# PSNR is infinite.
 PSNR_CAP = 60.0
 
 # Settings that are not saved with a run: they are for one start of the script.
@@ -3192,15 +3192,20 @@ class TrainingRun:
         if not self.held_out:
             self.save_best({"psnr": math.nan, "ssim": math.nan})
             return {}
-        restore = self.as_frame_function(copy.deepcopy(self.ema))  # a copy, which it may change
-        scores = [score(restore(blurred), sharp) for blurred, sharp in self.held_out]
-        means = mean_scores(scores)
+        # Of a copy, which it may change.
+        means = self.score_held_out(self.as_frame_function(copy.deepcopy(self.ema)))
         tqdm.write(f"step {self.step}: held out {format_scores(means)}")
-        capped = statistics.fmean(min(each["psnr"], PSNR_CAP) for each in scores)
-        if capped > self.best or not (self.config.run_dir / "best.pth").exists():
-            self.best = capped
+        if means["psnr"] > self.best or not (self.config.run_dir / "best.pth").exists():
+            self.best = means["psnr"]
             self.save_best(means)
         return {f"val_{name}": value for name, value in means.items()}
+
+    def score_held_out(self, method: FrameFunction) -> dict[str, float]:
+        """Mean scores on the held-out pairs, each PSNR of at most PSNR_CAP."""
+        scores = [score(method(blurred), sharp) for blurred, sharp in self.held_out]
+        for each in scores:
+            each["psnr"] = min(each["psnr"], PSNR_CAP)
+        return mean_scores(scores)
 
     def save_best(self, means: dict[str, float]) -> None:
         content = {
@@ -6241,7 +6246,7 @@ def train(config: TrainConfig) -> None:
 def report_gain(run: TrainingRun) -> None:
     """What the student gains on the held-out pictures."""
     best = load_student(run.config.run_dir / "best.pth")[1]["held_out"]
-    before = score_method(lambda frame: frame, run.held_out)
+    before = run.score_held_out(lambda frame: frame)
     seconds = statistics.median(row["seconds"] for row in run.rows)
     print(f"{run.step} steps, {1000 * seconds:.0f} ms each (median)")
     metrics = " / ".join(METRICS).upper()
@@ -6253,34 +6258,12 @@ def report_gain(run: TrainingRun) -> None:
 @in_its_folder
 def train_teacher(config: TeacherConfig) -> None:
     """Train a Restormer of any size on the dataset (L1); best.pth is a --teacher-weights file."""
-    four = len(config.num_blocks) == len(config.heads) == 4
-    require(four, "--num-blocks, --heads: four numbers each, one a level")
-    fits = all((config.dim * 2**level) % heads == 0 for level, heads in enumerate(config.heads))
-    wanted = f"--dim {config.dim}: must be even, and at level i, from 0, dim * 2^i a multiple of"
-    require(config.dim % 2 == 0 and fits, f"{wanted} that level's --heads")
+    require_levels(config)
     last = read_last(config)
     torch.manual_seed(config.seed)
     dataset, held_out = training_data(config)
     device = pick_device(config)
-    if last:
-        try:
-            restormer = StemmedRestormer(**last["network"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            wrong = f"{config.run_dir / 'last.pth'}: its network cannot be built ({error})"
-            raise UserError(f"{wrong}; {RESTART}") from error
-    elif config.init:  # of whatever size it is
-        restormer = load_restormer(Path(config.init))
-    else:
-        channels = 3 * config.stem_stride**2
-        restormer = StemmedRestormer(
-            channels,
-            channels,
-            dim=config.dim,
-            num_blocks=config.num_blocks,
-            num_refinement_blocks=config.num_refinement_blocks,
-            heads=config.heads,
-            ffn_expansion_factor=config.ffn_expansion_factor,
-        )
+    restormer = restormer_to_train(config, last)
     multiple = 8 * restormer.stem_stride
     wanted = f"--image-size {config.image_size}: must be a multiple of {multiple}"
     aligned = config.image_size % multiple == 0
@@ -6294,6 +6277,37 @@ def train_teacher(config: TeacherConfig) -> None:
 
     run = TrainingRun(config, objective, shape, dataset, held_out, as_frame_function)
     carry_out(run, last)
+
+
+def require_levels(config: TeacherConfig) -> None:
+    """UserError unless a Restormer can have these levels."""
+    four = len(config.num_blocks) == len(config.heads) == 4
+    require(four, "--num-blocks, --heads: four numbers each, one a level")
+    fits = all((config.dim * 2**level) % heads == 0 for level, heads in enumerate(config.heads))
+    wanted = f"--dim {config.dim}: must be even, and at level i, from 0, dim * 2^i a multiple of"
+    require(config.dim % 2 == 0 and fits, f"{wanted} that level's --heads")
+
+
+def restormer_to_train(config: TeacherConfig, last: dict | None) -> StemmedRestormer:
+    """That of the last.pth which is resumed, that of --init, or a new one."""
+    if last:
+        try:
+            return StemmedRestormer(**last["network"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            wrong = f"{config.run_dir / 'last.pth'}: its network cannot be built ({error})"
+            raise UserError(f"{wrong}; {RESTART}") from error
+    if config.init:  # of whatever size it is
+        return load_restormer(Path(config.init))
+    channels = 3 * config.stem_stride**2
+    return StemmedRestormer(
+        channels,
+        channels,
+        dim=config.dim,
+        num_blocks=config.num_blocks,
+        num_refinement_blocks=config.num_refinement_blocks,
+        heads=config.heads,
+        ffn_expansion_factor=config.ffn_expansion_factor,
+    )
 
 
 # --- Command: ablate ------------------------------------------------------------------------------
@@ -6392,32 +6406,16 @@ def ablate(config: AblateConfig) -> None:
     processes can share out the seeds, and a third print the table.
     """
     require(PROCESSES == 1, "ablate: run it without torchrun; processes may share out the --seeds")
-    own_terms = [name for name, term in LOSS_TERMS.items() if not term.needs_teacher]
-    flags = ", ".join(f"--lambda-{name}" for name in own_terms)
-    weighted = any(getattr(config, f"lambda_{name}") for name in own_terms)
-    require(weighted, f"{flags}: all are 0, which leaves nothing to learn without a teacher")
+    require_own_term(config)
     test = []
     if config.data_root and (config.data_root / "test").is_dir():  # a plain folder has no test half
         test = [pair.load() for pair in find_sharp(config.data_root / "test", PROTOCOLS["x2"])]
     variants = ablation_variants(config)
-    by_name = {variant.name: variant for variant in variants}
-    if config.overwrite:  # all are removed here, since a run that is found below is resumed
-        for variant, seed in itertools.product(variants, config.seeds):
-            folder = config.run_dir / f"{variant.folder}_{seed}"
-            if folder.exists():
-                with locked(folder):
-                    for file in folder.iterdir():
-                        file.unlink()
+    if config.overwrite:
+        remove_runs(config, variants)
 
     for variant in variants:
-        of_this = config
-        if variant.longer:
-            ratio = by_name["all"].seconds / by_name["no teacher"].seconds
-            of_this = dataclasses.replace(
-                config,
-                epochs=max(1, round(config.epochs * ratio)),
-                max_steps=math.ceil(config.max_steps * ratio),
-            )
+        of_this = as_long_as_all(config, variants) if variant.longer else config
         run_variant(of_this, variant, test)
         line = f"{variant.name:<20}{variant.steps:>6} steps of{1000 * variant.seconds:>4.0f} ms"
         line += f"   held out {spread(variant.held_out)}"
@@ -6430,6 +6428,33 @@ def ablate(config: AblateConfig) -> None:
     plot_ablation(config.run_dir / "ablation.png", variants)
 
 
+def require_own_term(config: AblateConfig) -> None:
+    """UserError unless a student without a teacher has something to learn."""
+    own_terms = [name for name, term in LOSS_TERMS.items() if not term.needs_teacher]
+    flags = ", ".join(f"--lambda-{name}" for name in own_terms)
+    weighted = any(getattr(config, f"lambda_{name}") for name in own_terms)
+    require(weighted, f"{flags}: all are 0, which leaves nothing to learn without a teacher")
+
+
+def remove_runs(config: AblateConfig, variants: Sequence[Variant]) -> None:
+    """Remove what earlier runs left: all at once, since a run that is found is resumed."""
+    for variant, seed in itertools.product(variants, config.seeds):
+        folder = config.run_dir / f"{variant.folder}_{seed}"
+        if folder.exists():
+            with locked(folder):
+                for file in folder.iterdir():
+                    file.unlink()
+
+
+def as_long_as_all(config: AblateConfig, variants: Sequence[Variant]) -> AblateConfig:
+    """Settings with which a run without a teacher takes the time that all terms took."""
+    seconds = {variant.name: variant.seconds for variant in variants}
+    ratio = seconds["all"] / seconds["no teacher"]
+    epochs = max(1, round(config.epochs * ratio))
+    max_steps = math.ceil(config.max_steps * ratio)
+    return dataclasses.replace(config, epochs=epochs, max_steps=max_steps)
+
+
 # --- Command: eval --------------------------------------------------------------------------------
 
 
@@ -6438,7 +6463,9 @@ def side_by_side(panels: dict[str, np.ndarray], detail: int = 48) -> Image.Image
 
     The square is where the first and the last frame differ most.
     """
-    first, *_, last = panels.values()
+    frames = list(panels.values())
+    first = frames[0]
+    last = frames[-1]
     height, width = first.shape[:2]
     side = min(detail, height, width)
     change = np.square(first.astype(float) - last).sum(2)
@@ -7127,22 +7154,13 @@ def fps_rows(
     contestants = contestants_of(students, backend, device, config)
     for height, width in FPS_SIZES:
         frames = sample_frames(height, width)
-        functions = {}
         racing = [c for c in contestants if not c.tile or c.is_cut(frames[0])]
+        race = race_on(frames, racing, best, device, config)
+        best_gflops = best.gflops(race["best convolution"].median)
         for number, contestant in enumerate(racing):
-            functions[number, "network"] = contestant.network_alone(frames[0])
-            functions[number, "frame"] = contestant.on_frames(frames)
-        functions["best convolution"] = best.run
-        # PyTorch's threads slow down the OpenVINO call that comes next. The convolution runs in
-        # PyTorch; so a call whose time is not shown follows it.
-        functions["not shown"] = functions[0, "network"]
-        timings = time_in_turns(functions, device, config)
-        best_gflops = best.gflops(timings["best convolution"].median)
-        for number, contestant in enumerate(racing):
-            network = timings[number, "network"]
-            frame = timings[number, "frame"]
+            network = race[number, "network"]
+            frame = race[number, "frame"]
             macs = multiply_adds_per_pixel(contestant.student)
-            gflops = 2 * macs * height * width / network.median / 1e6
             yield {
                 "checkpoint": contestant.name,
                 "backend": backend,
@@ -7156,11 +7174,30 @@ def fps_rows(
                 "frame_ms": frame.median,
                 "frame_ms_p95": frame.late,
                 "fps": 1000 / frame.median,
-                "plain_ms": timings[0, "frame"].median,
+                "plain_ms": race[0, "frame"].median,
                 "macs_per_pixel": macs,
-                "gflops": gflops,
+                "gflops": 2 * macs * height * width / network.median / 1e6,
                 "best_gflops": best_gflops,
             }
+
+
+def race_on(
+    frames: list[np.ndarray],
+    racing: Sequence[Contestant],
+    best: Convolution,
+    device: torch.device,
+    config: FpsConfig,
+) -> dict[object, Timing]:
+    """Timings on frames of one size: {(number, "network" or "frame"): of a contestant, ...}."""
+    functions: dict[object, Callable[[], object]] = {}
+    for number, contestant in enumerate(racing):
+        functions[number, "network"] = contestant.network_alone(frames[0])
+        functions[number, "frame"] = contestant.on_frames(frames)
+    functions["best convolution"] = best.run
+    # PyTorch's threads slow down the OpenVINO call that comes next. The convolution runs in
+    # PyTorch; so a call whose time is not shown follows it.
+    functions["not shown"] = functions[0, "network"]
+    return time_in_turns(functions, device, config)
 
 
 FPS_HEADER = (

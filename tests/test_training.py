@@ -426,12 +426,17 @@ def test_a_resumed_run_remembers_its_best_score(arguments, tmp_path, scripted_sc
     assert torch.load(tmp_path / "best.pth", weights_only=True)["step"] == 6
 
 
-def test_a_picture_that_is_restored_exactly_does_not_choose_the_weights(make_run, scripted_scores):
+def test_a_picture_that_is_restored_exactly_counts_as_60_decibels(make_run, scripted_scores):
     run = make_run()
     run.config.run_dir.mkdir()
-    for psnrs, best in (((math.inf, 20.0), 40.0), ((70.0, 21.0), 40.5), ((70.0, 20.0), 40.5)):
+    cases = (
+        ((math.inf, 20.0), 40.0, 40.0),
+        ((70.0, 21.0), 40.5, 40.5),
+        ((70.0, 20.0), 40.0, 40.5),
+    )
+    for psnrs, mean, best in cases:
         scripted_scores(*psnrs)
-        run.validate()
+        assert run.validate() == {"val_psnr": mean, "val_ssim": 0.5}
         assert run.best == best
 
 
