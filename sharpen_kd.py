@@ -40,7 +40,8 @@ Map of this file. The story is read from top to bottom and needs nothing from th
     Prepared crops    what training on calls reads
     Clips, sharpened  from one file to another
     Live              a camera, a screen or a stream, as it comes
-    Commands          sharpen, prepare, train, teacher, ablate, eval, export, fps
+    Commands          sharpen, with its plans and metadata; prepare, train, teacher, ablate, eval,
+                      export, fps
     Report            eval's results as a page, between eval and export
     Plots             curves, scores and speeds as pictures
     Command line      from the arguments to one of those commands
@@ -922,7 +923,7 @@ class TeacherConfig(RunConfig):
         2.0, "hidden width of the feed-forward layers", at_least=1, at_most=16
     )
     run_dir: Path = same_flag(RunConfig, "run_dir", CHECKPOINTS / "teacher_run")
-    init: str = flag("", "start from the weights of a Restormer's file")
+    init: str = flag("", "start from the weights of a Restormer's file, of whatever size that is")
     image_size: int = same_flag(RunConfig, "image_size", 128)
     batch_size: int = same_flag(RunConfig, "batch_size", 8)
     gradient_accumulation_steps: int = same_flag(RunConfig, "gradient_accumulation_steps", 1)
@@ -968,7 +969,7 @@ class ExportConfig:
 
 @dataclass
 class FpsConfig(InferenceConfig):
-    """Milliseconds a frame of 512x512, 1280x720 and 1920x1080, by every backend."""
+    """Milliseconds a frame of 512x512, 1280x720 and 1920x1080, by one backend or several."""
 
     checkpoint: tuple[str, ...] = flag(
         tuple(SHIPPED), "students: shipped ones, or checkpoint files"
@@ -978,7 +979,7 @@ class FpsConfig(InferenceConfig):
     )
     base_channels: int = flag(
         0,
-        "time an untrained U-Net of this size instead (the report: 256)",
+        "time an untrained U-Net of this size, 4 or more, instead (the report: 256)",
         at_least=0,
         at_most=4096,
     )
@@ -1195,12 +1196,20 @@ def remove_leftovers(folder: Path) -> None:
     if os.name == "nt":  # where os.kill would end a process instead of asking for it
         return
     for file in folder.glob(temporary_name("*", "*")):
-        try:
-            os.kill(int(file.name.split("-")[2]), 0)
-        except ProcessLookupError:
-            file.unlink(missing_ok=True)
-        except (PermissionError, ValueError):  # another user's process; no number
-            continue
+        if not is_process(file.name.split("-")[2]):
+            with contextlib.suppress(OSError):  # another user's, in a folder for all
+                file.unlink()
+
+
+def is_process(number: str) -> bool:
+    """Whether a process of this number runs, or may do so."""
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError, ValueError):  # another user's process; no number of one
+        return True
+    return True
 
 
 @contextlib.contextmanager
@@ -1423,6 +1432,12 @@ def picture_formats() -> dict[str, str]:
     return {s: f for s, f in formats.items() if f in Image.OPEN and f not in NO_PICTURES}
 
 
+def picture_format(path: Path) -> str | None:
+    """Pillow's name of the format that a file's name ends in; None if it knows none."""
+    picture_formats()  # registers HEIC
+    return Image.registered_extensions().get(path.suffix.lower())
+
+
 def open_picture(path: Path) -> Image.Image:
     """The decoded picture at `path`, upright, in its own mode; UserError if it cannot be read."""
     picture_formats()  # registers HEIC
@@ -1584,7 +1599,7 @@ def save_picture(image: Image.Image, path: Path) -> None:
 
     "text" and "chunks", of names to values, are for PNG; the others are Pillow's options.
     """
-    kind = Image.registered_extensions()[path.suffix.lower()]
+    kind = picture_format(path)
     options = dict(image.info)
     text = options.pop("text", {})
     chunks = options.pop("chunks", {})
@@ -1663,16 +1678,24 @@ def list_of(problems: list[str]) -> str:
     return "; ".join(problems[:5]) + more
 
 
+def side_and_key(file: Path) -> tuple[str, str] | None:
+    """("blurred" or "sharp", key) of a dataset's file by its relative path; None for another."""
+    match = PAIR_FILE.fullmatch(file.with_suffix("").as_posix())
+    if not match:
+        return None
+    side = "sharp" if match["side"] == "sharp" else "blurred"
+    return side, match["before"] + match["after"]
+
+
 def find_sides(folder: Path) -> dict[str, dict[str, Path]]:
     """{"blurred": {key: path}, "sharp": {key: path}}; UserError for two files of one side."""
     sides = {"blurred": {}, "sharp": {}}
     problems = []
     for path in list_pictures(folder):
-        match = PAIR_FILE.fullmatch(path.relative_to(folder).with_suffix("").as_posix())
-        if not match:
+        found = side_and_key(path.relative_to(folder))
+        if found is None:
             continue
-        side = "sharp" if match["side"] == "sharp" else "blurred"
-        key = match["before"] + match["after"]
+        side, key = found
         other = sides[side].setdefault(key, path)
         if other != path:
             problems.append(f"{other} and {path} are the {side} side of one pair")
@@ -1702,7 +1725,7 @@ def find_pairs(folder: Path) -> list[Pair]:
             problems.append(f"{unreadable} is unreadable")
         elif sizes[0] != sizes[1]:
             problems.append(f"{pair.blurred} has another size than {pair.sharp}")
-    if not blurred and not sharp and list_pictures(folder):
+    if not blurred and not sharp and list_pictures(folder):  # all are sharp then
         problems.append(
             f"{folder} holds sharp pictures without blurred ones: `eval --protocol x2`,"
             " `train --preset small` or `--degradation mixed` take them"
@@ -1725,7 +1748,7 @@ def find_sharp(folder: Path, degradation: Degradation) -> list[Pair]:
             key = path.relative_to(folder).with_suffix("").as_posix()
             other = sharp.setdefault(key, path)
             require(other == path, f"{other} and {path} are the sharp side of one pair; rename one")
-    require(sharp, f"{folder}: no pictures in this folder; name one that holds sharp pictures")
+    require(sharp, f"{folder}: no sharp pictures in this folder; name one that holds some")
     return [Pair(key, path, degradation=degradation) for key, path in sorted(sharp.items())]
 
 
@@ -1953,18 +1976,10 @@ class PreparedCrops(Dataset):
     ) -> None:
         self.image_size = image_size
         self.seed = seed
-        remedy = f"`prepare SHARP --protocol calls --data-root {folder.parent}` writes them"
-        try:
-            about = json.loads((folder / PREPARED_ABOUT).read_text())
-            self.stored = np.load(folder / PREPARED_PIXELS, mmap_mode="c")  # (N, 2, S, S, 3)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder}: holds no prepared crops ({error}); {remedy}") from error
-        unfinished = f"{folder}: its crops are not all written; run the same `prepare` again"
-        require(about["written"] == len(self.stored), unfinished)
+        self.stored, self.sources = read_prepared(folder)
         side = self.stored.shape[2]
         fits = image_size <= side
         require(fits, f"--image-size {image_size}: the prepared crops have {side} pixels a side")
-        self.sources: list[str] = about["sources"]  # of each crop: the clip or picture it shows
         self.used = range(len(self.stored))
         self.pixels = torch.from_numpy(self.stored)
         self.in_device_memory = device is not None
@@ -2006,8 +2021,27 @@ class PreparedCrops(Dataset):
         self.used = [i for i in self.used if self.sources[i] not in held_out]
         every = math.ceil(len(left_out) / most) or 1
         crops = [PreparedCrop(*self.stored[i]) for i in left_out[::every]]
-        # A crop of one colour arrives as it was sent, and its infinite PSNR would drown all others.
+        # A crop that arrived as it was sent, as one of a single colour does, has nothing to gain.
         return [crop for crop in crops if frame_psnr(*crop.load()) < PSNR_CAP]
+
+
+def read_prepared(folder: Path) -> tuple[np.ndarray, list[str]]:
+    """(crops (N, 2, S, S, 3), of each the clip or picture it shows), mapped into memory.
+
+    UserError unless all are there. The mapping can be written into, as PyTorch wishes, and the file
+    stays as it is.
+    """
+    remedy = f"`prepare SHARP --protocol calls --data-root {folder.parent}` writes them"
+    try:
+        about = json.loads((folder / PREPARED_ABOUT).read_text())
+        written = about["written"]
+        sources = list(about["sources"])
+        stored = np.load(folder / PREPARED_PIXELS, mmap_mode="c")
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        raise UserError(f"{folder}: holds no prepared crops ({error}); {remedy}") from error
+    unfinished = f"{folder}: its crops are not all written; run the same `prepare` again"
+    require(written == len(sources) == len(stored), unfinished)
+    return stored, sources
 
 
 def with_border(both: Tensor, at_the_top: bool, at_the_left: bool) -> Tensor:
@@ -2055,8 +2089,10 @@ def on_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tenso
 # Restormer has r = 1.
 
 
-def load_restormer(weights: Path | None) -> StemmedRestormer:
-    """The RGB Restormer of a weight file, by default the official one; UserError if it is none.
+def load_restormer(weights: Path | None, flag: str = "--teacher-weights") -> StemmedRestormer:
+    """The RGB Restormer of the weight file that a flag names, by default the official one.
+
+    UserError for a file that is none.
 
     The file holds {"params": state dict}, as published, or a bare state dict. The network's
     dimensions are read from the weights' shapes.
@@ -2065,8 +2101,8 @@ def load_restormer(weights: Path | None) -> StemmedRestormer:
     compact = COMPACT_TEACHER.relative_to(HERE)
     remedy = (
         "get motion_deblurring.pth from the releases of github.com/swz30/Restormer and put it at"
-        f" {OFFICIAL_TEACHER}, or name another file with --teacher-weights ({compact} is a compact"
-        " one, which --preset small uses)"
+        f" {OFFICIAL_TEACHER}, or name another file with {flag} ({compact} is a compact one, which"
+        " --preset small uses)"
     )
     content = read_checkpoint(path, remedy)
     try:
@@ -3007,6 +3043,8 @@ MOST_SKIPPED = 10  # steps in a row whose gradients are not finite
 # PSNR is infinite.
 PSNR_CAP = 60.0
 
+RUN_FILES = ("last.pth", "best.pth", "log.csv", "curves.png")
+
 # Settings that are not saved with a run: they are for one start of the script.
 FLAGS_OF_ONE_START = ("resume", "overwrite", "preset")
 
@@ -3256,14 +3294,19 @@ class TrainingRun:
         """Make the run's folder, and delete an earlier run's files (--overwrite allowed it)."""
         require_writable(self.config.run_dir / "last.pth")
         if RANK == 0:
-            for name in ("last.pth", "best.pth", "log.csv", "curves.png"):
-                (self.config.run_dir / name).unlink(missing_ok=True)
+            remove_run(self.config.run_dir)
 
     def finish(self) -> None:
         """Save where the run stands; it may have been resumed at its very end."""
         if self.finished and not (self.config.run_dir / "best.pth").exists():
             self.validate()
         self.save_last()
+
+
+def remove_run(folder: Path) -> None:
+    """Delete a run's files, and nothing else that its folder holds."""
+    for name in RUN_FILES:
+        (folder / name).unlink(missing_ok=True)
 
 
 def make_objective(config: TrainConfig, resumed: bool) -> Objective:
@@ -3425,8 +3468,9 @@ class TeacherCache(Dataset):
     """Crops like `GoProSharpeningDataset`'s, with what the teacher made of the whole picture.
 
     A step with the teacher costs several without. So the teacher runs once over each picture, in
-    `variants` flips and degradations. A result is a file of half-precision (H, W, C) tensors,
-    mapped into memory; crops start where the teacher's coarsest feature grid does.
+    `variants` flips and degradations (as often over one that --balance repeats). A result is a file
+    of half-precision (H, W, C) tensors, mapped into memory; crops start where the teacher's
+    coarsest feature grid does.
 
     UserError for the cache of another teacher or of other data.
     """
@@ -3447,7 +3491,7 @@ class TeacherCache(Dataset):
         fits = size % self.alignment == 0
         require(fits, f"--image-size {size}: the cache needs a multiple of {self.alignment}")
 
-        key = self.key(teacher, autocast)
+        key = self.fingerprint(teacher, autocast)
         key_file = folder / "key"  # it is written when all other files are
         if not key_file.exists():
             self.build(teacher, autocast)
@@ -3455,13 +3499,13 @@ class TeacherCache(Dataset):
             if RANK == 0:
                 write_text(key, key_file)
             wait_for_all_processes()
-        other = f"--teacher-cache {folder} is another teacher's or other data's"
-        require(key_file.read_text() == key, f"{other}; remove it or name another")
+        mismatch = f"--teacher-cache {folder} is another teacher's or other data's"
+        require(key_file.read_text() == key, f"{mismatch}; remove it or name another")
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def key(self, teacher: RestormerTeacherWrapper, autocast: torch.autocast) -> str:
+    def fingerprint(self, teacher: RestormerTeacherWrapper, autocast: torch.autocast) -> str:
         """A hash of all that the files depend on."""
         with autocast:
             device_type = next(teacher.parameters()).device.type
@@ -3485,11 +3529,11 @@ class TeacherCache(Dataset):
                 digest.update(pair.blurred.read_bytes())
         # What the degradations do is seen on a small picture: the mixture may have changed.
         noise = np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)
-        for key in self.keys():
-            digest.update(self.dataset.example([noise, noise], key)["blurred"].tobytes())
+        for item in self.items():
+            digest.update(self.dataset.example([noise, noise], item)["blurred"].tobytes())
         return digest.hexdigest()
 
-    def keys(self) -> list[tuple[int, int]]:
+    def items(self) -> list[tuple[int, int]]:
         """(variant, index) of every file; runs of several seeds share them."""
         return list(itertools.product(range(self.variants), range(len(self.dataset.pairs))))
 
@@ -3499,7 +3543,7 @@ class TeacherCache(Dataset):
     def build(self, teacher: RestormerTeacherWrapper, autocast: torch.autocast) -> None:
         """Write every file; processes that train together share them out."""
         device = next(teacher.parameters()).device
-        own = self.keys()[RANK::PROCESSES]
+        own = self.items()[RANK::PROCESSES]
         for variant, index in progress(own, "teacher cache"):
             example = self.dataset.example(self.dataset.images(index), (variant, index))
             batch = on_device(default_collate([example]), device)
@@ -3546,8 +3590,9 @@ class FrameNetwork(nn.Module):
 
     so r neighbours of a row are a run of 3r numbers, and a frame (H, W, 3) is at no cost a map
     (H, W/r) of 3r channels. The first layer reads r rows of runs where it read one row of folds:
-    its kernel is r times as high, and it goes down by r rows a step. The last layer is cut into r,
-    one for each row of a fold, and what each writes is added to its row of the frame. Folding and
+    its kernel is r times as high, and it goes down by r rows a step. A last layer of 1x1 is cut
+    into r, one for each row of a fold; a 3x3 one stays whole, and its result is cut. What comes out
+    is added to the rows of the frame. Folding and
     unfolding by pixel_unshuffle and pixel_shuffle would take a quarter more time.
     """
 
@@ -3582,15 +3627,15 @@ class FrameNetwork(nn.Module):
 
         bf16 rounds each weight for itself, to 8 bits: they no longer add up to zero, grey seems to
         have a colour, and comes back up to 4 levels apart. As multiples of what the last of 8 bits
-        is worth in the larger of red and blue they are held exactly, and green is minus both.
+        is worth in the larger of red and blue they are held exactly; green becomes minus their sum.
         """
         layer = self.student.first_layer
         pattern = "out (column color) y x -> color out column y x"
         red, green, blue = rearrange(layer.weight.data, pattern, color=3)
-        size = torch.maximum(red.abs(), blue.abs())
-        step = 2.0 ** (torch.frexp(size).exponent - 8)
+        largest = torch.maximum(red.abs(), blue.abs())
+        step = 2.0 ** (torch.frexp(largest).exponent - 8)
         red_rounded, blue_rounded = (torch.round(each / step) * step for each in (red, blue))
-        is_difference = (red + green + blue).abs() < 1e-3 * size
+        is_difference = (red + green + blue).abs() < 1e-3 * largest
         rounded = torch.stack([red_rounded, -red_rounded - blue_rounded, blue_rounded])
         kernel = torch.where(is_difference, rounded, torch.stack([red, green, blue]))
         layer.weight.data = rearrange(kernel, "color out column y x -> out (column color) y x")
@@ -3635,14 +3680,14 @@ class FrameNetwork(nn.Module):
 
 # --- Engines: what runs a network on arrays -------------------------------------------------------
 
-Engine = Callable[..., np.ndarray]  # a network's inputs to its output
+Engine = Callable[[np.ndarray], np.ndarray]  # uint8 frames (B, H, W, 3) to such frames
 
 
 class TorchEngine:
     """PyTorch as it is, or its compiler.
 
-    Without CUDA graphs: PyTorch before 2.14 ties them to the thread that made them, and frames of
-    clips and calls are sharpened by another.
+    Not by the compiler's mode that records CUDA graphs: PyTorch before 2.14 ties them to the thread
+    that made them, and frames of clips and calls are sharpened by another.
     """
 
     def __init__(
@@ -3651,8 +3696,6 @@ class TorchEngine:
         self.device = device
         self.network = network.to(device, precision, memory_format=torch.channels_last).eval()
         if compiled:
-            if device.type == "cpu":
-                require_compiler()
             # Networks and sizes share this limit; past the default of 8, plain PyTorch would run.
             torch._dynamo.config.recompile_limit = 64
             self.network = torch.compile(self.network, dynamic=False)
@@ -3668,8 +3711,18 @@ class TorchEngine:
 def require_compiler() -> None:
     """UserError unless there is the C++ compiler that torch.compile calls on a CPU."""
     usual = {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
-    compiler = os.environ.get("CXX", usual)
+    compiler = shlex.split(os.environ.get("CXX", usual))[0]
     require(shutil.which(compiler), f"--backend compile: needs a C++ compiler; install {compiler}")
+
+
+def require_backend(backend: str, device: torch.device) -> None:
+    """UserError unless a backend can compute on this device, with what is installed."""
+    require_packages(BACKENDS[backend], f"--backend {backend}")
+    on_cpu = device.type == "cpu"
+    if backend == "compile" and on_cpu:
+        require_compiler()
+    elsewhere = backend in ("torch", "compile")
+    require(on_cpu or elsewhere, f"--backend {backend}: computes on the CPU; add --device cpu")
 
 
 class OpenVinoEngine:
@@ -3744,15 +3797,13 @@ def make_engine(
     student: Student, device: torch.device, precision: torch.dtype, backend: str, strength: float
 ) -> Engine:
     """What a backend makes of a student's FrameNetwork."""
+    require_backend(backend, device)
     network = FrameNetwork(student, strength).eval()
     if precision == torch.bfloat16 and getattr(student, "luma", False):
         network.keep_grey_in_bf16()
     if backend in ("torch", "compile"):
         return TorchEngine(network, device, precision, compiled=backend == "compile")
 
-    require_packages(BACKENDS[backend], f"--backend {backend}")
-    on_cpu = device.type == "cpu"
-    require(on_cpu, f"--backend {backend}: computes on the CPU; add --device cpu")
     engine = OpenVinoEngine(network, precision)
     if backend == "openvino-int8":
         engine.model = quantized(engine.model)
@@ -3825,9 +3876,12 @@ def grid_phase(frame: np.ndarray) -> tuple[int, int]:
     phases = []
     for lines in (green[:, ::8], green[::8].T):  # every 8th column or row says enough
         changes = np.square(np.diff(lines.astype(np.int32), axis=0))
-        within = changes[0::2].mean() if len(changes) > 1 else 0.0
-        between = changes[1::2].mean() if len(changes) > 1 else 0.0
-        phases.append(int(within > 1.25 * between))
+        phase = 0
+        if len(changes) > 1:
+            from_even = changes[0::2].mean()  # to the line after; small if the two are one pixel's
+            from_odd = changes[1::2].mean()
+            phase = int(from_even > 1.25 * from_odd)
+        phases.append(phase)
     return phases[0], phases[1]
 
 
@@ -3849,11 +3903,10 @@ class FrameSharpener:
     ) -> None:
         device = torch.device(device)
         if overlap is None:
-            overlap = min(2 * student.reach, tile // 2)  # what two tiles reach into each other
+            overlap = min(2 * student.reach, tile // 2)  # each sees `reach` pixels beyond the seam
         fits = not tile or overlap < tile
         require(fits, f"--tile {tile} --overlap {overlap}: tiles must exceed their overlap")
         dtype = pick_precision(precision, device)
-        self.alignment = student.alignment
         self.engine = make_engine(student, device, dtype, backend, strength)
         self.spans = functools.lru_cache(
             functools.partial(cut_side, tile=tile, overlap=overlap, alignment=student.alignment)
@@ -3903,7 +3956,7 @@ class SteadySharpener:
     of a frame would be left whose result is known to be the same.)
     """
 
-    def __init__(self, sharpener: FrameSharpener) -> None:
+    def __init__(self, sharpener: FrameFunction) -> None:
         self.sharpener = sharpener
         self.frame: np.ndarray | None = None  # the last one, and what became of it
         self.result: np.ndarray | None = None
@@ -3936,17 +3989,31 @@ def chosen_checkpoint(config: InferenceConfig, for_clips: bool) -> str:
     return FOR_CLIPS if for_clips else FOR_PICTURES
 
 
-def sharpener_of(config: InferenceConfig, strength: float, for_clips: bool) -> FrameSharpener:
-    """The student of --checkpoint, as a function of frames."""
+def sharpener_of(config: SharpenConfig | EvalConfig, checkpoint: str) -> FrameSharpener:
+    """A student as the flags say, as a function of frames."""
     return load_sharpener(
-        chosen_checkpoint(config, for_clips),
+        checkpoint,
         device=pick_device(config),
         tile=config.tile,
         overlap=config.overlap,
-        strength=strength,
+        strength=config.strength,
         precision=config.precision,
         backend=config.backend,
     )
+
+
+def sharpeners_for(
+    config: SharpenConfig | EvalConfig, uses: set[bool]
+) -> dict[bool, FrameSharpener]:
+    """{whether it is for clips: the student of --checkpoint}; one for both is loaded once."""
+    by_name: dict[str, FrameSharpener] = {}
+    chosen = {}
+    for for_clips in uses:
+        name = chosen_checkpoint(config, for_clips)
+        if name not in by_name:
+            by_name[name] = sharpener_of(config, name)
+        chosen[for_clips] = by_name[name]
+    return chosen
 
 
 # --- Clips: what real encoders do to frames -------------------------------------------------------
@@ -4150,6 +4217,17 @@ def window_sized(frame: np.ndarray, size: Size) -> np.ndarray:
     planes = torch.from_numpy(frame).permute(2, 0, 1)[None]
     planes = F.interpolate(planes, size[::-1], mode="bicubic", antialias=True)
     return planes[0].permute(1, 2, 0).contiguous().numpy()
+
+
+def clip_size(text: str, name: str = "--size") -> Size | None:
+    """(width, height) of --size 1280x720; UserError for another form."""
+    if not text:
+        return None
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+    require(match, f"{name} {text}: write it as WIDTHxHEIGHT, such as 1280x720")
+    size = (int(match[1]), int(match[2]))
+    require(min(size) >= 16, f"{name} {text}: at least 16x16")
+    return size
 
 
 @contextlib.contextmanager
@@ -4641,11 +4719,13 @@ def open_crops(folder: Path, key: str, shape: tuple) -> tuple[np.ndarray, list[s
     remedy = "remove it or choose another --data-root"
     try:
         about = json.loads(about_file.read_text())
+        found = about["key"]
+        names = list(about["sources"])
         pixels = np.lib.format.open_memmap(pixels_file, "r+")
-    except (OSError, ValueError) as error:
+    except (KeyError, OSError, TypeError, ValueError) as error:
         raise UserError(f"{folder}: its crops are damaged ({error}); {remedy}") from error
-    require(about.get("key") == key, f"{folder} holds other crops; {remedy}")
-    return pixels, about["sources"]
+    require(found == key, f"{folder} holds other crops; {remedy}")
+    return pixels, names
 
 
 def write_crops(streams: Streams, folder: Path) -> int:
@@ -4849,7 +4929,7 @@ class ClipSharpener:
     def __init__(
         self, sharpener: FrameFunction, size: Size | None = None, lossless: bool = False
     ) -> None:
-        self.sharpener = sharpener
+        self.sharpener = SteadySharpener(sharpener)
         self.size = size
         self.lossless = lossless
 
@@ -5435,17 +5515,15 @@ class LiveSharpener:
         self.size = size  # (width, height) of all that it returns
         self.loaded: dict[str, SteadySharpener] = {}
 
-    def sharpener_of(self, checkpoint: str) -> SteadySharpener:
+    def sharpener(self, checkpoint: str) -> SteadySharpener:
         if checkpoint not in self.loaded:
-            config = dataclasses.replace(self.config, checkpoint=checkpoint)
-            sharpener = sharpener_of(config, config.strength, for_clips=True)
-            self.loaded[checkpoint] = SteadySharpener(sharpener)
+            self.loaded[checkpoint] = SteadySharpener(sharpener_of(self.config, checkpoint))
         return self.loaded[checkpoint]
 
     def warm_up(self, checkpoint: str) -> None:
         """Load a student, and let its engine do what it does at its first frame of a size."""
         width, height = self.size
-        self.sharpener_of(checkpoint).sharpener(np.zeros((height, width, 3), np.uint8))
+        self.sharpener(checkpoint).sharpener(np.zeros((height, width, 3), np.uint8))
 
     @property
     def repeated(self) -> int:
@@ -5460,7 +5538,7 @@ class LiveSharpener:
         if small != (width, height):
             pixels = window_sized(pixels, small)
         if level.checkpoint:
-            pixels = self.sharpener_of(level.checkpoint)(pixels)
+            pixels = self.sharpener(level.checkpoint)(pixels)
         return window_sized(pixels, self.size)
 
 
@@ -5643,9 +5721,6 @@ def require_free(name: str, config: SharpenConfig) -> None:
 
 # --- Command: sharpen -----------------------------------------------------------------------------
 
-# Formats that hold 8-bit colour, and that Pillow writes. Others (GIF, ICO, ...) become PNG.
-KEPT_FORMATS = ("AVIF", "BMP", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
-
 # What would read the files that a folder holds beside pictures.
 OTHER_READERS = {
     ".heic": "pip install pillow-heif",
@@ -5656,24 +5731,6 @@ OTHER_READERS = {
 
 # Formats that hold an ICC profile when Pillow writes them.
 WITH_PROFILE = ("AVIF", "HEIF", "JPEG", "PNG", "TIFF", "WEBP")
-
-# EXIF tags that say what a picture shows and how it was taken. Others may describe how the input
-# was stored (its size, its strips), which would be wrong in the output.
-EXIF_TAGS = {
-    0x10E: "ImageDescription",
-    0x10F: "Make",
-    0x110: "Model",
-    0x131: "Software",
-    0x132: "DateTime",
-    0x13B: "Artist",
-    0x8298: "Copyright",
-}
-EXIF_GROUPS = {0x8769: "camera settings", 0x8825: "place"}
-EXIF_OFFSETS = (0x927C, 0xA005)  # the maker's note and interoperability: they point into the input
-EXIF_SIZE = (0xA002, 0xA003)
-
-# What says how a PNG's numbers are to be shown, beside an ICC profile.
-PNG_COLOUR = (b"gAMA", b"cHRM", b"cICP", b"sRGB")
 
 # What `--no-metadata` leaves out: it may say who, when and where.
 PERSONAL = ("exif", "text", "xmp")
@@ -5703,12 +5760,174 @@ def is_clip(path: Path) -> bool:
     return path.suffix.lower() in CLIP_SUFFIXES
 
 
-def writable_suffix(path: Path) -> str:
-    """The ending of a picture's output: its own where Pillow writes that format well, else .png."""
-    kind = Image.registered_extensions().get(path.suffix.lower())
-    if kind in KEPT_FORMATS and kind in Image.SAVE:
-        return path.suffix
-    return ".png"
+def sharpen(config: SharpenConfig) -> None:
+    """Sharpen pictures and clips: files, or folders with everything in them."""
+    clip_size(config.size)  # UserError now
+    both = config.overwrite and config.skip_existing
+    require(not both, "--overwrite, --skip-existing: name one of them")
+    if config.live is not None:
+        sharpen_live(config)
+        return
+    require(config.inputs, "name a picture, a clip or a folder to sharpen")
+    Image.MAX_IMAGE_PIXELS = 500_000 * config.max_megapixels  # Pillow refuses twice as many
+    jobs, others = plan_jobs(config)
+    clips = [job for job in jobs if job.is_clip]
+    if clips:
+        require_packages(["av"], f"{clips[0].source}: sharpening clips")
+    sharpeners = sharpeners_for(config, {job.is_clip for job in jobs})
+    failed: dict[Path, Exception] = {}
+    for number, job in enumerate(progress(jobs, "sharpen")):
+        try:
+            sharpen_file(config, job, sharpeners[job.is_clip])
+        except KeyboardInterrupt:
+            say_how_far(config, number - len(failed), len(jobs))
+            raise
+        except Exception as error:  # one picture must not stop the others; all are named at the end
+            failed[job.source] = error
+    if others:
+        sharpened = len(jobs) - len(failed)
+        print(f"{sharpened} sharpened; {len(others)} skipped: {with_readers(others)}")
+    if failed:
+        causes = [failure(source, error) for source, error in failed.items()]
+        first = next(iter(failed.values()))  # for --debug
+        raise UserError(f"{len(failed)} not sharpened: {list_of(causes)}") from first
+
+
+def say_how_far(config: SharpenConfig, done: int, total: int) -> None:
+    """What an interruption left, and how to go on where old results cannot be taken for new."""
+    remedy = ""
+    if config.output and not config.overwrite:
+        remedy = "; the same with --skip-existing does the others"
+    print(f"{done} of {total} done{remedy}")
+
+
+def failure(source: Path, error: Exception) -> str:
+    """What went wrong with a file, which is named."""
+    text = str(error) or type(error).__name__
+    return text if str(source) in text else f"{source}: {text}"
+
+
+def with_readers(others: Sequence[Path]) -> str:
+    """The names of files that are no pictures to us, some with what would read them."""
+    named = []
+    for file in others:
+        reader = OTHER_READERS.get(file.suffix.lower())
+        named.append(f"{file.name} ({reader})" if reader else file.name)
+    return list_of(named)
+
+
+def sharpen_file(config: SharpenConfig, job: Job, sharpener: FrameFunction) -> None:
+    """Sharpen one picture or clip, and say what was written."""
+    if job.is_clip:
+        clips = ClipSharpener(sharpener, clip_size(config.size), config.lossless)
+        count = clips(job.source, job.target)
+        tqdm.write(f"{job.source} -> {job.target} ({count} frames)")
+        return
+    image = open_picture(job.source)
+    result = sharpen_picture(sharpener, image)
+    if not config.metadata:
+        result.info = {name: v for name, v in result.info.items() if name not in PERSONAL}
+    converting = picture_format(job.target) not in WITH_PROFILE and "icc_profile" in result.info
+    save_picture(as_srgb(result) if converting else result, job.target)
+    pages = pages_in(job.source)
+    only = f" (the first of {pages} pictures in it)" if pages > 1 else ""
+    tqdm.write(f"{job.source} -> {job.target}{only}")
+    if config.before_after:
+        save_picture(before_and_after(image, result), job.before_after)
+        tqdm.write(f"before and after: {job.before_after}")
+
+
+def pages_in(path: Path) -> int:
+    """How many pictures a file holds: frames of an animation, pages of a TIFF."""
+    with Image.open(path) as image:
+        if image.format == "MPO":  # a photograph whose further pictures are depths and the like
+            return 1
+        return getattr(image, "n_frames", 1)
+
+
+def sharpen_picture(sharpener: FrameFunction, image: Image.Image) -> Image.Image:
+    """A sharpened 8-bit copy, greyscale or RGB.
+
+    Alpha and what `kept_metadata` finds are kept.
+    """
+    kept = kept_metadata(image)
+    grey = image.mode in ("1", "L", "LA") or is_deep_grey(image)
+    alpha, opaque = split_alpha(converted_to_srgb(image, kept))
+    result = Image.fromarray(sharpener(frame_array(opaque))).convert("L" if grey else "RGB")
+    if alpha:
+        result.putalpha(alpha)
+    result.info = kept
+    return result
+
+
+def split_alpha(image: Image.Image) -> tuple[Image.Image | None, Image.Image]:
+    """(alpha, if there is any; the picture, whose alpha `frame_array` leaves out)."""
+    if not image.has_transparency_data:
+        return None, image
+    with_alpha = image.convert("RGBA")
+    alpha = with_alpha.getchannel("A")
+    if is_deep_grey(image):  # the conversion to RGBA would clip it at 255
+        return alpha, image
+    return alpha, with_alpha
+
+
+def before_and_after(image: Image.Image, result: Image.Image) -> Image.Image:
+    """Both side by side, a small picture enlarged to be looked at."""
+    before = Image.fromarray(frame_array(converted_to_srgb(image, kept_metadata(image))))
+    after = result.convert("RGB")
+    times = max(1, 480 // max(before.size))
+    size = (before.width * times, before.height * times)
+    sheet = Image.new("RGB", (2 * size[0] + 8, size[1]), "white")
+    sheet.paste(before.resize(size, Image.Resampling.NEAREST), (0, 0))
+    sheet.paste(after.resize(size, Image.Resampling.NEAREST), (size[0] + 8, 0))
+    return sheet
+
+
+# --- Plans: what sharpen is to write, and under which names ---------------------------------------
+
+# Formats that hold 8-bit colour, and that Pillow writes. Others (GIF, ICO, ...) become PNG.
+KEPT_FORMATS = ("AVIF", "BMP", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+
+LONGEST_NAME = 255  # bytes, on all usual file systems
+
+
+def plan_jobs(config: SharpenConfig) -> tuple[list[Job], list[Path]]:
+    """(the jobs, what else the folders hold); UserError before anything is written."""
+    to_file = output_is_file(config)
+    jobs: list[Job] = []
+    planned: set[str] = set()  # sources; one may be named twice
+    taken: set[Path] = set()  # the names of outputs
+    others: list[Path] = []
+    results = None if to_file else config.output
+    for given in config.inputs:
+        if results and results.is_dir() and config.overwrite:
+            mixed = f"-o {results}: is in {given}, whose pictures --overwrite might replace"
+            require(not is_inside(results, given), f"{mixed}; choose another -o")
+        sources, more = find_sources(given, results)
+        others += more
+        folder = given if given.is_dir() else given.parent
+        for source in sources:
+            real = os.path.realpath(source)
+            if real in planned:
+                continue
+            planned.add(real)
+            stem, target = output_of(config, source, folder, to_file)
+            target = numbered(target, taken)
+            sheet = numbered(with_ending(stem, "_before_after.png"), taken)
+            jobs.append(Job(source, target, sheet))
+    if not jobs:
+        given = ", ".join(map(str, config.inputs))
+        instead = f", only {with_readers(others)}" if others else ""
+        raise UserError(f"{given}: no pictures or clips in there{instead}")
+    keep_inputs(config, jobs, planned)
+    if config.skip_existing:
+        missing = [job for job in jobs if not all(map(os.path.lexists, job.targets(config)))]
+        print(f"{len(jobs) - len(missing)} of {len(jobs)} results exist already")
+        return missing, others
+    named_by_user = config.output is not None  # else it is this input's own output, replaced
+    if named_by_user and not config.overwrite:
+        keep_existing(config, jobs)
+    return jobs, others
 
 
 def output_is_file(config: SharpenConfig) -> bool:
@@ -5719,39 +5938,65 @@ def output_is_file(config: SharpenConfig) -> bool:
     output = config.output
     if output is None or output.is_dir():
         return False
-    one_picture = len(config.inputs) == 1 and not config.inputs[0].is_dir()
-    if one_picture and is_clip(config.inputs[0]):
-        known = output.suffix.lower() in CLIP_ENCODERS
-        endings = ", ".join(CLIP_ENCODERS)
-        require(known or not output.suffix, f"-o {output}: a clip's name ends in {endings}")
-        needs_mkv = config.lossless and known
-        fits = not needs_mkv or output.suffix.lower() == ".mkv"
-        require(fits, f"-o {output}: --lossless needs a name that ends in .mkv")
-        return known
-    kind = Image.registered_extensions().get(output.suffix.lower())
-    if kind is None:
-        if one_picture:
+    one_file = len(config.inputs) == 1 and not config.inputs[0].is_dir()
+    if one_file and is_clip(config.inputs[0]):
+        return is_clip_output(output, config.lossless)
+    kind = picture_format(output)
+    names_file = kind is not None or output.suffix.lower() in CLIP_ENCODERS
+    if not names_file:
+        if one_file:
             print(f"-o {output}: taken for a folder, since no picture's name ends so")
         return False
-    require(one_picture, f"-o {output}: a file can take one picture only; name a folder")
+    require(one_file, f"-o {output}: a file can take one input only; name a folder")
     require(kind in Image.SAVE, f"-o {output}: Pillow cannot write the file type {output.suffix}")
     return True
 
 
-def find_sources(given: Path) -> tuple[list[Path], list[Path]]:
-    """(pictures and clips, other files) of an input: itself, or a folder's without our outputs."""
+def is_clip_output(output: Path, lossless: bool) -> bool:
+    """Whether -o names a clip, and not a folder; UserError for a name that cannot be written."""
+    suffix = output.suffix.lower()
+    if not suffix:
+        return False
+    known = suffix in CLIP_ENCODERS
+    require(known, f"-o {output}: a clip's name ends in {', '.join(CLIP_ENCODERS)}")
+    fits = suffix == ".mkv" or not lossless
+    require(fits, f"-o {output}: --lossless needs a name that ends in .mkv")
+    return True
+
+
+def find_sources(given: Path, results: Path | None) -> tuple[list[Path], list[Path]]:
+    """(pictures and clips, other files) of an input: itself, or a folder's without our outputs.
+
+    `results` is the folder that -o names; what it holds is not read.
+    """
     require(given.exists(), f"{given}: no such file or folder")
     if not given.is_dir():
         return [given], []
     sources = []
     others: list[Path] = []
     files = list_files(given, unreadable=others)
+    if results and is_inside(results, given):
+        files = [file for file in files if not is_inside(file, results)]
     for file in files:
         if file.suffix.lower() not in picture_formats() and not is_clip(file):
             others.append(file)
         elif not is_own_output(file, files):
             sources.append(file)
     return sources, others
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether a file or folder lies in a folder, or in one within it."""
+    return folder.resolve() in path.resolve().parents
+
+
+def is_own_output(source: Path, files: list[Path]) -> bool:
+    """Whether this is what an earlier `sharpen` of the same folder wrote."""
+    match = re.fullmatch(r"(.+)_(sharpened|before_after)(_\d+)?", source.stem)
+    if not match:
+        return False
+    near = [file.stem for file in files if file.parent == source.parent]
+    return match[1] in near or match[1] in map(shortened, near)
 
 
 def output_of(
@@ -5771,48 +6016,32 @@ def output_of(
     return stem, with_ending(stem, suffix)
 
 
-def plan_jobs(config: SharpenConfig) -> tuple[list[Job], list[Path]]:
-    """(the jobs, what else the folders hold); UserError before anything is written."""
-    to_file = output_is_file(config)
-    jobs: list[Job] = []
-    planned: set[str] = set()  # sources; one may be named twice
-    taken: set[Path] = set()  # the names of outputs
-    others: list[Path] = []
-    for given in config.inputs:
-        sources, more = find_sources(given)
-        others += more
-        folder = given if given.is_dir() else given.parent
-        for source in sources:
-            real = os.path.realpath(source)
-            if real in planned:
-                continue
-            planned.add(real)
-            stem, target = output_of(config, source, folder, to_file)
-            target = numbered(target, taken)
-            sheet = numbered(with_ending(stem, "_before_after.png"), taken)
-            jobs.append(Job(source, target, sheet))
-    require(jobs, f"{config.inputs[0]}: no pictures or clips in this folder")
-    keep_inputs(config, jobs, planned)
-    if config.skip_existing:
-        missing = [job for job in jobs if not all(map(os.path.lexists, job.targets(config)))]
-        print(f"{len(jobs) - len(missing)} of {len(jobs)} results exist already")
-        return missing, others
-    named_by_user = config.output is not None  # else it is this input's own output, replaced
-    if named_by_user and not config.overwrite:
-        keep_existing(config, jobs)
-    return jobs, others
+def writable_suffix(path: Path) -> str:
+    """The ending of a picture's output: its own where Pillow writes that format well, else .png."""
+    kind = picture_format(path)
+    if kind in KEPT_FORMATS and kind in Image.SAVE:
+        return path.suffix
+    return ".png"
 
 
-def is_own_output(source: Path, files: list[Path]) -> bool:
-    """Whether this is what an earlier `sharpen` of the same folder wrote."""
-    match = re.fullmatch(r"(.+)_(sharpened|before_after)(_\d+)?", source.stem)
-    if not match:
-        return False
-    near = [file.stem for file in files if file.parent == source.parent]
-    return match[1] in near or match[1] in map(shortened, near)
+def numbered(target: Path, taken: set[Path]) -> Path:
+    """The target, or target_2, target_3, ... where inputs of one name meet; takes the name."""
+    free = target
+    number = 1
+    while free in taken:
+        number += 1
+        free = target.with_stem(f"{target.stem}_{number}")
+    taken.add(free)
+    return free
 
 
-LONGEST_NAME = 255  # bytes, on all usual file systems
+def with_ending(stem: Path, ending: str) -> Path:
+    """A path with this ending, shortened where file systems would not take its name."""
+    longest = LONGEST_NAME - len("_9999")  # which `numbered` may add
+    name = stem.name + ending
+    if len(os.fsencode(name)) > longest:
+        name = shortened(stem.name) + ending
+    return stem.with_name(name)
 
 
 def shortened(stem: str) -> str:
@@ -5825,26 +6054,6 @@ def shortened(stem: str) -> str:
     except UnicodeDecodeError:
         text = os.fsdecode(beginning)
     return f"{text}-{zlib.crc32(name):08x}"
-
-
-def with_ending(stem: Path, ending: str) -> Path:
-    """A path with this ending, shortened where file systems would not take its name."""
-    longest = LONGEST_NAME - len("_9999")  # which `numbered` may add
-    name = stem.name + ending
-    if len(os.fsencode(name)) > longest:
-        name = shortened(stem.name) + ending
-    return stem.with_name(name)
-
-
-def numbered(target: Path, taken: set[Path]) -> Path:
-    """The target, or target_2, target_3, ... where inputs of one name meet; takes the name."""
-    free = target
-    number = 1
-    while free in taken:
-        number += 1
-        free = target.with_stem(f"{target.stem}_{number}")
-    taken.add(free)
-    return free
 
 
 def keep_inputs(config: SharpenConfig, jobs: list[Job], sources: set[str]) -> None:
@@ -5862,6 +6071,43 @@ def keep_existing(config: SharpenConfig, jobs: list[Job]) -> None:
         for target in job.targets(config):
             exists = os.path.lexists(target)
             require(not exists, f"{target}: exists; {remedy}; or choose another -o")
+
+
+# --- Metadata and colours: what a sharpened copy keeps --------------------------------------------
+
+# What says what a picture shows and how it was taken. Other EXIF may describe how the input was
+# stored (its size, its strips), which would be wrong in the output.
+EXIF_TAGS = (
+    ExifTags.Base.ImageDescription,
+    ExifTags.Base.Make,
+    ExifTags.Base.Model,
+    ExifTags.Base.Software,
+    ExifTags.Base.DateTime,
+    ExifTags.Base.Artist,
+    ExifTags.Base.Copyright,
+)
+EXIF_GROUPS = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)  # camera settings; the place
+EXIF_OFFSETS = (ExifTags.Base.MakerNote, ExifTags.IFD.Interop)  # they point into the input
+EXIF_SIZE = (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight)
+
+# What says how a PNG's numbers are to be shown, beside an ICC profile.
+PNG_COLOUR = (b"gAMA", b"cHRM", b"cICP", b"sRGB")
+
+
+def kept_metadata(image: Image.Image) -> dict[str, object]:
+    """EXIF, ICC profile, resolution and texts of a picture as opened, for `save_picture`."""
+    kept = {
+        "exif": kept_exif(image),
+        "icc_profile": kept_profile(image),
+        "xmp": kept_xmp(image),
+        "text": kept_text(image),
+    }
+    with contextlib.suppress(AttributeError, OSError):  # made in memory, or its file is gone
+        kept["chunks"] = colour_chunks(image.filename)
+    dpi = image.info.get("dpi")
+    if dpi and all(0 < side < 1e6 for side in dpi):
+        kept["dpi"] = dpi
+    return {name: value for name, value in kept.items() if value}
 
 
 def kept_exif(image: Image.Image) -> bytes | None:
@@ -5897,23 +6143,6 @@ def kept_profile(image: Image.Image) -> bytes | None:
     return icc
 
 
-def colour_chunks(path: str) -> dict[bytes, bytes]:
-    """The PNG_COLOUR chunks of a PNG file, as they are; none of another."""
-    chunks = {}
-    with open(path, "rb") as file:
-        if file.read(8) != b"\x89PNG\r\n\x1a\n":
-            return {}
-        while len(head := file.read(8)) == 8:
-            length, name = struct.unpack(">I4s", head)
-            if name == b"IDAT":  # the pixels, which these come before
-                break
-            data = file.read(length)
-            file.read(4)  # the checksum, which Pillow has looked at
-            if name in PNG_COLOUR:
-                chunks[name] = data
-    return chunks
-
-
 def kept_xmp(image: Image.Image) -> bytes | None:
     """The XMP without its orientation, since the picture is upright now; None if there is none."""
     xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp")  # of JPEG, WebP; of PNG
@@ -5932,24 +6161,28 @@ def kept_text(image: Image.Image) -> dict[str, str]:
     return {name: value for name, value in text.items() if not name.startswith(others)}
 
 
-def kept_metadata(image: Image.Image) -> dict[str, object]:
-    """EXIF, ICC profile, resolution and texts of a picture as opened, for `save_picture`."""
-    kept = {
-        "exif": kept_exif(image),
-        "icc_profile": kept_profile(image),
-        "xmp": kept_xmp(image),
-        "text": kept_text(image),
-    }
-    with contextlib.suppress(AttributeError, OSError):  # made in memory, or its file is gone
-        kept["chunks"] = colour_chunks(image.filename)
-    dpi = image.info.get("dpi")
-    if dpi and all(0 < side < 1e6 for side in dpi):
-        kept["dpi"] = dpi
-    return {name: value for name, value in kept.items() if value}
+def colour_chunks(path: str) -> dict[bytes, bytes]:
+    """The PNG_COLOUR chunks of a PNG file, as they are; none of another."""
+    chunks = {}
+    with open(path, "rb") as file:
+        if file.read(8) != b"\x89PNG\r\n\x1a\n":
+            return {}
+        while len(head := file.read(8)) == 8:
+            length, name = struct.unpack(">I4s", head)
+            if name == b"IDAT":  # the pixels, which these come before
+                break
+            data = file.read(length)
+            file.read(4)  # the checksum, which Pillow has looked at
+            if name in PNG_COLOUR:
+                chunks[name] = data
+    return chunks
 
 
 def as_srgb(image: Image.Image) -> Image.Image:
-    """A picture's colours as sRGB, for formats without a profile; as it is if its does not fit."""
+    """A picture's colours as sRGB, for formats without a profile.
+
+    Unchanged if its profile does not fit.
+    """
     source = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
     srgb = ImageCms.createProfile("sRGB")
     others = {name: value for name, value in image.info.items() if name != "icc_profile"}
@@ -5962,9 +6195,11 @@ def as_srgb(image: Image.Image) -> Image.Image:
 def converted_to_srgb(image: Image.Image, kept: dict[str, object]) -> Image.Image:
     """A CMYK or LAB picture as sRGB by its colour profile, which sRGB's then replaces in `kept`.
 
-    Without a profile that fits, the picture is returned as it is. (LAB needs no profile: it is
-    defined without a device.)
+    Others, and those without a profile that fits, are returned as they are. (LAB needs no profile:
+    it is defined without a device.)
     """
+    if image.mode not in ("CMYK", "LAB"):
+        return image
     icc = kept.pop("icc_profile", None)
     if icc is not None:
         source = ImageCms.ImageCmsProfile(io.BytesIO(icc))
@@ -5980,109 +6215,6 @@ def converted_to_srgb(image: Image.Image, kept: dict[str, object]) -> Image.Imag
     return ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
 
 
-def sharpen_picture(sharpener: FrameFunction, image: Image.Image) -> Image.Image:
-    """A sharpened 8-bit copy, greyscale or RGB.
-
-    Alpha and what `kept_metadata` finds are kept.
-    """
-    kept = kept_metadata(image)
-    grey = image.mode in ("1", "L", "LA") or is_deep_grey(image)
-    if image.mode in ("CMYK", "LAB"):
-        image = converted_to_srgb(image, kept)
-
-    alpha = None
-    picture = image
-    if image.has_transparency_data:
-        with_alpha = image.convert("RGBA")
-        alpha = with_alpha.getchannel("A")
-        if not is_deep_grey(image):  # the conversion to RGBA would clip deep grey at 255
-            picture = with_alpha
-    result = Image.fromarray(sharpener(frame_array(picture))).convert("L" if grey else "RGB")
-    if alpha:
-        result.putalpha(alpha)
-    result.info = kept
-    return result
-
-
-def before_and_after(image: Image.Image, result: Image.Image) -> Image.Image:
-    """Both side by side, a small picture enlarged to be looked at."""
-    before = Image.fromarray(frame_array(image))
-    after = result.convert("RGB")
-    times = max(1, 480 // max(before.size))
-    size = (before.width * times, before.height * times)
-    sheet = Image.new("RGB", (2 * size[0] + 8, size[1]), "white")
-    sheet.paste(before.resize(size, Image.Resampling.NEAREST), (0, 0))
-    sheet.paste(after.resize(size, Image.Resampling.NEAREST), (size[0] + 8, 0))
-    return sheet
-
-
-def clip_size(text: str, name: str = "--size") -> Size | None:
-    """(width, height) of --size 1280x720; UserError for another form."""
-    if not text:
-        return None
-    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
-    require(match, f"{name} {text}: write it as WIDTHxHEIGHT, such as 1280x720")
-    size = (int(match[1]), int(match[2]))
-    require(min(size) >= 16, f"{name} {text}: at least 16x16")
-    return size
-
-
-def sharpen_file(config: SharpenConfig, job: Job, sharpener: FrameFunction) -> None:
-    """Sharpen one picture or clip, and say what was written."""
-    if job.is_clip:
-        clips = ClipSharpener(sharpener, clip_size(config.size), config.lossless)
-        count = clips(job.source, job.target)
-        tqdm.write(f"{job.source} -> {job.target} ({count} frames)")
-        return
-    image = open_picture(job.source)
-    result = sharpen_picture(sharpener, image)
-    if not config.metadata:
-        result.info = {name: v for name, v in result.info.items() if name not in PERSONAL}
-    kind = Image.registered_extensions()[job.target.suffix.lower()]
-    converting = kind not in WITH_PROFILE and "icc_profile" in result.info
-    save_picture(as_srgb(result) if converting else result, job.target)
-    tqdm.write(f"{job.source} -> {job.target}")
-    if config.before_after:
-        save_picture(before_and_after(image, result), job.before_after)
-        tqdm.write(f"before and after: {job.before_after}")
-
-
-def sharpen(config: SharpenConfig) -> None:
-    """Sharpen pictures and clips: files, or folders with everything in them."""
-    clip_size(config.size)  # UserError now
-    both = config.overwrite and config.skip_existing
-    require(not both, "--overwrite, --skip-existing: name one of them")
-    if config.live is not None:
-        sharpen_live(config)
-        return
-    require(config.inputs, "name a picture, a clip or a folder to sharpen")
-    Image.MAX_IMAGE_PIXELS = 500_000 * config.max_megapixels  # Pillow refuses twice as many
-    jobs, others = plan_jobs(config)
-    clips = [job for job in jobs if job.is_clip]
-    if clips:
-        require_packages(["av"], f"{clips[0].source}: sharpening clips")
-    sharpeners = {}
-    for for_clips in {job.is_clip for job in jobs}:
-        sharpeners[for_clips] = sharpener_of(config, config.strength, for_clips)
-    failed = []
-    for number, job in enumerate(progress(jobs, "sharpen")):
-        try:
-            sharpen_file(config, job, sharpeners[job.is_clip])
-        except KeyboardInterrupt:
-            print(f"{number} of {len(jobs)} done; the same with --skip-existing does the others")
-            raise
-        except Exception as error:  # one picture must not stop the others; all are named at the end
-            text = str(error) or type(error).__name__
-            failed.append(text if str(job.source) in text else f"{job.source}: {text}")
-    if others:
-        named = []
-        for file in others:
-            reader = OTHER_READERS.get(file.suffix.lower())
-            named.append(f"{file.name} ({reader})" if reader else file.name)
-        print(f"{len(jobs) - len(failed)} sharpened; {len(others)} skipped: {list_of(named)}")
-    require(not failed, f"{len(failed)} not sharpened: {list_of(failed)}")
-
-
 # --- Command: prepare -----------------------------------------------------------------------------
 
 
@@ -6090,7 +6222,7 @@ def prepare(config: PrepareConfig) -> None:
     """Write blurred/sharp pairs of pictures; with --protocol training crops."""
     target = config.data_root / config.split
     require(config.sharp_dir.is_dir(), f"{config.sharp_dir}: no such folder")
-    inside = config.sharp_dir.resolve() in target.resolve().parents
+    inside = target.resolve() == config.sharp_dir.resolve() or is_inside(target, config.sharp_dir)
     require(not inside, f"--data-root {config.data_root}: is in {config.sharp_dir}; choose another")
     if not config.protocol:
         prepare_pairs(config, target)
@@ -6098,41 +6230,67 @@ def prepare(config: PrepareConfig) -> None:
     if {CALL_MIXTURE, *CLIP_PROTOCOLS} & set(config.protocol):
         require_packages(["av"], f"--protocol {' '.join(config.protocol)}")
     count = write_crops(Streams(config), target)
-    learn = f"train --preset call --data-root {shlex.quote(str(config.data_root))}"
-    print(f"{count} crops in {target}; `{learn}` learns from them")
+    print(f"{count} crops in {target}{what_learns_from(config)}")
+
+
+def what_learns_from(config: PrepareConfig) -> str:
+    """The end of a sentence about crops that `train` can read."""
+    if config.split != "train":
+        return ""
+    for_calls = {CALL_MIXTURE, *CLIP_PROTOCOLS} & set(config.protocol)
+    preset = "call" if for_calls else "small"
+    folder = shlex.quote(str(config.data_root))
+    flags = f"--preset {preset} --degradation crops --data-root {folder}"
+    if config.crop_size < PRESETS[preset].settings["image_size"]:
+        flags += f" --image-size {config.crop_size}"
+    return f"; `train {flags}` learns from them"
 
 
 def prepare_pairs(config: PrepareConfig, target: Path) -> None:
     """Write blurred/sharp pairs; nothing appears in the dataset until all are written."""
-    held = f"{target} holds pictures already; remove them or choose another --data-root"
-    require(not list_pictures(target), held)
+    require(not list_pictures(target), f"{target} holds pictures; choose another --data-root")
     for side in ("blurred", "sharp"):
         place = target / side
         is_free = not place.exists() or (place.is_dir() and not any(place.iterdir()))
         require(is_free, f"{place} is in the way; remove it or choose another --data-root")
-    sources: dict[Path, Path] = {}
-    for source in list_pictures(config.sharp_dir):
-        name = source.relative_to(config.sharp_dir).with_suffix(".png")
-        other = sources.setdefault(name, source)
-        require(other == source, f"{other} and {source} would both become {name}; rename one")
-    require(sources, f"{config.sharp_dir}: no pictures in this folder")
+    sources = pictures_to_pair(config.sharp_dir)
 
     unfinished = target.with_name(f".{target.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        write_pairs(config, sources, unfinished)
+        target.mkdir(parents=True, exist_ok=True)
+        for side in ("blurred", "sharp"):
+            (unfinished / side).replace(target / side)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    print(f"{len(sources)} pairs in {target}")
+
+
+def pictures_to_pair(folder: Path) -> dict[Path, Path]:
+    """{name in the dataset: a folder's picture}; UserError for two that would be one pair."""
+    sources: dict[Path, Path] = {}
+    by_key: dict[str, Path] = {}
+    for source in list_pictures(folder):
+        name = source.relative_to(folder).with_suffix(".png")
+        _, key = side_and_key("sharp" / name)
+        other = by_key.setdefault(key, source)
+        require(other == source, f"{other} and {source} would both become {key}; rename one")
+        sources[name] = source
+    require(sources, f"{folder}: no pictures in this folder")
+    return sources
+
+
+def write_pairs(config: PrepareConfig, sources: dict[Path, Path], folder: Path) -> None:
+    """Write the pairs of pictures, each degraded by a draw of its own."""
     for index, (name, source) in enumerate(progress(sources.items(), "prepare")):
         draw = generator((config.seed, index), "prepare")
         degradation = (Shrink(draw.choice(config.scale)), Enlarge())
         if config.extra_blur:
             degradation = (GaussianBlur(draw.uniform(0, config.extra_blur)), *degradation)
         sharp = even_sized(open_picture(source))
-        save_picture(sharp, unfinished / "sharp" / name)
-        save_picture(degrade(sharp, degradation), unfinished / "blurred" / name)
-    find_pairs(unfinished)  # UserError if their names contradict each other
-    target.mkdir(parents=True, exist_ok=True)
-    for side in ("blurred", "sharp"):
-        (unfinished / side).replace(target / side)
-    unfinished.rmdir()
-    print(f"{len(sources)} pairs in {target}")
+        save_picture(sharp, folder / "sharp" / name)
+        save_picture(degrade(sharp, degradation), folder / "blurred" / name)
 
 
 # --- Commands: train, teacher ---------------------------------------------------------------------
@@ -6215,6 +6373,8 @@ def in_its_folder(command: Callable) -> Callable:
 @in_its_folder
 def train(config: TrainConfig) -> None:
     """Distil the teacher into a student; without a dataset, on scikit-image's pictures."""
+    cached = config.teacher_cache and config.degradation == "crops"
+    require(not cached, "--teacher-cache: not with --degradation crops; leave it out")
     last = read_last(config)
     torch.manual_seed(config.seed)
     dataset, held_out = training_data(config)
@@ -6225,8 +6385,6 @@ def train(config: TrainConfig) -> None:
         print(f"--preset {config.preset}: {PRESETS[config.preset].about}.")
 
     if config.teacher_cache:
-        from_pairs = isinstance(dataset, GoProSharpeningDataset)
-        require(from_pairs, "--teacher-cache: not with --degradation crops; leave it out")
         teacher = objective.teacher.to(device)
         autocast = autocast_for(config.precision, device)
         dataset = TeacherCache(
@@ -6261,13 +6419,13 @@ def train_teacher(config: TeacherConfig) -> None:
     require_levels(config)
     last = read_last(config)
     torch.manual_seed(config.seed)
-    dataset, held_out = training_data(config)
-    device = pick_device(config)
     restormer = restormer_to_train(config, last)
     multiple = 8 * restormer.stem_stride
     wanted = f"--image-size {config.image_size}: must be a multiple of {multiple}"
     aligned = config.image_size % multiple == 0
     require(aligned, f"{wanted} with a stem stride of {restormer.stem_stride}")
+    dataset, held_out = training_data(config)
+    device = pick_device(config)
     start_processes(device)
     objective = Objective(restormer, None, DistillationLoss({"reconstruction": 1.0}))
     shape = restormer_dimensions(restormer.state_dict())
@@ -6297,7 +6455,7 @@ def restormer_to_train(config: TeacherConfig, last: dict | None) -> StemmedResto
             wrong = f"{config.run_dir / 'last.pth'}: its network cannot be built ({error})"
             raise UserError(f"{wrong}; {RESTART}") from error
     if config.init:  # of whatever size it is
-        return load_restormer(Path(config.init))
+        return load_restormer(Path(config.init), "--init")
     channels = 3 * config.stem_stride**2
     return StemmedRestormer(
         channels,
@@ -6403,7 +6561,8 @@ def ablate(config: AblateConfig) -> None:
 
     Runs are in --run-dir/VARIANT_SEED, beside ablation.json and ablation.png. With a
     --teacher-cache all see the same crops. Runs that are there are kept or continued, so two
-    processes can share out the seeds, and a third print the table.
+    processes can share out the seeds, and a third print the table; after a change of settings
+    --overwrite makes them anew.
     """
     require(PROCESSES == 1, "ablate: run it without torchrun; processes may share out the --seeds")
     require_own_term(config)
@@ -6442,8 +6601,7 @@ def remove_runs(config: AblateConfig, variants: Sequence[Variant]) -> None:
         folder = config.run_dir / f"{variant.folder}_{seed}"
         if folder.exists():
             with locked(folder):
-                for file in folder.iterdir():
-                    file.unlink()
+                remove_run(folder)
 
 
 def as_long_as_all(config: AblateConfig, variants: Sequence[Variant]) -> AblateConfig:
@@ -6607,9 +6765,7 @@ def evaluate(config: EvalConfig) -> None:
     if config.teacher or config.teacher_weights:
         restormer = load_restormer(config.teacher_weights)
         methods["teacher"] = teacher_frames(restormer, pick_device(config), config.precision)
-    students = {}
-    for for_clips in {protocol in CLIP_PROTOCOLS for protocol in data}:
-        students[for_clips] = sharpener_of(config, config.strength, for_clips)
+    students = sharpeners_for(config, {protocol in CLIP_PROTOCOLS for protocol in data})
 
     galleries = {}
     if config.report:
@@ -6971,11 +7127,13 @@ def onnx_bytes(network: FrameNetwork) -> bytes:
 
 def export(config: ExportConfig) -> None:
     """Write a student as a file for other programs; it takes and returns 8-bit frames."""
-    require(config.output.name, f"-o {config.output}: name a file")
+    require(config.output.name not in ("", ".."), f"-o {config.output}: name a file")
     require_packages([config.format], f"export --format {config.format}")
     student, _ = load_student(config.checkpoint)
     suffix = {"onnx": ".onnx", "openvino": ".xml"}[config.format]
-    path = config.output.with_name(config.output.name.removesuffix(suffix) + suffix)
+    path = config.output
+    if path.suffix.lower() != suffix:
+        path = path.with_name(path.name + suffix)
     require_writable(path)
     network = FrameNetwork(student).eval()
     if config.format == "onnx":
@@ -6986,7 +7144,8 @@ def export(config: ExportConfig) -> None:
         save_openvino(openvino_model(network), path)
     print(path)
     sides = f"sides multiples of {student.alignment}"
-    print(f"frames (1, H, W, 3) in and out are 8-bit RGB, {sides}")
+    print(f"frames (N, H, W, 3) in and out are 8-bit RGB, {sides}")
+    print("`sharpen` also continues frames at their borders (class FrameSharpener); this does not")
 
 
 def save_openvino(model, path: Path) -> None:
@@ -7278,6 +7437,8 @@ def fps_students(config: FpsConfig) -> dict[str, Student]:
     """The networks to time, by name; the yardstick first."""
     students: dict[str, Student] = {YARDSTICK: PlainStack(stem_stride=2, width=24, layers=6)}
     if config.base_channels:
+        large_enough = config.base_channels >= 4
+        require(large_enough, f"--base-channels {config.base_channels}: at least 4")
         name = f"c={config.base_channels} r={config.stem_stride}"
         students[name] = StudentUNet(config.base_channels, config.stem_stride)
         return students
@@ -7290,11 +7451,9 @@ def fps_students(config: FpsConfig) -> dict[str, Student]:
 
 
 def fps_backends(config: FpsConfig, device: torch.device) -> Sequence[str]:
-    """The given backends, all of whose packages must be there, or those that are installed."""
+    """The given backends, which must all be able to run, or those that are installed."""
     for backend in config.backend:
-        require_packages(BACKENDS[backend], f"--backend {backend}")
-        if backend == "compile" and device.type == "cpu":
-            require_compiler()
+        require_backend(backend, device)
     if config.backend:
         return config.backend
     if device.type != "cpu":
@@ -7308,7 +7467,7 @@ def fps_backends(config: FpsConfig, device: torch.device) -> Sequence[str]:
 
 
 def measure_fps(config: FpsConfig) -> None:
-    """Milliseconds a frame of 512x512, 1280x720 and 1920x1080, by every backend."""
+    """Milliseconds a frame of 512x512, 1280x720 and 1920x1080, by one backend or several."""
     if config.clip:
         measure_clip(config)
         return
@@ -7546,10 +7705,17 @@ def preset_config(config_class: type[TrainConfig], given: dict[str, object]) -> 
     settings = dict(PRESETS[preset].settings)
     if config_class is AblateConfig:
         settings.pop("run_dir", None)  # it has a folder of its own
+    # Where the user's student has another shape, settings of the preset would not fit it.
+    shape = {item.name for item in dataclasses.fields(StudentConfig)}
+    unfit = []
+    if given.keys() & shape:
+        unfit += ["init"]
     if given.keys() & {"network", "base_channels", "widths"}:
-        # The user's student has another shape, which these settings of the preset would not fit.
-        for name in ("widths", "convolutions", "skips", "init"):
-            settings.pop(name, None)
+        unfit += ["widths", "convolutions", "skips"]
+    if given.get("stem_stride", 2) != 2:
+        unfit += ["luma"]
+    for name in unfit:
+        settings.pop(name, None)
     return config_class(**(settings | given | {"preset": preset}))
 
 
@@ -7566,7 +7732,8 @@ def resumed_config(config_class: type[RunConfig], given: dict[str, object]) -> R
     try:
         saved = checked_settings(config_class, last["config"])
     except (IndexError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file}: another command's run, or an older one's ({error})") from error
+        wrong = f"{file}: another command's run, or an older one's ({error})"
+        raise UserError(f"{wrong}; {RESTART}") from error
     return config_class(**(saved | given | {"run_dir": run_dir}))
 
 
@@ -7577,7 +7744,7 @@ def checked_settings(config_class: type[RunConfig], saved: dict[str, object]) ->
     """
     (command,) = [name for name, each in CONFIGS.items() if each is config_class]
     arguments = [command]
-    left_out = {}  # what is said by giving no flag
+    left_out = {}  # what no flag can say
     for item in dataclasses.fields(config_class):
         if item.name in FLAGS_OF_ONE_START:
             continue

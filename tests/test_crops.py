@@ -291,6 +291,34 @@ def test_damaged_crops_are_named(sources, tmp_path, capsys, spoil):
     assert "its crops are damaged" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "about", [[], {}, {"written": 12}, {"written": 12, "sources": ["a"]}, {"written": None}]
+)
+def test_crops_without_all_that_is_known_of_them_are_named(sources, tmp_path, capsys, about):
+    arguments = ("--protocol", "x2", "--crops", 12)
+    assert prepare(sources, tmp_path, *arguments) == 0
+    (tmp_path / "train/crops.json").write_text(json.dumps(about))
+    for command in (
+        ["train", "--degradation", "crops", "--image-size", "48", "--data-root", str(tmp_path)],
+        ["prepare", str(sources), "--data-root", str(tmp_path), *map(str, arguments)],
+    ):
+        capsys.readouterr()
+        assert kd.main(command) == 2
+        assert f"{tmp_path}/train: " in capsys.readouterr().err
+
+
+def test_prepare_names_the_training_that_fits(sources, tmp_path, capsys):
+    cases = {
+        (): "`train --preset small --degradation crops --data-root {} --image-size 64` learns",
+        ("--crop-size", 160): "--degradation crops --data-root {}` learns",
+        ("--split", "test"): "12 crops in {}/test\n",
+    }
+    for number, (flags, expected) in enumerate(cases.items()):
+        root = tmp_path / str(number)
+        assert prepare(sources, root, "--protocol", "x2", "--crops", 12, *flags) == 0
+        assert expected.format(root) in capsys.readouterr().out
+
+
 def test_crops_may_be_larger_than_the_usual_window(sources, tmp_path):
     (tmp_path / "one").mkdir()
     (tmp_path / "one/a.png").write_bytes((sources / "people/astronaut.png").read_bytes())

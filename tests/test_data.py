@@ -361,7 +361,7 @@ def test_nothing_is_dropped_silently(tmp_path, spoil, named):
 def test_sharp_pictures_without_blurred_ones_are_told_apart_from_nothing(tmp_path):
     with pytest.raises(kd.UserError, match=r"no blurred/sharp pairs; `prepare FOLDER` makes them"):
         kd.find_pairs(tmp_path)
-    with pytest.raises(kd.UserError, match="no pictures in this folder"):
+    with pytest.raises(kd.UserError, match="no sharp pictures in this folder"):
         kd.find_sharp(tmp_path, X2)
     save(tmp_path / "a.png")
     with pytest.raises(kd.UserError, match=r"`--degradation mixed` take them"):
@@ -485,10 +485,23 @@ def test_prepare_refuses_what_would_not_be_a_dataset(tmp_path, capsys):
     save(folder / "a.png")
     save(folder / "a_blur.png")  # which would be the blurred side of a's pair
     assert prepare(folder, tmp_path / "out") == 2
-    assert "of one pair" in capsys.readouterr().err
+    named = f"{folder}/a.png and {folder}/a_blur.png would both become a; rename one"
+    assert named in capsys.readouterr().err
     assert prepare(folder, folder) == 2
     assert f"--data-root {folder}: is in {folder}" in capsys.readouterr().err
+    folder.rename(tmp_path / "train")  # which is where the pairs would go
+    assert prepare(tmp_path / "train", tmp_path) == 2
+    assert "choose another" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out/train").exists()
+
+
+def test_prepare_leaves_nothing_where_a_picture_cannot_be_read(tmp_path, capsys):
+    folder = tmp_path / "in"
+    save(folder / "a.png")
+    (folder / "b.png").write_bytes(b"no picture")
+    assert prepare(folder, tmp_path / "out") == 2
+    assert "b.png: not a readable picture" in capsys.readouterr().err
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []
 
 
 def test_extra_blur_blurs(tmp_path, sharp_folder):
@@ -754,14 +767,14 @@ def test_balanced_categories_are_equally_large():
 
 def test_blurred_pictures_alone_are_not_taken_for_sharp_ones(tmp_path):
     save(tmp_path / "blurred/a.png")
-    with pytest.raises(kd.UserError, match="no pictures in this folder"):
+    with pytest.raises(kd.UserError, match="no sharp pictures in this folder"):
         kd.find_sharp(tmp_path, kd.PROTOCOLS["x2"])
 
 
 def test_what_an_interrupted_prepare_left_is_no_dataset(tmp_path):
     save(tmp_path / ".train.unfinished/sharp/a.png")
     assert kd.list_files(tmp_path) == []
-    with pytest.raises(kd.UserError, match="no pictures in this folder"):
+    with pytest.raises(kd.UserError, match="no sharp pictures in this folder"):
         kd.find_sharp(kd.split_folder(tmp_path, "train"), kd.PROTOCOLS["x2"])
 
 

@@ -183,6 +183,16 @@ def test_the_compiler_is_missed_before_any_work(monkeypatch, tmp_path, capsys):
     assert "--backend compile: needs a C++ compiler; install" in printed.err
     with pytest.raises(kd.UserError, match="install"):
         kd.FrameSharpener(kd.PlainStack(), backend="compile")
+    monkeypatch.setenv("CXX", f"{sys.executable} --with-an-argument")
+    kd.require_compiler()
+
+
+def test_backends_of_the_cpu_are_refused_before_any_other_is_timed(monkeypatch):
+    monkeypatch.setattr(kd, "require_packages", lambda packages, wanted: None)
+    config = kd.FpsConfig(backend=("torch", "openvino"))
+    with pytest.raises(kd.UserError, match="--backend openvino: computes on the CPU"):
+        kd.fps_backends(config, torch.device("cuda"))
+    assert kd.fps_backends(config, torch.device("cpu")) == config.backend
 
 
 @pytest.mark.skipif(

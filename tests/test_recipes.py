@@ -206,6 +206,17 @@ def test_a_run_follows_its_flags(data_root, tiny_teacher, monkeypatch):
     assert len(crops.decoded) == len(training) == 7
 
 
+def test_a_student_of_another_shape_is_not_begun_with_what_does_not_fit_it():
+    for given in ({"skips": "concatenate"}, {"luma": False}, {"convolutions": (3, 1, 1, 1)}):
+        config = kd.preset_config(kd.TrainConfig, given | {"preset": "small"})
+        assert config.init == ""
+        assert config.widths == kd.PRESETS["small"].settings["widths"]
+        kd.student_class(config.network).from_flags(config)
+    config = kd.preset_config(kd.TrainConfig, {"stem_stride": 4, "preset": "small"})
+    assert kd.student_class(config.network).from_flags(config).stem_stride == 4
+    assert kd.preset_config(kd.TrainConfig, {"preset": "small"}).init == "fast"
+
+
 def test_a_balanced_run_shows_its_categories_alike(sharp_folder, tmp_path):
     for file in sharp_folder.rglob("*.png"):
         if file.name not in ("page_0.png", "page_1.png"):
@@ -218,6 +229,14 @@ def test_a_balanced_run_shows_its_categories_alike(sharp_folder, tmp_path):
         training, _ = kd.training_pairs(config)
         categories = [pair.category for pair in training]
         assert [categories.count("photo"), categories.count("text")] == counts
+
+
+def test_a_teacher_names_its_own_flag_where_there_are_no_weights(data_root, tmp_path, capsys):
+    command = ["teacher", "--data-root", str(data_root), "--run-dir", str(tmp_path / "run")]
+    assert kd.main([*command, "--init", str(tmp_path / "none.pth")]) == 2
+    error = capsys.readouterr().err
+    assert "none.pth: no such file" in error
+    assert "another file with --init" in error
 
 
 def test_a_run_may_start_from_another_students_weights(arguments, tmp_path):
@@ -267,7 +286,7 @@ def test_mistakes_are_named_before_anything_is_written(arguments, tmp_path, caps
         (["--convolutions", "1", "2"], "one for each of the 5 scales"),
         (["--teacher-weights", str(tmp_path / "none.pth")], "none.pth: no such file; get motion"),
         (["--data-root", str(tmp_path)], "no blurred/sharp pairs"),
-        (["--degradation", "x2", "--data-root", str(tmp_path)], "no pictures in this folder"),
+        (["--degradation", "x2", "--data-root", str(tmp_path)], "no sharp pictures in this"),
         (["--init", str(tmp_path / "none.pth")], "none.pth: no such file"),
         (["--init", "fast"], "--init fast: its student is another"),
         (["--resume"], "last.pth: no such file"),

@@ -195,9 +195,27 @@ def test_no_picture_that_is_read_is_written(tmp_path, run_sharpen, photographs):
     before = (tmp_path / "in/sub/a.png").read_bytes()
     status, error, _ = run_sharpen(tmp_path / "in", "-o", tmp_path / "in/sub", "--overwrite")
     assert status == 2
+    assert f"-o {tmp_path}/in/sub: is in {tmp_path}/in, whose pictures" in error
+    inputs = (tmp_path / "in/a.png", tmp_path / "in/sub")
+    status, error, _ = run_sharpen(*inputs, "-o", tmp_path / "in/sub", "--overwrite")
+    assert status == 2
     assert f"{tmp_path}/in/sub/a.png: would be overwritten" in error
     assert (tmp_path / "in/sub/a.png").read_bytes() == before
     assert names_in(tmp_path) == ["in/a.png", "in/sub/a.png"]
+
+
+def test_results_in_a_folder_of_the_input_are_not_sharpened_again(tmp_path, run_sharpen, small):
+    for name in ("a.png", "b.png"):
+        small.save(tmp_path / name)
+    results = tmp_path / "results"
+    assert run_sharpen(tmp_path, "-o", results)[0] == 0
+    (results / "b.png").unlink()
+    before = (results / "a.png").read_bytes()
+    status, error, output = run_sharpen(tmp_path, "-o", results, "--skip-existing")
+    assert (status, error) == (0, "")
+    assert output.startswith("1 of 2 results exist already")
+    assert names_in(results) == ["a.png", "b.png"]
+    assert (results / "a.png").read_bytes() == before
 
 
 def test_a_sheet_is_not_written_over_an_input(tmp_path, run_sharpen, small):
@@ -216,6 +234,20 @@ def test_a_picture_that_is_named_twice_is_sharpened_once(tmp_path, run_sharpen, 
     inputs = (tmp_path / "a.png", tmp_path, tmp_path / "a.png")
     assert run_sharpen(*inputs, "-o", tmp_path / "out")[0] == 0
     assert names_in(tmp_path / "out") == ["a.png"]
+
+
+def test_the_first_picture_of_a_file_is_sharpened_and_the_others_are_told(
+    tmp_path, run_sharpen, small
+):
+    more = [small.rotate(90 * turns, expand=True).resize(small.size) for turns in (1, 2)]
+    for name in ("a.webp", "b.tif", "c.gif"):
+        small.save(tmp_path / name, save_all=True, append_images=more)
+        status, _, output = run_sharpen(tmp_path / name)
+        assert (status, output.count("(the first of 3 pictures in it)")) == (0, 1)
+    small.save(tmp_path / "d.jpg", format="MPO", save_all=True, append_images=more)
+    small.save(tmp_path / "e.png")
+    for name in ("d.jpg", "e.png"):
+        assert "the first of" not in run_sharpen(tmp_path / name)[2]
 
 
 def test_a_sheet_shows_both_side_by_side_and_enlarged(tmp_path, run_sharpen, small):
@@ -249,6 +281,10 @@ def test_what_a_folder_holds_beside_pictures_is_named_and_counted(
     assert "d.pdf (export its pages as PNG first); " in output
     assert output.endswith("e.txt\n")
     assert names_in(tmp_path / "out") == ["a.png"]
+    (tmp_path / "a.png").unlink()
+    status, error, _ = run_sharpen(tmp_path, "-o", tmp_path / "out")
+    assert status == 2
+    assert "no pictures or clips in there, only b.heic (pip install pillow-heif); " in error
 
 
 def test_hidden_files_are_left_out(tmp_path, run_sharpen, small):
@@ -654,11 +690,12 @@ def test_mistakes_are_named_and_nothing_is_written(tmp_path, run_sharpen, small)
     before = sorted(tmp_path.iterdir())
     mistakes = {
         (tmp_path / "none.png",): "none.png: no such file or folder",
-        (tmp_path / "empty",): "empty: no pictures or clips in this folder",
+        (tmp_path / "empty",): "empty: no pictures or clips in there",
         (broken, "-o", tmp_path / "b.png"): "a.jpg: not a readable picture",
         (picture, "-o", picture): "a.png: would be overwritten",
-        (picture, broken, "-o", tmp_path / "b.png"): "a file can take one picture only",
-        (tmp_path, "-o", tmp_path / "b.png"): "a file can take one picture only",
+        (picture, broken, "-o", tmp_path / "b.png"): "a file can take one input only",
+        (tmp_path, "-o", tmp_path / "b.png"): "a file can take one input only",
+        (tmp_path, "-o", tmp_path / "b.mp4"): "b.mp4: a file can take one input only",
         (picture, "-o", tmp_path / "a.psd"): "cannot write the file type .psd",
         (picture, "-o", tmp_path / "b.jpg"): "b.jpg: cannot be written",
         (picture, "--tile", "64", "--overlap", "64"): "--tile 64 --overlap 64",
@@ -678,6 +715,32 @@ def test_mistakes_are_named_and_nothing_is_written(tmp_path, run_sharpen, small)
 def test_debug_shows_where_an_error_came_from(tmp_path):
     with pytest.raises(kd.UserError, match="no such file"):
         kd.main(["sharpen", str(tmp_path / "none.png"), "--debug"])
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    with pytest.raises(kd.UserError, match="1 not sharpened") as caught:
+        kd.main(["sharpen", str(tmp_path / "a.png"), "--debug"])
+    assert "a.png: not a readable picture" in str(caught.value.__cause__)
+
+
+def test_an_interruption_says_how_to_go_on(tmp_path, run_sharpen, small, monkeypatch):
+    pictures = tmp_path / "in"
+    pictures.mkdir()
+    for name in ("a.png", "b.png"):
+        small.save(pictures / name)
+    sharpen_file = kd.sharpen_file
+
+    def interrupted(config, job, sharpener):
+        if job.source.stem == "b":
+            raise KeyboardInterrupt
+        sharpen_file(config, job, sharpener)
+
+    monkeypatch.setattr(kd, "sharpen_file", interrupted)
+    hint = "; the same with --skip-existing does the others"
+    # Beside the inputs, and with --overwrite, results of an earlier run would be taken for new.
+    cases = {(): "", ("-o", tmp_path / "out"): hint, ("-o", tmp_path / "out", "--overwrite"): ""}
+    for flags, remedy in cases.items():
+        status, _, output = run_sharpen(pictures, *flags)
+        assert status == 130
+        assert output.splitlines()[-1] == f"1 of 2 done{remedy}"
 
 
 def test_a_broken_picture_does_not_stop_the_others(tmp_path, run_sharpen, photographs):

@@ -572,12 +572,30 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
     ended.wait()
     left = tmp_path / (kd.temporary_name(ended.pid, 1) + ".pth")
     being_written = tmp_path / (kd.temporary_name(os.getppid(), 1) + ".pth")
+    no_process = tmp_path / (kd.temporary_name(10**30, 1) + ".pth")
     of_another_computer = tmp_path / f".sharpen_kd-00000000-{ended.pid}-1.pth"
-    for file in (left, being_written, of_another_computer):
+    for file in (left, being_written, no_process, of_another_computer):
         file.write_bytes(b"half")
     kd.write_checkpoint({"step": 1}, tmp_path / "last.pth")
-    files = {tmp_path / "last.pth", being_written, of_another_computer}
+    files = {tmp_path / "last.pth", being_written, no_process, of_another_computer}
     assert set(tmp_path.iterdir()) == files
+
+
+def test_what_another_user_left_half_written_stops_nobody(tmp_path, monkeypatch):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left = tmp_path / (kd.temporary_name(ended.pid, 1) + ".pth")
+    left.write_bytes(b"half")
+    unlink = Path.unlink
+
+    def in_a_folder_for_all(path, **options):
+        if path == left:
+            raise PermissionError(1, "Operation not permitted")
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", in_a_folder_for_all)
+    kd.write_checkpoint({"step": 1}, tmp_path / "last.pth")
+    assert set(tmp_path.iterdir()) == {left, tmp_path / "last.pth"}
 
 
 BAD_SETTINGS = {
