@@ -17,7 +17,7 @@ What it reached: 110 test pictures at x2 (27.75 dB / 0.8605) become 30.34 dB / 0
 model_checkpoints/student.pth and 29.80 dB / 0.9030 by student_fast.pth. Six talking clips in calls
 gain 0.63 dB by student_call.pth and 0.51 dB by student_call_fast.pth. README.md has the speeds.
 
-Map of this file. The story is read from top to bottom and needs nothing from the workshop:
+Map of this file. The story is read from top to bottom, and needs hardly anything from the workshop:
 
     Degradations      what a poor call does to a picture
     Settings          every command's flags, as plain data
@@ -29,8 +29,9 @@ Map of this file. The story is read from top to bottom and needs nothing from th
     Teacher           a frozen Restormer, its features read by forward hooks
     Student           what a student must have; the report's U-Net; a plain stack
     Losses            the report's five terms, and one more
-    Training          one loop for the student and for the teacher
     Evaluation        PSNR and SSIM
+    Training          one loop for the student and for the teacher
+    Command: train    all of this put together
     --- here the story ends; the workshop makes it fast and usable ---
     Teacher cache     the teacher's results, computed once
     Frames            a student between 8-bit frames
@@ -40,8 +41,8 @@ Map of this file. The story is read from top to bottom and needs nothing from th
     Prepared crops    what training on calls reads
     Clips, sharpened  from one file to another
     Live              a camera, a screen or a stream, as it comes
-    Commands          sharpen, with its plans and metadata; prepare, train, teacher, ablate, eval,
-                      export, fps
+    Commands          sharpen, with its plans and metadata; prepare, teacher, ablate, eval, export,
+                      fps
     Report            eval's results as a page, between eval and export
     Plots             curves, scores and speeds as pictures
     Command line      from the arguments to one of those commands
@@ -336,26 +337,27 @@ def draw_mixture(key: Sequence[int]) -> Degradation:
     shrunk and enlarged.
     """
     kind = generator(key, "kind").random()
-    compressing = generator(key, "jpeg")
-    jpeg = Jpeg(int(compressing.integers(15, 96)))
     if kind < 0.08:
         return ()
     if kind < 0.20:
-        return (jpeg,)
+        return (draw_jpeg(generator(key, "jpeg")),)
     if kind < 0.24:
         noise = generator(key, "noise")
         return (Noise(noise.uniform(1, 8), int(noise.integers(2**32))),)
     if kind < 0.28:
         return (MotionBlur(2 * int(generator(key, "motion").integers(2, 8)) + 1),)
-    return draw_shrunk(key, jpeg, compressing)
+    return draw_shrunk(key)
 
 
-def draw_shrunk(key: Sequence[int], jpeg: Jpeg, compressing: np.random.Generator) -> Degradation:
+def draw_jpeg(draw: np.random.Generator) -> Jpeg:
+    return Jpeg(int(draw.integers(15, 96)))
+
+
+def draw_shrunk(key: Sequence[int]) -> Degradation:
     """One degradation that shrinks and enlarges.
 
     Two thirds by 2, one third by a factor drawn from 1.2 to 4. A tenth is blurred as well, a fifth
-    compressed, a fifth enlarged by another filter than bicubic. `compressing` are the random
-    numbers that `jpeg` was drawn from.
+    compressed, a fifth enlarged by another filter than bicubic.
     """
     at_the_camera = []
     while_small = []
@@ -370,6 +372,8 @@ def draw_shrunk(key: Sequence[int], jpeg: Jpeg, compressing: np.random.Generator
     if blurring.random() < 0.1:
         at_the_camera.append(GaussianBlur(blurring.uniform(0.3, 1.2)))
 
+    compressing = generator(key, "jpeg")
+    jpeg = draw_jpeg(compressing)
     if compressing.random() < 0.2:
         if compressing.random() < 0.5:
             while_small.append(jpeg)
@@ -603,7 +607,12 @@ class PrepareConfig:
         " in low/ beside sharp/), or a protocol of `eval`",
         choices=(MIXED, CALL_MIXTURE, ENCODED_PAIRS, *PROTOCOLS, *CALLS), metavar="PROTOCOL",
     )  # fmt: skip
-    crops: int = flag(24000, "--protocol: crops to write, in twelves", at_least=1, at_most=10**7)
+    crops: int = flag(
+        24000,
+        "--protocol: crops to write, rounded up to a multiple of 12",
+        at_least=1,
+        at_most=10**7,
+    )
     crop_size: int = flag(128, "--protocol: side of the crops in pixels", at_least=16, at_most=2048)
     split: str = flag("train", "which half of the dataset to write", choices=("train", "test"))
     data_root: Path = flag(DATASET, "dataset folder to write into")
@@ -649,7 +658,8 @@ class RunConfig(DeviceConfig):
     learning_rate: float = flag(2e-4, "Adam's peak learning rate", at_least=ABOVE_ZERO, at_most=10)
     restart_epochs: int = flag(
         10,
-        "T_0: epochs of the first cosine cycle; later ones double",
+        "T_0: epochs of the first cosine cycle; later ones double, and the last is cut off where"
+        " --epochs ends (with as many as --epochs there is one whole cycle)",
         at_least=1,
         at_most=LARGEST_COUNT,
     )
@@ -667,7 +677,8 @@ class RunConfig(DeviceConfig):
     degradation: str = flag(
         "pairs",
         "stored pairs, crops that `prepare --protocol` wrote, or sharp crops degraded anew by a"
-        " protocol or by the mixture",
+        " protocol or by the mixture (a student from scratch needs x2 first, or with it: on the"
+        " mixture alone it learns to do nothing)",
         choices=("pairs", "crops", MIXED, *PROTOCOLS),
     )
     blur_probability: float = flag(
@@ -686,7 +697,9 @@ class RunConfig(DeviceConfig):
         at_least=0,
         at_most=256,
     )
-    balance: bool = flag(False, "show every category as often as the largest")
+    balance: bool = flag(
+        False, "show every category as often as the largest (not of crops, which are drawn so)"
+    )
     cache: bool = flag(
         False, "decode every picture once and keep it in memory; prepared crops on the device"
     )
@@ -1817,7 +1830,8 @@ def hold_out(pairs: list[Pair], fraction: float) -> tuple[list[Pair], list[Pair]
         if len(held_out) >= fraction * len(pairs):
             break
         held_out += sequences[names[index]]
-    training = [pair for pair in pairs if pair not in held_out]
+    left_out = set(held_out)
+    training = [pair for pair in pairs if pair not in left_out]
     return training, held_out
 
 
@@ -1859,6 +1873,7 @@ PREPARED_PIXELS = "crops.npy"  # 8-bit (N, 2, S, S, 3): blurred and sharp
 PREPARED_ABOUT = "crops.json"
 
 BLOCK = 8  # pixels of the side of the blocks in which JPEG and video encoders work
+MARGIN = 8  # pixels by which a frame is continued on each side to be sharpened, an even number
 
 
 class GoProSharpeningDataset(Dataset):
@@ -1867,8 +1882,6 @@ class GoProSharpeningDataset(Dataset):
     `on_device` makes tensors of them. A crop is drawn from (seed, epoch, index) alone. It starts at
     even pixels, where the pattern of a frame enlarged by 2 begins. "pairs" blurs the pair's own
     blur further, as the report does; a protocol or "mixed" degrades the sharp crop anew.
-
-    For users: train a student from scratch on "x2" first; begun on "mixed" it learns to do nothing.
     """
 
     def __init__(
@@ -1992,7 +2005,8 @@ class PreparedCrops(Dataset):
     def __getitem__(self, item: tuple[int, int]) -> dict[str, Tensor]:
         """{"blurred", "sharp"} of 8-bit RGB (image_size, image_size, 3) each; item (epoch, index).
 
-        The window starts where an encoder's block does.
+        The window starts at a multiple of BLOCK: at an even pixel, where the pattern of a frame
+        enlarged by 2 begins, and with an encoder's block where nothing was enlarged.
         """
         epoch, index = item
         draw = generator((self.seed, epoch, index), "prepared crop")
@@ -2003,6 +2017,7 @@ class PreparedCrops(Dataset):
         both = both[:, top : top + self.image_size, left : left + self.image_size]
         at_the_top, at_the_left = draw.random(2) < 0.1
         both = with_border(both, at_the_top, at_the_left)
+        # After the borders, which thus come to lie on all four sides.
         if mirror:
             both = both.flip(2)
         if flip:
@@ -2230,7 +2245,7 @@ class Student(nn.Module, abc.ABC):
 
     config: dict[str, object]  # {"kind": its name in STUDENTS, ...}: what `build_student` takes
     stem_stride: int  # r
-    alignment: int  # tiles that start at multiples of it start on a whole position of every map
+    alignment: int  # `features` takes sides that are multiples of it; tiles begin at such, too
     reach: int  # about how far away, in pixels, an input can change an output
     feature_widths: dict[str, int]  # channels of each tap; {} if there is nothing to compare
     output: nn.Conv2d  # the last layer, 1x1 or 3x3, which writes 3 r^2 channels of folded pixels
@@ -2245,11 +2260,6 @@ class Student(nn.Module, abc.ABC):
     def first_layer(self) -> nn.Conv2d:
         """The layer that reads 3 r^2 channels of folded pixels; 1x1, or 3x3 padded by 1."""
 
-    @property
-    def multiple(self) -> int:
-        """`features` takes pictures whose sides are multiples of it."""
-        return self.stem_stride
-
     @abc.abstractmethod
     def features(self, folded: Tensor) -> Features:
         """All layers but the last, on (B, 3 r^2, H/r, W/r)."""
@@ -2257,7 +2267,7 @@ class Student(nn.Module, abc.ABC):
     def forward(self, blurred: Tensor, taps: bool = False) -> Tensor | tuple[Tensor, dict]:
         """Restore (B, 3, H, W) in [0, 1] of any size; on request with the taps."""
         height, width = blurred.shape[-2:]
-        padded = pad_to_multiple(blurred, self.multiple)
+        padded = pad_to_multiple(blurred, self.alignment)
         features = self.features(F.pixel_unshuffle(padded, self.stem_stride))
         correction = F.pixel_shuffle(self.output(features.last), self.stem_stride)
         restored = blurred + correction[..., :height, :width]
@@ -2319,13 +2329,13 @@ def luma_layers() -> tuple[nn.Conv2d, nn.Conv2d]:
     output = nn.Conv2d(6, 12, 1)
     output.weight.data = torch.cat(back, dim=1)[:, :, None, None]
     nn.init.zeros_(output.bias)
-    # The bias is trained: FFmpeg's conversion to RGB makes all frames about a level darker.
+    # The bias is trained, and may move whole frames by a part of a level; the kernels are not.
     output.weight.requires_grad_(False)
     return planes, output
 
 
 class KeepGrey(nn.Module):
-    """Corrections of the colours are scaled from 0, where there is no colour, to 1."""
+    """Scales colour corrections by how colourful 2x2 pixels are: 0 on grey, near 1 on colour."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -2334,8 +2344,8 @@ class KeepGrey(nn.Module):
 
     def forward(self, correction: Tensor, planes: Tensor) -> Tensor:
         """Both (B, 6, H/2, W/2), of the planes of `luma_layers`."""
-        strength = planes[:, 4:].square().sum(1, keepdim=True)
-        colourful = strength / (strength + 1e-4)  # 0.5 at 2.5 levels of 255
+        energy = planes[:, 4:].square().sum(1, keepdim=True)  # of the two colour differences
+        colourful = energy / (energy + 1e-4)  # 0.5 at 2.5 levels of 255
         return correction * (1 - self.of_colours + self.of_colours * colourful)
 
 
@@ -2344,8 +2354,8 @@ class SEBlock(nn.Module):
 
     In the paper and in the report a gate comes from the mean over the whole input. Then one sharp
     caption closes the gates of a whole frame, and the tiles of a large one differ. Here it comes
-    from the mean over 3x3 cells of `cell` positions a side, which is about as much as a training
-    crop shows, and from cell to cell it changes smoothly.
+    from the mean over 3x3 cells of `cell` positions a side, and from cell to cell it changes
+    smoothly. With cells of 32 pixels that is what a training crop of 96 pixels shows.
     """
 
     CELL = 32  # pixels of the side of a cell, at least
@@ -2453,7 +2463,7 @@ class StudentUNet(Student):
         # Gates see two cells more. (Those of several stages add up, but hardly matter so far away.)
         of_layers = stem_stride * self.reach_in_folds(convolutions)
         self.reach = of_layers + 2 * self.alignment
-        planes = 6 if luma else 3 * stem_stride**2
+        plane_count = 6 if luma else 3 * stem_stride**2
 
         def stage(scale: int, in_channels: int, stride: int = 1) -> Stage:
             has_gates = scale > 0 or not self.lateral
@@ -2461,7 +2471,7 @@ class StudentUNet(Student):
             return Stage(in_channels, widths[scale], convolutions[scale], stride, cell)
 
         down_stride = 2 if self.lateral else 1  # else max-pooling halves the size
-        down = [stage(0, planes)]
+        down = [stage(0, plane_count)]
         for scale in range(1, scales):
             down.append(stage(scale, widths[scale - 1], down_stride))
         self.encoder = nn.ModuleList(down[:-1])
@@ -2475,13 +2485,13 @@ class StudentUNet(Student):
             self.decoder.append(stage(scale, merged))
         if luma:
             self.planes, self.output = luma_layers()
-            self.correction = nn.Conv2d(widths[0], planes, 1)
+            self.correction = nn.Conv2d(widths[0], plane_count, 1)
             self.keep_grey = KeepGrey()
         else:
-            self.output = nn.Conv2d(widths[0], planes, 1)
+            self.output = nn.Conv2d(widths[0], plane_count, 1)
 
         self.feature_widths = {"e2": widths[1], "e4": widths[-2], "b": widths[-1]}
-        self.initialise()
+        self.begin_as_a_copy()
 
     @classmethod
     def from_flags(cls, config: StudentConfig) -> "StudentUNet":
@@ -2498,10 +2508,6 @@ class StudentUNet(Student):
     @property
     def first_layer(self) -> nn.Conv2d:
         return self.planes if self.luma else self.encoder[0].layers[0]
-
-    @property
-    def multiple(self) -> int:
-        return self.alignment  # a side is a whole number of cells
 
     def reach_in_folds(self, convolutions: Sequence[int]) -> int:
         """How far the layers see in the folded picture: the 3x3 ones on the longest path, added up.
@@ -2523,7 +2529,7 @@ class StudentUNet(Student):
                 reach -= 2 ** (scale - 1)
         return reach
 
-    def initialise(self) -> None:
+    def begin_as_a_copy(self) -> None:
         """`initialise`, with gates nearly open and what comes up from below near zero.
 
         Untrained deep stages add noise. If they start at full strength, training switches them off
@@ -2652,7 +2658,7 @@ def build_student(config: dict[str, object]) -> Student:
 
 
 def load_student(name: str | Path) -> tuple[Student, dict]:
-    """(student, the checkpoint's other entries) of a shipped student's name or a file.
+    """(student, all that the checkpoint holds) of a shipped student's name or a file.
 
     The student is in evaluation mode and channels_last. UserError if the file is no student's.
     """
@@ -2835,6 +2841,117 @@ class DistillationLoss(nn.Module):
         return F.l1_loss(seen.output, seen.teacher_output)
 
 
+# --- Evaluation: PSNR and SSIM --------------------------------------------------------------------
+
+
+def frame_psnr(output: np.ndarray, sharp: np.ndarray) -> float:
+    """PSNR in dB of two 8-bit RGB frames, by scikit-image; infinite if they are equal."""
+    with np.errstate(divide="ignore"):
+        return float(peak_signal_noise_ratio(sharp, output))
+
+
+def frame_ssim(output: np.ndarray, sharp: np.ndarray) -> float:
+    """SSIM of two 8-bit RGB frames, by scikit-image with its default 7x7 window."""
+    return float(structural_similarity(sharp, output, channel_axis=2))
+
+
+def mean_psnr(values: Sequence[float]) -> float:
+    """Mean of PSNRs in dB.
+
+    A picture that equals its reference has an infinite PSNR; then the result is the PSNR of the
+    mean squared error over the pictures.
+    """
+    mean = statistics.fmean(values)
+    error = statistics.fmean(10 ** (-value / 10) for value in values)
+    if math.isinf(mean) and error > 0:
+        return -10 * math.log10(error)
+    return mean
+
+
+FrameMeasure = Callable[[np.ndarray, np.ndarray], float]  # (output, sharp)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A measure of an output against the sharp frame, and how tables average and show it."""
+
+    measure: FrameMeasure
+    mean: Callable[[Sequence[float]], float]
+    digits: int
+
+
+# A row here is a figure in every table of `eval` over pictures and clips.
+METRICS = {
+    "psnr": Metric(frame_psnr, mean_psnr, 2),
+    "ssim": Metric(frame_ssim, statistics.fmean, 4),
+}
+
+
+def score(output: np.ndarray, sharp: np.ndarray) -> dict[str, float]:
+    """{"psnr", "ssim"} of an 8-bit RGB frame (H, W, 3)."""
+    return {name: metric.measure(output, sharp) for name, metric in METRICS.items()}
+
+
+def mean_scores(scores: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The mean over frames of each metric that all of them have.
+
+    Scores that are read out of a run's best.pth may be older than a metric.
+    """
+    means = {}
+    for name, metric in METRICS.items():
+        if all(name in each for each in scores):
+            means[name] = metric.mean([each[name] for each in scores])
+    return means
+
+
+def score_method(method: FrameFunction, frames: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict:
+    """Mean scores of a function of frames over (blurred, sharp) frames."""
+    return mean_scores([score(method(blurred), sharp) for blurred, sharp in frames])
+
+
+def format_scores(means: dict[str, float]) -> str:
+    """The means in the order of METRICS, as in 29.82 / 0.9053."""
+    shown = {name: metric.digits for name, metric in METRICS.items() if name in means}
+    return " / ".join(f"{means[name]:.{digits}f}" for name, digits in shown.items())
+
+
+def scores_by_category(
+    rows: list[dict], methods: Iterable[str]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """{category: {method: mean scores}}, "all" first; a category of that name has no row.
+
+    A row is {"category": its name, "scores": {method: {"psnr", "ssim"}}}.
+    """
+    groups = {"all": rows}
+    for category, members in grouped(rows, lambda row: row["category"]).items():
+        if category != "all":
+            groups[category] = members
+    table = {}
+    for category, members in groups.items():
+        table[category] = {}
+        for method in methods:
+            table[category][method] = mean_scores([row["scores"][method] for row in members])
+    return table
+
+
+def print_table(
+    title: str,
+    table: dict[str, dict[str, dict[str, float]]],
+    form: Callable[[dict[str, float]], str] = format_scores,
+) -> None:
+    """A line a category, a column a method; `form` makes a text of a method's scores."""
+    methods = next(iter(table.values()))
+    texts = {}
+    width = 18
+    for category, means in table.items():
+        texts[category] = [form(scores) for scores in means.values()]
+        longest = max(len(text) for text in texts[category])
+        width = max(width, longest + 2)
+    print(f"{title:<12}" + "".join(f"{method:>{width}}" for method in methods))
+    for category, row in texts.items():
+        print(f"{category:<12}" + "".join(f"{text:>{width}}" for text in row))
+
+
 # --- Training: one loop for the student and for the teacher ---------------------------------------
 
 
@@ -2844,8 +2961,7 @@ class Expansion(nn.Module):
     Adam scales the step of each value separately, so that all values of a kernel move about
     equally. Where the two matrices are trained beside it, the kernel moves in a direction closer to
     its gradient (after Bhardwaj et al., MLSys 2022).
-    A thousand steps of a small student give 27.85 dB with it, and 27.63 at best without. The
-    student that is saved has only the sum.
+    model_checkpoints/README.md says what it gave. The student that is saved has only the sum.
     """
 
     def __init__(self, kernel: Tensor, rank: int) -> None:
@@ -2893,31 +3009,40 @@ class Objective(nn.Module):
 
         A batch may already hold what the teacher makes of it: "teacher_output" and its taps.
         """
-        blurred = batch["blurred"]
-        call_network = functools.partial(torch.func.functional_call, self.network, self.weights())
         features = None
         teacher_features = None
         with autocast:  # the networks only: SSIM's variances need float32
-            from_teacher = batch  # a cache's batch holds the teacher's results already
-            if self.teacher and "teacher_output" not in batch:
-                teacher_output = self.teacher(blurred)
-                from_teacher = self.teacher.tapped | {"teacher_output": teacher_output}
+            from_teacher = self.teacher_results(batch)
             if "feature" in self.loss.lambdas:
-                output, features = call_network(blurred, kwargs={"taps": True})
+                output, features = self.run_network(batch["blurred"], taps=True)
                 teacher_features = self.teacher.project(from_teacher)
             else:
-                output = call_network(blurred)
+                output = self.run_network(batch["blurred"])
         teacher_output = from_teacher.get("teacher_output")
         return self.loss(
             Comparison(output, batch["sharp"], teacher_output, features, teacher_features)
         )
+
+    def run_network(self, blurred: Tensor, **options: bool) -> Tensor | tuple[Tensor, dict]:
+        """The network's `forward` with the expanded weights."""
+        return torch.func.functional_call(self.network, self.weights(), blurred, options)
+
+    def teacher_results(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """{"teacher_output", taps}: a cache's, or the teacher's now; {} without a teacher."""
+        if "teacher_output" in batch:
+            return batch
+        if self.teacher is None:
+            return {}
+        output = self.teacher(batch["blurred"])
+        return self.teacher.tapped | {"teacher_output": output}
 
 
 class CropOrder(Sampler[list[tuple[int, int]]]):
     """The (epoch, index) batches of one process, from `first_step` on.
 
     Two processes that accumulate over one batch each see in a step what one process sees that
-    accumulates over two: the same crops, shared out.
+    accumulates over two: the same crops, shared out (but for an epoch's last step, which is filled
+    up by two and not by one).
     """
 
     def __init__(self, count: int, config: RunConfig, rank: int = 0, processes: int = 1) -> None:
@@ -3154,7 +3279,8 @@ class TrainingRun:
         for number in range(group):
             last = number == group - 1
             batch = on_device(next(batches), self.device)
-            # Several processes average their gradients after the last batch only.
+            # Several processes average their gradients after the last batch only. (One alone makes
+            # nothing of this.)
             self.parallel.require_backward_grad_sync = last
             terms = self.parallel(batch, self.autocast)
             if last and log_shares and self.step % log_shares == 0:
@@ -3230,8 +3356,8 @@ class TrainingRun:
         if not self.held_out:
             self.save_best({"psnr": math.nan, "ssim": math.nan})
             return {}
-        # Of a copy, which it may change.
-        means = self.score_held_out(self.as_frame_function(copy.deepcopy(self.ema)))
+        network = copy.deepcopy(self.ema)  # since its layers may be rewritten for 8-bit frames
+        means = self.score_held_out(self.as_frame_function(network))
         tqdm.write(f"step {self.step}: held out {format_scores(means)}")
         if means["psnr"] > self.best or not (self.config.run_dir / "best.pth").exists():
             self.best = means["psnr"]
@@ -3310,10 +3436,7 @@ def remove_run(folder: Path) -> None:
 
 
 def make_objective(config: TrainConfig, resumed: bool) -> Objective:
-    """The student, the teacher that it learns from, and the loss between them, by `train`'s flags.
-
-    `train`, in the workshop, makes a TrainingRun of this objective and of crops, and runs it.
-    """
+    """The student, the teacher that it learns from, and the loss between them, by train's flags."""
     weights = {name: getattr(config, f"lambda_{name}") for name in LOSS_TERMS}
     require(any(weights.values()), "--lambda-...: all are 0, which leaves nothing to learn")
     student = student_class(config.network).from_flags(config)
@@ -3327,9 +3450,9 @@ def make_objective(config: TrainConfig, resumed: bool) -> Objective:
     comparable = student.feature_widths or not with_features
     require(comparable, f"--network {config.network}: has no features; add --lambda-feature 0")
     # The maps of a padded crop would show more of a picture than the teacher's.
-    aligned = not with_features or config.image_size % student.multiple == 0
+    aligned = not with_features or config.image_size % student.alignment == 0
     wanted = f"--image-size {config.image_size}: with --lambda-feature, a multiple of"
-    require(aligned, f"{wanted} {student.multiple}")
+    require(aligned, f"{wanted} {student.alignment}")
     teacher = None
     # With --teacher-cache even a run without teacher terms loads the teacher: the cache is checked
     # against it, and all runs of a comparison see the same crops.
@@ -3346,115 +3469,124 @@ def make_objective(config: TrainConfig, resumed: bool) -> Objective:
     return Objective(student, teacher, loss, config.expansion)
 
 
-# --- Evaluation: PSNR and SSIM --------------------------------------------------------------------
+# --- Command: train -------------------------------------------------------------------------------
+
+RESTART = "start anew, with --overwrite instead of --resume"
 
 
-def frame_psnr(output: np.ndarray, sharp: np.ndarray) -> float:
-    """PSNR in dB of two 8-bit RGB frames, by scikit-image; infinite if they are equal."""
-    with np.errstate(divide="ignore"):
-        return float(peak_signal_noise_ratio(sharp, output))
+def in_its_folder(command: Callable) -> Callable:
+    """The command of a run, while no other process can use the run's folder."""
+
+    @functools.wraps(command)
+    def alone(config: RunConfig) -> None:
+        with locked(config.run_dir) if RANK == 0 else contextlib.nullcontext():
+            command(config)
+
+    return alone
 
 
-def frame_ssim(output: np.ndarray, sharp: np.ndarray) -> float:
-    """SSIM of two 8-bit RGB frames, by scikit-image with its default 7x7 window."""
-    return float(structural_similarity(sharp, output, channel_axis=2))
+@in_its_folder
+def train(config: TrainConfig) -> None:
+    """Distil the teacher into a student; without a dataset, on scikit-image's pictures."""
+    cached = config.teacher_cache and config.degradation == "crops"
+    require(not cached, "--teacher-cache: not with --degradation crops; leave it out")
+    last = read_last(config)
+    torch.manual_seed(config.seed)
+    dataset, held_out = training_data(config)
+    device = pick_device(config)
+    objective = make_objective(config, resumed=last is not None)
+    start_processes(device)
+    if RANK == 0 and config.preset and not config.resume:
+        print(f"--preset {config.preset}: {PRESETS[config.preset].about}.")
+
+    if config.teacher_cache:
+        teacher = objective.teacher.to(device)
+        autocast = autocast_for(config.precision, device)
+        dataset = TeacherCache(
+            config.teacher_cache, dataset, teacher, config.cache_variants, autocast
+        )
+
+    def as_frame_function(network: Student) -> FrameFunction:
+        return FrameSharpener(network, device, precision=config.precision)
+
+    shape = objective.network.config
+    run = TrainingRun(config, objective, shape, dataset, held_out, as_frame_function)
+    carry_out(run, last)
+    if RANK == 0 and run.held_out:
+        report_gain(run)
 
 
-def mean_psnr(values: Sequence[float]) -> float:
-    """Mean of PSNRs in dB.
+def read_last(config: RunConfig) -> dict | None:
+    """What a resumed run goes on from; UserError for a run in the way, or a wrong crop size."""
+    size = config.image_size
+    require(size % 16 == 0, f"--image-size {size}: must be a multiple of 16")
+    contradiction = "--resume, --overwrite: one goes on, the other starts anew"
+    require(not (config.resume and config.overwrite), contradiction)
+    if config.resume:
+        return read_checkpoint(config.run_dir / "last.pth", RESTART)
+    kept = any((config.run_dir / name).exists() for name in ("last.pth", "best.pth"))
+    remedy = "add --resume or --overwrite, or name another --run-dir"
+    require(config.overwrite or not kept, f"{config.run_dir} holds a run already: {remedy}")
+    return None
 
-    A picture that equals its reference has an infinite PSNR; then the result is the PSNR of the
-    mean squared error over the pictures.
+
+def training_data(config: RunConfig) -> tuple[Dataset, Sequence[Pair | PreparedCrop]]:
+    """(the crops to train on, what is held out), as a run's flags ask for them."""
+    if config.degradation == "crops":
+        require(config.data_root, "--degradation crops: name their folder with --data-root")
+        folder = split_folder(config.data_root, "train")
+        device = pick_device(config) if config.cache else None
+        prepared = PreparedCrops(folder, config.image_size, config.seed, device)
+        return prepared, prepared.leave_out(config.validation_fraction)
+    training, held_out = training_pairs(config)
+    return training_crops(config, training), held_out
+
+
+def training_crops(config: RunConfig, pairs: list[Pair]) -> GoProSharpeningDataset:
+    """The crops of these pairs, as a run's flags ask for them."""
+    return GoProSharpeningDataset(
+        pairs,
+        config.image_size,
+        config.blur_probability,
+        config.seed,
+        config.cache,
+        config.degradation,
+    )
+
+
+def carry_out(run: TrainingRun, last: dict | None) -> None:
+    """Train, from the state of a resumed run if there is one, and draw the curves.
+
+    Ends as an interrupted command does if the run is not finished.
     """
-    mean = statistics.fmean(values)
-    error = statistics.fmean(10 ** (-value / 10) for value in values)
-    if math.isinf(mean) and error > 0:
-        return -10 * math.log10(error)
-    return mean
+    if last:
+        run.continue_from(last)
+    if RANK == 0:
+        pictures = f"{len(run.dataset)} crops an epoch, {len(run.held_out)} pictures held out"
+        if not run.held_out:
+            pictures += " (--validation-fraction), so that the last weights count as the best"
+        where = f"results in {run.config.run_dir}"
+        print(f"{pictures}; {run.total_steps} steps; {where}", flush=True)
+    run.train()
+    if RANK == 0:
+        plot_curves(run)
+    if not run.finished:
+        if RANK == 0:
+            remedy = f"continue with --resume --run-dir {run.config.run_dir}"
+            print(f"stopped after step {run.step}; {remedy}")
+        raise KeyboardInterrupt
 
 
-FrameMeasure = Callable[[np.ndarray, np.ndarray], float]  # (output, sharp)
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A measure of an output against the sharp frame, and how tables average and show it."""
-
-    measure: FrameMeasure
-    mean: Callable[[Sequence[float]], float]
-    digits: int
-
-
-# A row here is a figure in every table of `eval` over pictures and clips.
-METRICS = {
-    "psnr": Metric(frame_psnr, mean_psnr, 2),
-    "ssim": Metric(frame_ssim, statistics.fmean, 4),
-}
-
-
-def score(output: np.ndarray, sharp: np.ndarray) -> dict[str, float]:
-    """{"psnr", "ssim"} of an 8-bit RGB frame (H, W, 3)."""
-    return {name: metric.measure(output, sharp) for name, metric in METRICS.items()}
-
-
-def mean_scores(scores: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The mean over frames of each metric that all of them have.
-
-    Scores that are read out of a run's best.pth may be older than a metric.
-    """
-    means = {}
-    for name, metric in METRICS.items():
-        if all(name in each for each in scores):
-            means[name] = metric.mean([each[name] for each in scores])
-    return means
-
-
-def score_method(method: FrameFunction, frames: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict:
-    """Mean scores of a function of frames over (blurred, sharp) frames."""
-    return mean_scores([score(method(blurred), sharp) for blurred, sharp in frames])
-
-
-def format_scores(means: dict[str, float]) -> str:
-    """The means in the order of METRICS, as in 29.82 / 0.9053."""
-    shown = {name: metric.digits for name, metric in METRICS.items() if name in means}
-    return " / ".join(f"{means[name]:.{digits}f}" for name, digits in shown.items())
-
-
-def scores_by_category(
-    rows: list[dict], methods: Iterable[str]
-) -> dict[str, dict[str, dict[str, float]]]:
-    """{category: {method: mean scores}}, "all" first; a category of that name has no row.
-
-    A row is {"category": its name, "scores": {method: {"psnr", "ssim"}}}.
-    """
-    groups = {"all": rows}
-    for category, members in grouped(rows, lambda row: row["category"]).items():
-        if category != "all":
-            groups[category] = members
-    table = {}
-    for category, members in groups.items():
-        table[category] = {}
-        for method in methods:
-            table[category][method] = mean_scores([row["scores"][method] for row in members])
-    return table
-
-
-def print_table(
-    title: str,
-    table: dict[str, dict[str, dict[str, float]]],
-    form: Callable[[dict[str, float]], str] = format_scores,
-) -> None:
-    """A line a category, a column a method; `form` makes a text of a method's scores."""
-    methods = next(iter(table.values()))
-    texts = {}
-    width = 18
-    for category, means in table.items():
-        texts[category] = [form(scores) for scores in means.values()]
-        longest = max(len(text) for text in texts[category])
-        width = max(width, longest + 2)
-    print(f"{title:<12}" + "".join(f"{method:>{width}}" for method in methods))
-    for category, row in texts.items():
-        print(f"{category:<12}" + "".join(f"{text:>{width}}" for text in row))
+def report_gain(run: TrainingRun) -> None:
+    """What the student gains on the held-out pictures."""
+    best = load_student(run.config.run_dir / "best.pth")[1]["held_out"]
+    before = run.score_held_out(lambda frame: frame)
+    seconds = statistics.median(row["seconds"] for row in run.rows)
+    print(f"{run.step} steps, {1000 * seconds:.0f} ms each (median)")
+    metrics = " / ".join(METRICS).upper()
+    print(f"{len(run.held_out)} held-out pictures, {run.config.run_dir / 'best.pth'}, {metrics}")
+    print(f"before: {format_scores(before)}")
+    print(f"after:  {format_scores(best)}")
 
 
 # ==================================================================================================
@@ -3824,9 +3956,6 @@ class Span:
 
 def round_up(value: float, multiple: int) -> int:
     return math.ceil(value / multiple) * multiple
-
-
-MARGIN = 8  # pixels by which a frame is continued on each side, an even number
 
 
 def cut_side(length: int, phase: int = 0, *, tile: int, overlap: int, alignment: int) -> list[Span]:
@@ -6293,124 +6422,7 @@ def write_pairs(config: PrepareConfig, sources: dict[Path, Path], folder: Path) 
         save_picture(degrade(sharp, degradation), folder / "blurred" / name)
 
 
-# --- Commands: train, teacher ---------------------------------------------------------------------
-
-RESTART = "start anew, with --overwrite instead of --resume"
-
-
-def read_last(config: RunConfig) -> dict | None:
-    """What a resumed run goes on from; UserError for a run in the way, or a wrong crop size."""
-    size = config.image_size
-    require(size % 16 == 0, f"--image-size {size}: must be a multiple of 16")
-    contradiction = "--resume, --overwrite: one goes on, the other starts anew"
-    require(not (config.resume and config.overwrite), contradiction)
-    if config.resume:
-        return read_checkpoint(config.run_dir / "last.pth", RESTART)
-    kept = any((config.run_dir / name).exists() for name in ("last.pth", "best.pth"))
-    remedy = "add --resume or --overwrite, or name another --run-dir"
-    require(config.overwrite or not kept, f"{config.run_dir} holds a run already: {remedy}")
-    return None
-
-
-def training_crops(config: RunConfig, pairs: list[Pair]) -> GoProSharpeningDataset:
-    """The crops of these pairs, as a run's flags ask for them."""
-    return GoProSharpeningDataset(
-        pairs,
-        config.image_size,
-        config.blur_probability,
-        config.seed,
-        config.cache,
-        config.degradation,
-    )
-
-
-def training_data(config: RunConfig) -> tuple[Dataset, Sequence[Pair | PreparedCrop]]:
-    """(the crops to train on, what is held out), as a run's flags ask for them."""
-    if config.degradation == "crops":
-        require(config.data_root, "--degradation crops: name their folder with --data-root")
-        folder = split_folder(config.data_root, "train")
-        device = pick_device(config) if config.cache else None
-        prepared = PreparedCrops(folder, config.image_size, config.seed, device)
-        return prepared, prepared.leave_out(config.validation_fraction)
-    training, held_out = training_pairs(config)
-    return training_crops(config, training), held_out
-
-
-def carry_out(run: TrainingRun, last: dict | None) -> None:
-    """Train, from the state of a resumed run if there is one, and draw the curves.
-
-    Ends as an interrupted command does if the run is not finished.
-    """
-    if last:
-        run.continue_from(last)
-    if RANK == 0:
-        pictures = f"{len(run.dataset)} crops an epoch, {len(run.held_out)} pictures held out"
-        if not run.held_out:
-            pictures += " (--validation-fraction), so that the last weights count as the best"
-        where = f"results in {run.config.run_dir}"
-        print(f"{pictures}; {run.total_steps} steps; {where}", flush=True)
-    run.train()
-    if RANK == 0:
-        plot_curves(run)
-    if not run.finished:
-        if RANK == 0:
-            remedy = f"continue with --resume --run-dir {run.config.run_dir}"
-            print(f"stopped after step {run.step}; {remedy}")
-        raise KeyboardInterrupt
-
-
-def in_its_folder(command: Callable) -> Callable:
-    """The command of a run, while no other process can use the run's folder."""
-
-    @functools.wraps(command)
-    def alone(config: RunConfig) -> None:
-        with locked(config.run_dir) if RANK == 0 else contextlib.nullcontext():
-            command(config)
-
-    return alone
-
-
-@in_its_folder
-def train(config: TrainConfig) -> None:
-    """Distil the teacher into a student; without a dataset, on scikit-image's pictures."""
-    cached = config.teacher_cache and config.degradation == "crops"
-    require(not cached, "--teacher-cache: not with --degradation crops; leave it out")
-    last = read_last(config)
-    torch.manual_seed(config.seed)
-    dataset, held_out = training_data(config)
-    device = pick_device(config)
-    objective = make_objective(config, resumed=last is not None)
-    start_processes(device)
-    if RANK == 0 and config.preset and not config.resume:
-        print(f"--preset {config.preset}: {PRESETS[config.preset].about}.")
-
-    if config.teacher_cache:
-        teacher = objective.teacher.to(device)
-        autocast = autocast_for(config.precision, device)
-        dataset = TeacherCache(
-            config.teacher_cache, dataset, teacher, config.cache_variants, autocast
-        )
-
-    def as_frame_function(network: Student) -> FrameFunction:
-        return FrameSharpener(network, device, precision=config.precision)
-
-    shape = objective.network.config
-    run = TrainingRun(config, objective, shape, dataset, held_out, as_frame_function)
-    carry_out(run, last)
-    if RANK == 0 and run.held_out:
-        report_gain(run)
-
-
-def report_gain(run: TrainingRun) -> None:
-    """What the student gains on the held-out pictures."""
-    best = load_student(run.config.run_dir / "best.pth")[1]["held_out"]
-    before = run.score_held_out(lambda frame: frame)
-    seconds = statistics.median(row["seconds"] for row in run.rows)
-    print(f"{run.step} steps, {1000 * seconds:.0f} ms each (median)")
-    metrics = " / ".join(METRICS).upper()
-    print(f"{len(run.held_out)} held-out pictures, {run.config.run_dir / 'best.pth'}, {metrics}")
-    print(f"before: {format_scores(before)}")
-    print(f"after:  {format_scores(best)}")
+# --- Command: teacher -----------------------------------------------------------------------------
 
 
 @in_its_folder

@@ -92,7 +92,7 @@ def test_a_student_folds_the_picture_and_adds_its_correction(name):
 def test_a_picture_that_does_not_fit_is_reflected_at_the_right_and_the_bottom(name):
     torch.manual_seed(0)
     student = awake(STUDENTS[name](4))
-    height = max(student.multiple, 8)
+    height = max(student.alignment, 8)
     width = 2 * height
     picture = torch.rand(1, 3, height - 3, width - 3)
     padded = F.pad(picture, (0, 3, 0, 3), mode="reflect")
@@ -591,7 +591,7 @@ def test_cells_are_of_32_pixels_or_as_large_as_the_coarsest_position(widths, str
     of_all_scales = [pixels // stride // 2**scale for scale in range(len(widths))]
     assert cells == of_all_scales[-len(cells) :]
     assert len(cells) == len(widths) - (skips == "lateral")
-    assert student.multiple == student.alignment == pixels
+    assert student.alignment == pixels
 
 
 # --- A plain stack --------------------------------------------------------------------------------
