@@ -6029,9 +6029,8 @@ def plan_jobs(config: SharpenConfig) -> tuple[list[Job], list[Path]]:
     others: list[Path] = []
     results = None if to_file else config.output
     for given in config.inputs:
-        if results and results.is_dir() and config.overwrite:
-            mixed = f"-o {results}: is in {given}, whose pictures --overwrite might replace"
-            require(not is_inside(results, given), f"{mixed}; choose another -o")
+        if config.overwrite and results:
+            keep_apart(given, results)
         sources, more = find_sources(given, results)
         others += more
         folder = given if given.is_dir() else given.parent
@@ -6044,19 +6043,23 @@ def plan_jobs(config: SharpenConfig) -> tuple[list[Job], list[Path]]:
             target = numbered(target, taken)
             sheet = numbered(with_ending(stem, "_before_after.png"), taken)
             jobs.append(Job(source, target, sheet))
-    if not jobs:
-        given = ", ".join(map(str, config.inputs))
-        instead = f", only {with_readers(others)}" if others else ""
-        raise UserError(f"{given}: no pictures or clips in there{instead}")
+    given = ", ".join(map(str, config.inputs))
+    instead = f", only {with_readers(others)}" if others else ""
+    require(jobs, f"{given}: no pictures or clips in there{instead}")
     keep_inputs(config, jobs, planned)
+    return still_to_do(config, jobs), others
+
+
+def still_to_do(config: SharpenConfig, jobs: list[Job]) -> list[Job]:
+    """The jobs, with --skip-existing those without a result; UserError for results in the way."""
     if config.skip_existing:
         missing = [job for job in jobs if not all(map(os.path.lexists, job.targets(config)))]
         print(f"{len(jobs) - len(missing)} of {len(jobs)} results exist already")
-        return missing, others
+        return missing
     named_by_user = config.output is not None  # else it is this input's own output, replaced
     if named_by_user and not config.overwrite:
         keep_existing(config, jobs)
-    return jobs, others
+    return jobs
 
 
 def output_is_file(config: SharpenConfig) -> bool:
@@ -6183,6 +6186,13 @@ def shortened(stem: str) -> str:
     except UnicodeDecodeError:
         text = os.fsdecode(beginning)
     return f"{text}-{zlib.crc32(name):08x}"
+
+
+def keep_apart(given: Path, results: Path) -> None:
+    """UserError for a folder of results in one that is read: what it holds might be originals."""
+    mixed = results.is_dir() and is_inside(results, given)
+    wrong = f"-o {results}: is in {given}, whose pictures --overwrite might replace"
+    require(not mixed, f"{wrong}; choose another -o")
 
 
 def keep_inputs(config: SharpenConfig, jobs: list[Job], sources: set[str]) -> None:
