@@ -37,6 +37,7 @@ Map of this file. The story is read from top to bottom, and needs hardly anythin
     Frames            a student between 8-bit frames
     Engines           PyTorch, its compiler, OpenVINO, int8
     Tiles             large frames in pieces that fit together again
+    Sharpeners        a student on frames of any size; `load_sharpener`
     Clips             what real encoders do to frames, and how clips are scored
     Prepared crops    what training on calls reads
     Clips, sharpened  from one file to another
@@ -3993,6 +3994,9 @@ def cut_side(length: int, phase: int = 0, *, tile: int, overlap: int, alignment:
     return spans
 
 
+# --- Sharpeners: a student on frames of any size --------------------------------------------------
+
+
 def grid_phase(frame: np.ndarray) -> tuple[int, int]:
     """(row, column), 0 or 1 each, at which the pattern of a frame enlarged by 2 begins.
 
@@ -7185,34 +7189,96 @@ FPS_SIZES = ((512, 512), (720, 1280), (1080, 1920))  # height and width
 YARDSTICK = "plain layers"  # six plain 24-channel layers at half the resolution
 
 
+def measure_fps(config: FpsConfig) -> None:
+    """Milliseconds a frame of 512x512, 1280x720 and 1920x1080, by one backend or several."""
+    if config.clip:
+        measure_clip(config)
+        return
+    require(not config.size, "--size: is for --clip")
+    if config.plot:
+        drawn = config.plot.suffix.lower() in (".png", ".jpg", ".pdf", ".svg")
+        require(drawn, f"--plot {config.plot}: name a .png, .jpg, .pdf or .svg file")
+        require_packages(["matplotlib"], "--plot")
+        quality_pairs(config)  # UserError now for what it would not find after the timing
+    require_writable(config.json, config.plot)
+    device = pick_device(config)
+    backends = fps_backends(config, device)
+    students = fps_students(config)
+    for name, student in students.items():
+        count = sum(p.numel() for p in student.parameters())
+        macs = multiply_adds_per_pixel(student)
+        print(f"{name}: {count:,} parameters, {macs:,.0f} multiply-adds a pixel")
+    print(f"{device}, {torch.get_num_threads()} CPU threads, PyTorch {torch.__version__}")
+    best = best_convolution(pick_precision(config.precision, device), device, config)
+    print(FPS_HEADER)
+    rows = []
+    for backend in backends:
+        for row in fps_rows(students, backend, device, config, best):
+            print_fps_row(row)
+            rows.append(row)
+    if config.json:
+        write_json({"rows": rows}, config.json)
+    if config.plot:
+        del students[YARDSTICK]
+        draw_quality(config, students, backends, device)
+
+
+def fps_students(config: FpsConfig) -> dict[str, Student]:
+    """The networks to time, by name; the yardstick first."""
+    students: dict[str, Student] = {YARDSTICK: PlainStack(stem_stride=2, width=24, layers=6)}
+    if config.base_channels:
+        large_enough = config.base_channels >= 4
+        require(large_enough, f"--base-channels {config.base_channels}: at least 4")
+        name = f"c={config.base_channels} r={config.stem_stride}"
+        students[name] = StudentUNet(config.base_channels, config.stem_stride)
+        return students
+    for checkpoint in config.checkpoint:
+        name = Path(checkpoint).stem
+        twice = "--checkpoint: two files of one name, by which the table tells them apart"
+        require(name not in students, f"{twice}; rename one")
+        students[name], _ = load_student(checkpoint)
+    return students
+
+
+def fps_backends(config: FpsConfig, device: torch.device) -> Sequence[str]:
+    """The given backends, which must all be able to run, or those that are installed."""
+    for backend in config.backend:
+        require_backend(backend, device)
+    if config.backend:
+        return config.backend
+    if device.type != "cpu":
+        return ["torch"]
+    installed = []
+    for backend, packages in BACKENDS.items():
+        slow_to_start = backend == "compile"  # minutes for a checkpoint and a size
+        if not slow_to_start and all(importlib.util.find_spec(p) for p in packages):
+            installed.append(backend)
+    return installed
+
+
+FPS_HEADER = (
+    "network       backend       precision  frame             network  8-bit to 8-bit, ms     95 %"
+    "    FPS  GFLOP/s  of best  x plain"
+)
+
+
+def print_fps_row(row: dict) -> None:
+    size = f"{row['width']}x{row['height']}{' tiled' if row['tiled'] else ''}"
+    print(
+        f"{row['checkpoint']:<14}{row['backend']:<14}{row['precision']:<11}{size:<16}"
+        f"{row['network_ms']:>9.1f}{row['frame_ms']:>21.1f}{row['frame_ms_p95']:>9.1f}"
+        f"{row['fps']:>7.1f}{row['gflops']:>9.0f}{row['gflops'] / row['best_gflops']:>9.0%}"
+        f"{row['frame_ms'] / row['plain_ms']:>9.2f}",
+        flush=True,
+    )
+
+
 @dataclass
 class Timing:
     """Milliseconds of a function."""
 
     median: float
     late: float  # 95th percentile
-
-
-@functools.lru_cache  # every backend asks again
-def multiply_adds_per_pixel(student: Student) -> float:
-    """Multiply-adds of the convolutions for each pixel of a large frame."""
-    side = 16 * student.alignment
-    stride = student.stem_stride
-    folded = torch.empty(1, 3 * stride**2, side // stride, side // stride, device="meta")
-    on_meta = copy.deepcopy(student).to("meta")
-    with FlopCounterMode(display=False) as counter:
-        on_meta.output(on_meta.features(folded).last)
-    return counter.get_total_flops() / 2 / side**2
-
-
-def sample_frames(height: int, width: int) -> list[np.ndarray]:
-    """Three of scikit-image's photographs at this size, blurred by the x2 protocol."""
-    frames = []
-    for pair in embedded_pairs():
-        if pair.sharp.stem in ("astronaut", "coffee", "chelsea"):
-            sharp = even_sized(ImageOps.fit(open_picture(pair.sharp), (width, height)))
-            frames.append(np.array(degrade(sharp, PROTOCOLS["x2"])))
-    return frames
 
 
 @torch.inference_mode()
@@ -7314,11 +7380,23 @@ def contestants_of(
     for name, student in students.items():
         own_tiles = [0] if name == YARDSTICK else tiles
         for tile in own_tiles:
-            sharpener = FrameSharpener(
-                student, device, tile, config.overlap, 1.0, config.precision, backend
-            )
+            sharpener = timed_sharpener(student, tile, backend, device, config)
             contestants.append(Contestant(name, student, tile, sharpener))
     return contestants
+
+
+def timed_sharpener(
+    student: Student, tile: int, backend: str, device: torch.device, config: FpsConfig
+) -> FrameSharpener:
+    """A student as `fps` is to time it."""
+    return FrameSharpener(
+        student,
+        device,
+        tile=tile,
+        overlap=config.overlap,
+        precision=config.precision,
+        backend=backend,
+    )
 
 
 def fps_rows(
@@ -7381,55 +7459,26 @@ def race_on(
     return time_in_turns(functions, device, config)
 
 
-FPS_HEADER = (
-    "network       backend       precision  frame             network  8-bit to 8-bit, ms     95 %"
-    "    FPS  GFLOP/s  of best  x plain"
-)
+@functools.lru_cache  # every backend asks again
+def multiply_adds_per_pixel(student: Student) -> float:
+    """Multiply-adds of the convolutions for each pixel of a large frame."""
+    side = 16 * student.alignment
+    stride = student.stem_stride
+    folded = torch.empty(1, 3 * stride**2, side // stride, side // stride, device="meta")
+    on_meta = copy.deepcopy(student).to("meta")
+    with FlopCounterMode(display=False) as counter:
+        on_meta.output(on_meta.features(folded).last)
+    return counter.get_total_flops() / 2 / side**2
 
 
-def print_fps_row(row: dict) -> None:
-    size = f"{row['width']}x{row['height']}{' tiled' if row['tiled'] else ''}"
-    print(
-        f"{row['checkpoint']:<14}{row['backend']:<14}{row['precision']:<11}{size:<16}"
-        f"{row['network_ms']:>9.1f}{row['frame_ms']:>21.1f}{row['frame_ms_p95']:>9.1f}"
-        f"{row['fps']:>7.1f}{row['gflops']:>9.0f}{row['gflops'] / row['best_gflops']:>9.0%}"
-        f"{row['frame_ms'] / row['plain_ms']:>9.2f}",
-        flush=True,
-    )
-
-
-def clip_rows(
-    students: dict[str, Student], backends: Sequence[str], device: torch.device, config: FpsConfig
-) -> Iterator[dict]:
-    """A row for each student and backend: frames a second of `sharpen` on a clip.
-
-    The clip's first frame is sharpened before, so that nothing is compiled while time is taken.
-    """
-    size = clip_size(config.size)
-    (first,) = clip_frames(config.clip, slice(0, 1))
-    if size:
-        first = window_sized(first, size)
-    height, width = first.shape[:2]
-    for backend in backends:
-        for name, student in students.items():
-            sharpener = FrameSharpener(
-                student, device, config.tile, config.overlap, 1.0, config.precision, backend
-            )
-            sharpener(first)
-            with tempfile.TemporaryDirectory() as folder:
-                start = time.perf_counter()
-                target = Path(folder, f"sharpened{clip_suffix(config.clip, lossless=False)}")
-                frames = ClipSharpener(sharpener, size)(config.clip, target)
-                seconds = time.perf_counter() - start
-            yield {
-                "checkpoint": name,
-                "backend": backend,
-                "clip": str(config.clip),
-                "height": height,
-                "width": width,
-                "frames": frames,
-                "fps": frames / seconds,
-            }
+def sample_frames(height: int, width: int) -> list[np.ndarray]:
+    """Three of scikit-image's photographs at this size, blurred by the x2 protocol."""
+    frames = []
+    for pair in embedded_pairs():
+        if pair.sharp.stem in ("astronaut", "coffee", "chelsea"):
+            sharp = even_sized(ImageOps.fit(open_picture(pair.sharp), (width, height)))
+            frames.append(np.array(degrade(sharp, PROTOCOLS["x2"])))
+    return frames
 
 
 def measure_clip(config: FpsConfig) -> None:
@@ -7455,103 +7504,36 @@ def measure_clip(config: FpsConfig) -> None:
         write_json({"rows": rows}, config.json)
 
 
-def fps_students(config: FpsConfig) -> dict[str, Student]:
-    """The networks to time, by name; the yardstick first."""
-    students: dict[str, Student] = {YARDSTICK: PlainStack(stem_stride=2, width=24, layers=6)}
-    if config.base_channels:
-        large_enough = config.base_channels >= 4
-        require(large_enough, f"--base-channels {config.base_channels}: at least 4")
-        name = f"c={config.base_channels} r={config.stem_stride}"
-        students[name] = StudentUNet(config.base_channels, config.stem_stride)
-        return students
-    for checkpoint in config.checkpoint:
-        name = Path(checkpoint).stem
-        twice = "--checkpoint: two files of one name, by which the table tells them apart"
-        require(name not in students, f"{twice}; rename one")
-        students[name], _ = load_student(checkpoint)
-    return students
+def clip_rows(
+    students: dict[str, Student], backends: Sequence[str], device: torch.device, config: FpsConfig
+) -> Iterator[dict]:
+    """A row for each student and backend: frames a second of `sharpen` on a clip.
 
-
-def fps_backends(config: FpsConfig, device: torch.device) -> Sequence[str]:
-    """The given backends, which must all be able to run, or those that are installed."""
-    for backend in config.backend:
-        require_backend(backend, device)
-    if config.backend:
-        return config.backend
-    if device.type != "cpu":
-        return ["torch"]
-    installed = []
-    for backend, packages in BACKENDS.items():
-        slow_to_start = backend == "compile"  # minutes for a checkpoint and a size
-        if not slow_to_start and all(importlib.util.find_spec(p) for p in packages):
-            installed.append(backend)
-    return installed
-
-
-def measure_fps(config: FpsConfig) -> None:
-    """Milliseconds a frame of 512x512, 1280x720 and 1920x1080, by one backend or several."""
-    if config.clip:
-        measure_clip(config)
-        return
-    require(not config.size, "--size: is for --clip")
-    if config.plot:
-        drawn = config.plot.suffix.lower() in (".png", ".jpg", ".pdf", ".svg")
-        require(drawn, f"--plot {config.plot}: name a .png, .jpg, .pdf or .svg file")
-        require_packages(["matplotlib"], "--plot")
-        quality_pairs(config)  # UserError now for what it would not find after the timing
-    require_writable(config.json, config.plot)
-    device = pick_device(config)
-    backends = fps_backends(config, device)
-    students = fps_students(config)
-    for name, student in students.items():
-        count = sum(p.numel() for p in student.parameters())
-        macs = multiply_adds_per_pixel(student)
-        print(f"{name}: {count:,} parameters, {macs:,.0f} multiply-adds a pixel")
-    print(f"{device}, {torch.get_num_threads()} CPU threads, PyTorch {torch.__version__}")
-    best = best_convolution(pick_precision(config.precision, device), device, config)
-    print(FPS_HEADER)
-    rows = []
+    The clip's first frame is sharpened before, so that nothing is compiled while time is taken.
+    """
+    size = clip_size(config.size)
+    (first,) = clip_frames(config.clip, slice(0, 1))
+    if size:
+        first = window_sized(first, size)
+    height, width = first.shape[:2]
     for backend in backends:
-        for row in fps_rows(students, backend, device, config, best):
-            print_fps_row(row)
-            rows.append(row)
-    if config.json:
-        write_json({"rows": rows}, config.json)
-    if config.plot:
-        del students[YARDSTICK]
-        draw_quality(config, students, backends, device)
-
-
-def unsharp_mask(radius: float, percent: int) -> FrameFunction:
-    """Pillow's, as a function of frames: what a photo editor offers."""
-    mask = ImageFilter.UnsharpMask(radius, percent, threshold=0)
-    return lambda frame: np.array(Image.fromarray(frame).filter(mask))
-
-
-def best_unsharp_mask(frames: Sequence[tuple[np.ndarray, np.ndarray]]) -> FrameFunction:
-    """The mask with the best PSNR on these (blurred, sharp) frames."""
-    best_psnr = -math.inf
-    for radius, percent in itertools.product((0.5, 1, 1.5, 2, 3), (25, 50, 100, 150)):
-        mask = unsharp_mask(radius, percent)
-        psnr = mean_psnr([frame_psnr(mask(blurred), sharp) for blurred, sharp in frames])
-        if psnr > best_psnr:
-            best_psnr = psnr
-            best = mask
-            chosen = f"radius {radius:g}, {percent} %"
-    print(f"unsharp mask: {chosen} is best on {len(frames)} other pictures")
-    return best
-
-
-def quality_pairs(config: FpsConfig) -> tuple[list[Pair], list[Pair]]:
-    """(pairs at x2 to score on, others to tune the unsharp mask on)."""
-    if config.data_root is None:
-        embedded = grouped(embedded_pairs(), lambda pair: pair.key in EMBEDDED_HELD_OUT)
-        return embedded[True], embedded[False]
-    x2 = PROTOCOLS["x2"]
-    test = find_sharp(config.data_root / "test", x2)
-    training = find_sharp(config.data_root / "train", x2)
-    _, held_out = hold_out(training, RunConfig.validation_fraction)
-    return test, held_out or training
+        for name, student in students.items():
+            sharpener = timed_sharpener(student, config.tile, backend, device, config)
+            sharpener(first)
+            with tempfile.TemporaryDirectory() as folder:
+                start = time.perf_counter()
+                target = Path(folder, f"sharpened{clip_suffix(config.clip, lossless=False)}")
+                frames = ClipSharpener(sharpener, size)(config.clip, target)
+                seconds = time.perf_counter() - start
+            yield {
+                "checkpoint": name,
+                "backend": backend,
+                "clip": str(config.clip),
+                "height": height,
+                "width": width,
+                "frames": frames,
+                "fps": frames / seconds,
+            }
 
 
 def draw_quality(
@@ -7577,6 +7559,38 @@ def draw_quality(
         result = f"{format_scores(means)} at x2, {len(frames)} pictures"
         print(f"{label:<24}{milliseconds:>7.1f} ms   {result}", flush=True)
     plot_quality(config.plot, points)
+
+
+def quality_pairs(config: FpsConfig) -> tuple[list[Pair], list[Pair]]:
+    """(pairs at x2 to score on, others to tune the unsharp mask on)."""
+    if config.data_root is None:
+        embedded = grouped(embedded_pairs(), lambda pair: pair.key in EMBEDDED_HELD_OUT)
+        return embedded[True], embedded[False]
+    x2 = PROTOCOLS["x2"]
+    test = find_sharp(config.data_root / "test", x2)
+    training = find_sharp(config.data_root / "train", x2)
+    _, held_out = hold_out(training, RunConfig.validation_fraction)
+    return test, held_out or training
+
+
+def best_unsharp_mask(frames: Sequence[tuple[np.ndarray, np.ndarray]]) -> FrameFunction:
+    """The mask with the best PSNR on these (blurred, sharp) frames."""
+    best_psnr = -math.inf
+    for radius, percent in itertools.product((0.5, 1, 1.5, 2, 3), (25, 50, 100, 150)):
+        mask = unsharp_mask(radius, percent)
+        psnr = mean_psnr([frame_psnr(mask(blurred), sharp) for blurred, sharp in frames])
+        if psnr > best_psnr:
+            best_psnr = psnr
+            best = mask
+            chosen = f"radius {radius:g}, {percent} %"
+    print(f"unsharp mask: {chosen} is best on {len(frames)} other pictures")
+    return best
+
+
+def unsharp_mask(radius: float, percent: int) -> FrameFunction:
+    """Pillow's, as a function of frames: what a photo editor offers."""
+    mask = ImageFilter.UnsharpMask(radius, percent, threshold=0)
+    return lambda frame: np.array(Image.fromarray(frame).filter(mask))
 
 
 # --- Plots ----------------------------------------------------------------------------------------
