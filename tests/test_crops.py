@@ -89,7 +89,7 @@ def test_an_interrupted_prepare_goes_on_to_the_same_crops(
     arguments = ("--protocol", "calls", "--crops", 96)
     assert prepare(sources, tmp_path, *arguments) == 130
     about = json.loads((tmp_path / "train" / kd.PREPARED_ABOUT).read_text())
-    assert about["written"] == 36  # saved when it was interrupted
+    assert len(about["sources"]) == 36  # saved when it was interrupted
 
     train = ["train", "--data-root", str(tmp_path), "--degradation", "crops", "--preset", "small"]
     assert kd.main([*train, "--run-dir", str(tmp_path / "run")]) == 2
@@ -292,12 +292,15 @@ def test_damaged_crops_are_named(sources, tmp_path, capsys, spoil):
 
 
 @pytest.mark.parametrize(
-    "about", [[], {}, {"written": 12}, {"written": 12, "sources": ["a"]}, {"written": None}]
+    "spoiled",
+    [[], {}, {"sources": None}, {"sources": list(range(12))}, {"sources": ["a"] * 13}],
 )
-def test_crops_without_all_that_is_known_of_them_are_named(sources, tmp_path, capsys, about):
+def test_crops_without_all_that_is_known_of_them_are_named(sources, tmp_path, capsys, spoiled):
     arguments = ("--protocol", "x2", "--crops", 12)
     assert prepare(sources, tmp_path, *arguments) == 0
-    (tmp_path / "train/crops.json").write_text(json.dumps(about))
+    about = json.loads((tmp_path / "train/crops.json").read_text())
+    content = about | spoiled if spoiled else spoiled
+    (tmp_path / "train/crops.json").write_text(json.dumps(content))
     for command in (
         ["train", "--degradation", "crops", "--image-size", "48", "--data-root", str(tmp_path)],
         ["prepare", str(sources), "--data-root", str(tmp_path), *map(str, arguments)],
@@ -311,6 +314,7 @@ def test_prepare_names_the_training_that_fits(sources, tmp_path, capsys):
     cases = {
         (): "`train --preset small --degradation crops --data-root {} --image-size 64` learns",
         ("--crop-size", 160): "--degradation crops --data-root {}` learns",
+        ("--crop-size", 40): "--data-root {} --image-size 32` learns",
         ("--split", "test"): "12 crops in {}/test\n",
     }
     for number, (flags, expected) in enumerate(cases.items()):

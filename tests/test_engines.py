@@ -183,8 +183,12 @@ def test_the_compiler_is_missed_before_any_work(monkeypatch, tmp_path, capsys):
     assert "--backend compile: needs a C++ compiler; install" in printed.err
     with pytest.raises(kd.UserError, match="install"):
         kd.FrameSharpener(kd.PlainStack(), backend="compile")
-    monkeypatch.setenv("CXX", f"{sys.executable} --with-an-argument")
-    kd.require_compiler()
+    for compiler in (f"{sys.executable} --with-an-argument", sys.executable):
+        monkeypatch.setenv("CXX", compiler)
+        kd.require_compiler()
+    monkeypatch.setenv("CXX", '"unbalanced')
+    with pytest.raises(kd.UserError, match="install"):
+        kd.require_compiler()
 
 
 def test_backends_of_the_cpu_are_refused_before_any_other_is_timed(monkeypatch):
@@ -275,9 +279,10 @@ def test_exported_files_are_the_student(tmp_path, student_file, random_frame, ca
 
     command = ["export", "--checkpoint", str(student_file), "-o"]
     assert kd.main([*command, str(tmp_path / "stud.onnx")]) == 0
+    assert kd.main([*command, str(tmp_path / "LOUD.ONNX")]) == 0
     assert kd.main([*command, str(tmp_path / "stud"), "--format", "openvino"]) == 0
     written = sorted(path.name for path in tmp_path.iterdir())
-    assert written == ["stud.bin", "stud.onnx", "stud.xml"]
+    assert written == ["LOUD.ONNX", "stud.bin", "stud.onnx", "stud.xml"]
     printed = capsys.readouterr().out
     assert f"{tmp_path / 'stud.onnx'}\n" in printed
     assert "sides multiples of 32" in printed

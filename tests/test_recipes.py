@@ -206,15 +206,15 @@ def test_a_run_follows_its_flags(data_root, tiny_teacher, monkeypatch):
     assert len(crops.decoded) == len(training) == 7
 
 
-def test_a_student_of_another_shape_is_not_begun_with_what_does_not_fit_it():
-    for given in ({"skips": "concatenate"}, {"luma": False}, {"convolutions": (3, 1, 1, 1)}):
-        config = kd.preset_config(kd.TrainConfig, given | {"preset": "small"})
-        assert config.init == ""
-        assert config.widths == kd.PRESETS["small"].settings["widths"]
-        kd.student_class(config.network).from_flags(config)
-    config = kd.preset_config(kd.TrainConfig, {"stem_stride": 4, "preset": "small"})
-    assert kd.student_class(config.network).from_flags(config).stem_stride == 4
-    assert kd.preset_config(kd.TrainConfig, {"preset": "small"}).init == "fast"
+def test_a_student_of_another_shape_than_the_presets_says_what_to_add(sharp_folder, capsys):
+    command = ["train", "--preset", "small", "--data-root", str(sharp_folder)]
+    assert kd.main([*command, "--skips", "concatenate"]) == 2
+    assert '--init "" begins from scratch' in capsys.readouterr().err
+    assert kd.main([*command, "--stem-stride", "4"]) == 2
+    assert "--luma: takes --stem-stride 2; add --no-luma" in capsys.readouterr().err
+    config = kd.preset_config(kd.TrainConfig, {"preset": "small", "skips": "lateral", "init": ""})
+    objective = kd.make_objective(dataclasses.replace(config, lambda_kl=0.0), resumed=False)
+    assert objective.network.config["widths"] == kd.PRESETS["small"].settings["widths"]
 
 
 def test_a_balanced_run_shows_its_categories_alike(sharp_folder, tmp_path):

@@ -193,9 +193,6 @@ def test_no_picture_that_is_read_is_written(tmp_path, run_sharpen, photographs):
     photographs["astronaut"].resize((40, 30)).save(tmp_path / "in/a.png")
     photographs["camera"].resize((40, 30)).save(tmp_path / "in/sub/a.png")
     before = (tmp_path / "in/sub/a.png").read_bytes()
-    status, error, _ = run_sharpen(tmp_path / "in", "-o", tmp_path / "in/sub", "--overwrite")
-    assert status == 2
-    assert f"-o {tmp_path}/in/sub: is in {tmp_path}/in, whose pictures" in error
     inputs = (tmp_path / "in/a.png", tmp_path / "in/sub")
     status, error, _ = run_sharpen(*inputs, "-o", tmp_path / "in/sub", "--overwrite")
     assert status == 2
@@ -213,7 +210,10 @@ def test_results_in_a_folder_of_the_input_are_not_sharpened_again(tmp_path, run_
     before = (results / "a.png").read_bytes()
     status, error, output = run_sharpen(tmp_path, "-o", results, "--skip-existing")
     assert (status, error) == (0, "")
-    assert output.startswith("1 of 2 results exist already")
+    assert output.splitlines()[:2] == [
+        f"1 files in {results}, which -o names, are not read",
+        "1 of 2 results exist already",
+    ]
     assert names_in(results) == ["a.png", "b.png"]
     assert (results / "a.png").read_bytes() == before
 
@@ -246,8 +246,25 @@ def test_the_first_picture_of_a_file_is_sharpened_and_the_others_are_told(
         assert (status, output.count("(the first of 3 pictures in it)")) == (0, 1)
     small.save(tmp_path / "d.jpg", format="MPO", save_all=True, append_images=more)
     small.save(tmp_path / "e.png")
-    for name in ("d.jpg", "e.png"):
-        assert "the first of" not in run_sharpen(tmp_path / name)[2]
+    cut = (tmp_path / "b.tif").read_bytes()
+    (tmp_path / "f.tif").write_bytes(cut[: len(cut) // 2])  # in its second page
+    for name in ("d.jpg", "e.png", "f.tif"):
+        status, error, output = run_sharpen(tmp_path / name)
+        assert (status, error, "the first of" in output) == (0, "", False)
+
+
+def test_a_sheet_of_print_colours_shows_both_sides_by_their_profile(tmp_path, small, monkeypatch):
+    print_colours = small.convert("CMYK")
+    converted = small.rotate(180)
+
+    def by_its_profile(image, kept):
+        return converted if image.mode == "CMYK" else image
+
+    monkeypatch.setattr(kd, "converted_to_srgb", by_its_profile)
+    sheet = kd.before_and_after(print_colours, converted)
+    left = sheet.crop((0, 0, sheet.width // 2 - 4, sheet.height))
+    right = sheet.crop((sheet.width // 2 + 4, 0, sheet.width, sheet.height))
+    assert np.array_equal(np.array(left), np.array(right))
 
 
 def test_a_sheet_shows_both_side_by_side_and_enlarged(tmp_path, run_sharpen, small):
@@ -696,6 +713,7 @@ def test_mistakes_are_named_and_nothing_is_written(tmp_path, run_sharpen, small)
         (picture, broken, "-o", tmp_path / "b.png"): "a file can take one input only",
         (tmp_path, "-o", tmp_path / "b.png"): "a file can take one input only",
         (tmp_path, "-o", tmp_path / "b.mp4"): "b.mp4: a file can take one input only",
+        (picture, "-o", tmp_path / "b.avi"): "cannot write the file type .avi",
         (picture, "-o", tmp_path / "a.psd"): "cannot write the file type .psd",
         (picture, "-o", tmp_path / "b.jpg"): "b.jpg: cannot be written",
         (picture, "--tile", "64", "--overlap", "64"): "--tile 64 --overlap 64",

@@ -174,6 +174,31 @@ def test_an_expansion_adds_a_product_to_every_3x3_kernel():
     assert all(map(torch.allclose, student.parameters(), expected.parameters()))
 
 
+def test_expansions_are_multiplied_in_float32(monkeypatch):
+    student = kd.StudentUNet(stem_stride=2, widths=(4, 6), skips="lateral")
+    objective = kd.Objective(student, None, kd.DistillationLoss({"ssim": 1.0}), expansion=5)
+    expand = kd.Expansion.forward
+    products = []
+
+    def seen(expansion, kernel):
+        products.append(torch.is_autocast_enabled("cpu"))
+        return expand(expansion, kernel)
+
+    monkeypatch.setattr(kd.Expansion, "forward", seen)
+    batch = {"blurred": torch.rand(1, 3, 32, 32), "sharp": torch.rand(1, 3, 32, 32)}
+    objective(batch, torch.autocast("cpu", torch.bfloat16))
+    assert products == [False] * len(objective.expansions)
+
+
+def test_a_runs_files_are_removed_and_no_others(tmp_path):
+    for name in ("last.pth", "best.pth", "log.csv", "curves.png", "notes.txt", "other/best.pth"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("something")
+    kd.remove_run(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "other"]
+    assert (tmp_path / "other/best.pth").exists()
+
+
 def test_an_accumulated_gradient_is_the_mean_over_its_group(make_run):
     run = make_run(gradient_accumulation_steps=2, clip_norm=0.0)
     student = run.objective.network

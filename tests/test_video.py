@@ -58,6 +58,26 @@ def negative(frame):
     return 255 - frame
 
 
+def test_frames_that_stand_still_are_sharpened_once(tmp_path):
+    still = tmp_path / "still.mkv"
+    ffmpeg(
+        *("-f", "lavfi", "-i", "testsrc2=size=160x96:rate=5:duration=2"),
+        *("-vf", "loop=4:1:3", "-frames:v", "10", "-c:v", "ffv1", "-pix_fmt", "bgr0", still),
+    )
+    seen = []
+
+    def sharpener(frame):
+        seen.append(frame)
+        return negative(frame)
+
+    assert kd.ClipSharpener(sharpener, lossless=True)(still, tmp_path / "out.mkv") == 10
+    assert len(seen) == 6
+    given = kd.clip_frames(still)
+    written = kd.clip_frames(tmp_path / "out.mkv")
+    for before, after in zip(given, written, strict=True):
+        assert np.array_equal(negative(before), after)
+
+
 def test_frames_keep_their_times_and_sound_and_subtitles_are_copied(clip, tmp_path):
     out = tmp_path / "out.mp4"
     assert kd.ClipSharpener(negative)(clip, out) == 12
