@@ -91,6 +91,8 @@ from fractions import Fraction
 from pathlib import Path
 
 if __name__ == "__main__":  # before the imports below would end in a traceback
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # `main` puts it back
     for package in ("numpy", "PIL", "torch", "torchvision", "skimage", "einops", "tqdm"):
         if importlib.util.find_spec(package) is None:
             remedy = f"pip install -r {Path(__file__).with_name('requirements.txt')}"
@@ -1740,7 +1742,7 @@ def find_pairs(folder: Path) -> list[Pair]:
         elif sizes[0] != sizes[1]:
             problems.append(f"{pair.blurred} has another size than {pair.sharp}")
     if not blurred and not sharp and list_pictures(folder):  # all are sharp then
-        problems.append(
+        raise UserError(
             f"{folder} holds sharp pictures without blurred ones: `eval --protocol x2`,"
             " `train --preset small` or `--degradation mixed` take them"
         )
@@ -1758,7 +1760,10 @@ def find_sharp(folder: Path, degradation: Degradation) -> list[Pair]:
     sides = find_sides(folder)
     sharp = sides["sharp"]
     if not any(sides.values()):
-        for path in list_pictures(folder):
+        pictures = list_pictures(folder)
+        for path in pictures:
+            if is_own_output(path, pictures):
+                continue
             key = path.relative_to(folder).with_suffix("").as_posix()
             other = sharp.setdefault(key, path)
             require(other == path, f"{other} and {path} are the sharp side of one pair; rename one")
@@ -1768,6 +1773,7 @@ def find_sharp(folder: Path, degradation: Degradation) -> list[Pair]:
 
 def split_folder(data_root: Path, split: str) -> Path:
     """data_root/split; or data_root itself, if it is a plain folder without splits."""
+    require(data_root.exists(), f"--data-root {data_root}: no such folder")
     has_splits = any((data_root / name).is_dir() for name in ("train", "test"))
     if has_splits or not data_root.is_dir():
         return data_root / split
@@ -2672,7 +2678,8 @@ def load_student(name: str | Path) -> tuple[Student, dict]:
     The student is in evaluation mode and channels_last. UserError if the file is no student's.
     """
     path = SHIPPED.get(name) or Path(name)
-    content = read_checkpoint(path, "train one with `python sharpen_kd.py train` or name another")
+    names = ", ".join(SHIPPED)
+    content = read_checkpoint(path, f"name one of {names}, or a file that `train` wrote")
     try:
         weights = weights_in(content)
         require_likely(content["network"], weights)
@@ -4667,7 +4674,8 @@ class Streams(Dataset):
         else:
             sharp = moving_still(self.large_enough(source), key, self.config.crop_size)
             path = source.sharp
-        call = draw_call(key) if protocol == CALL_MIXTURE else CALLS[protocol]
+        height, width = sharp[0].shape[:2]
+        call = drawn_call(key, width, height) if protocol == CALL_MIXTURE else CALLS[protocol]
         received, _ = received_frames(sharp, call, path)
         return received, sharp
 
@@ -4721,6 +4729,18 @@ def draw_source(sources: Sequence[Pair | Clip], key: Sequence[int]) -> Pair | Cl
     by_kind = list(grouped(of_type, source_kind).values())
     of_kind = by_kind[draw.integers(len(by_kind))]
     return of_kind[draw.integers(len(of_kind))]
+
+
+SMALLEST_AV1 = 64  # pixels of a side that SVT-AV1 takes
+
+
+def drawn_call(key: Sequence[int], width: int, height: int) -> Call:
+    """`draw_call`, for frames of this size: those too small for AV1 are sent as H.264."""
+    call = draw_call(key)
+    too_small = min(small_size(width, height, call.factor)) < SMALLEST_AV1
+    if call.codec == "libsvtav1" and too_small:
+        return dataclasses.replace(call, codec="libx264")
+    return call
 
 
 def source_kind(source: Pair | Clip) -> str:
@@ -4880,6 +4900,8 @@ def write_crops(streams: Streams, folder: Path) -> int:
     total = len(streams) * CROPS_A_STREAM
     file = CropsFile(folder, streams.key(), (total, 2, side, side, 3))
     written = len(file.names)
+    size = f"{file.pixels.nbytes / 1e9:.1f} GB"
+    print(f"{total - written} crops to write into {folder} ({size} in all)", flush=True)
     threads = torch.get_num_threads()
     loader = DataLoader(
         streams,
@@ -5918,6 +5940,10 @@ def sharpen(config: SharpenConfig) -> None:
     Image.MAX_IMAGE_PIXELS = 500_000 * config.max_megapixels  # Pillow refuses twice as many
     jobs, others = plan_jobs(config)
     clips = [job for job in jobs if job.is_clip]
+    require(clips or not (jobs and config.size), "--size: enlarges clips, and these are pictures")
+    only_clips = len(clips) == len(jobs) > 0
+    compared = config.before_after and only_clips
+    require(not compared, "--before-after: compares pictures, and these are clips")
     if clips:
         require_packages(["av"], f"{clips[0].source}: sharpening clips")
     sharpeners = sharpeners_for(config, {job.is_clip for job in jobs})
@@ -7827,6 +7853,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # which may be unable to show a file's name
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         given = parse_command_line(arguments)
         command = given.pop("command")

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -265,7 +266,7 @@ def test_eval_by_protocol_asks_for_pictures_and_not_for_pairs(tmp_path, student_
     command += ["--output-dir", str(tmp_path / "out")]
     assert kd.main([*command, "--protocol", "x2"]) == 2
     error = capsys.readouterr().err
-    assert "no pictures in this folder" in error
+    assert "no sharp pictures in this folder" in error
     assert "pair" not in error
     assert kd.main(command) == 2
     assert "no blurred/sharp pairs" in capsys.readouterr().err
@@ -694,3 +695,17 @@ def test_the_network_is_denied_to_tests_and_to_what_they_start(denied):
     assert "the tests have no network" in done.stderr
     assert denied == ["192.0.2.1"]
     denied.clear()
+
+
+def test_ctrl_c_while_packages_are_imported_ends_in_no_traceback():
+    command = [sys.executable, kd.__file__, "fps", "--help"]
+    for seconds in (0.5, 1.0, 2.0):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        assert b"Traceback" not in process.communicate()[1]
+
+
+def test_a_checkpoint_that_is_not_there_is_answered_with_the_names_of_those_that_are(capsys):
+    assert kd.main(["eval", "--checkpoint", "faster"]) == 2
+    assert "faster: no such file; name one of quality, fast, " in capsys.readouterr().err

@@ -323,6 +323,19 @@ def test_prepare_names_the_training_that_fits(sources, tmp_path, capsys):
         assert expected.format(root) in capsys.readouterr().out
 
 
+def test_small_frames_are_sent_by_an_encoder_that_takes_them(sources, tmp_path):
+    av1 = [key for key in ((0, i) for i in range(40)) if kd.draw_call(key).codec == "libsvtav1"]
+    assert len(av1) > 1
+    for key in av1:
+        factor = kd.draw_call(key).factor
+        call = kd.drawn_call(key, 160, 120)
+        assert call.codec == ("libx264" if 120 / factor < 63 else "libsvtav1")
+        assert (call.factor, call.bits) == (factor, kd.draw_call(key).bits)
+        assert kd.drawn_call(key, 640, 360).codec == "libsvtav1"
+        frames = [np.full((120, 160, 3), level, np.uint8) for level in (90, 100, 110)]
+        kd.received_frames(frames, call, tmp_path)  # the encoder takes them
+
+
 def test_crops_may_be_larger_than_the_usual_window(sources, tmp_path):
     (tmp_path / "one").mkdir()
     (tmp_path / "one/a.png").write_bytes((sources / "people/astronaut.png").read_bytes())

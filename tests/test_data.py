@@ -358,6 +358,19 @@ def test_nothing_is_dropped_silently(tmp_path, spoil, named):
         kd.find_pairs(tmp_path)
 
 
+def test_what_sharpen_wrote_beside_its_inputs_is_neither_learned_from_nor_scored(tmp_path):
+    for name in ("a", "a_sharpened", "a_before_after", "b_sharpened"):
+        save(tmp_path / f"{name}.png")
+    assert [pair.key for pair in kd.find_sharp(tmp_path, X2)] == ["a", "b_sharpened"]
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path, capsys):
+    for command in ("eval", "train"):
+        flags = ["--data-root", str(tmp_path / "none"), "--run-dir", str(tmp_path / "run")]
+        assert kd.main([command, *flags[: 2 if command == "eval" else 4]]) == 2
+        assert f"--data-root {tmp_path}/none: no such folder" in capsys.readouterr().err
+
+
 def test_sharp_pictures_without_blurred_ones_are_told_apart_from_nothing(tmp_path):
     with pytest.raises(kd.UserError, match=r"no blurred/sharp pairs; `prepare FOLDER` makes them"):
         kd.find_pairs(tmp_path)
@@ -755,7 +768,8 @@ def test_a_split_is_a_folder_or_a_plain_folder_of_pictures(tmp_path):
     save(tmp_path / "dataset/test/a.png")
     assert kd.split_folder(tmp_path / "dataset", "test") == tmp_path / "dataset/test"
     assert kd.split_folder(tmp_path / "dataset", "train") == tmp_path / "dataset/train"
-    assert kd.split_folder(tmp_path / "missing", "train") == tmp_path / "missing/train"
+    with pytest.raises(kd.UserError, match="missing: no such folder"):
+        kd.split_folder(tmp_path / "missing", "train")
 
 
 def test_balanced_categories_are_equally_large():

@@ -704,6 +704,7 @@ def test_mistakes_are_named_and_nothing_is_written(tmp_path, run_sharpen, small)
     broken = tmp_path / "a.jpg"
     broken.write_bytes(b"no picture")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "a.mp4").write_bytes(b"no clip")
     before = sorted(tmp_path.iterdir())
     mistakes = {
         (tmp_path / "none.png",): "none.png: no such file or folder",
@@ -714,6 +715,8 @@ def test_mistakes_are_named_and_nothing_is_written(tmp_path, run_sharpen, small)
         (tmp_path, "-o", tmp_path / "b.png"): "a file can take one input only",
         (tmp_path, "-o", tmp_path / "b.mp4"): "b.mp4: a file can take one input only",
         (picture, "-o", tmp_path / "b.avi"): "cannot write the file type .avi",
+        (picture, "--size", "640x480"): "--size: enlarges clips, and these are pictures",
+        (tmp_path / "a.mp4", "--before-after"): "--before-after: compares pictures",
         (picture, "-o", tmp_path / "a.psd"): "cannot write the file type .psd",
         (picture, "-o", tmp_path / "b.jpg"): "b.jpg: cannot be written",
         (picture, "--tile", "64", "--overlap", "64"): "--tile 64 --overlap 64",
