@@ -5940,10 +5940,6 @@ def sharpen(config: SharpenConfig) -> None:
     Image.MAX_IMAGE_PIXELS = 500_000 * config.max_megapixels  # Pillow refuses twice as many
     jobs, others = plan_jobs(config)
     clips = [job for job in jobs if job.is_clip]
-    require(clips or not (jobs and config.size), "--size: enlarges clips, and these are pictures")
-    only_clips = len(clips) == len(jobs) > 0
-    compared = config.before_after and only_clips
-    require(not compared, "--before-after: compares pictures, and these are clips")
     if clips:
         require_packages(["av"], f"{clips[0].source}: sharpening clips")
     sharpeners = sharpeners_for(config, {job.is_clip for job in jobs})
@@ -6090,8 +6086,18 @@ def plan_jobs(config: SharpenConfig) -> tuple[list[Job], list[Path]]:
     inputs = ", ".join(map(str, config.inputs))
     instead = f", only {with_readers(others)}" if others else ""
     require(jobs, f"{inputs}: no pictures or clips in there{instead}")
+    require_uses(config, jobs)
     keep_inputs(config, jobs, planned)
     return still_to_do(config, jobs), others
+
+
+def require_uses(config: SharpenConfig, jobs: list[Job]) -> None:
+    """UserError for a flag that would change nothing."""
+    some_clip = any(job.is_clip for job in jobs)
+    some_picture = not all(job.is_clip for job in jobs)
+    require(some_clip or not config.size, "--size: enlarges clips, and these are pictures")
+    compares = some_picture or not config.before_after
+    require(compares, "--before-after: compares pictures, and these are clips")
 
 
 def still_to_do(config: SharpenConfig, jobs: list[Job]) -> list[Job]:
