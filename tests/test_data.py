@@ -504,7 +504,7 @@ def test_prepare_refuses_what_would_not_be_a_dataset(tmp_path, capsys):
     assert f"--data-root {folder}: is in {folder}" in capsys.readouterr().err
     folder.rename(tmp_path / "train")  # which is where the pairs would go
     assert prepare(tmp_path / "train", tmp_path) == 2
-    assert "choose another" in capsys.readouterr().err.splitlines()[-1]
+    assert "train holds pictures; choose another --data-root" in capsys.readouterr().err
     assert not (tmp_path / "out/train").exists()
 
 
