@@ -28,7 +28,7 @@ Map of this file. The story is read from top to bottom, and needs hardly anythin
     Crops             what training draws from the pairs
     Teacher           a frozen Restormer, its features read by forward hooks
     Student           what a student must have; the report's U-Net; a plain stack
-    Losses            the report's five terms, and one more
+    Losses            the report's five terms, and two more
     Evaluation        PSNR and SSIM
     Training          one loop for the student and for the teacher
     Command: train    all of this put together
@@ -460,6 +460,7 @@ LOSS_TERMS = {
     "kl": LossTerm(0.01, True, "KL divergence to the teacher's soft output"),
     "ssim": LossTerm(10.0, False, "1 - SSIM to the sharp picture"),
     "output": LossTerm(0.0, True, "L1 to the teacher's output (not in the report)"),
+    "psnr": LossTerm(0.0, False, "the decibels that each crop lacks to 50 (not in the report)"),
 }
 
 
@@ -2710,7 +2711,7 @@ class StudentTeacher(nn.Module):
         return self.student(blurred)
 
 
-# --- Losses: the report's five terms, and one more ------------------------------------------------
+# --- Losses: the report's five terms, and two more ------------------------------------------------
 
 
 @functools.lru_cache
@@ -2818,6 +2819,17 @@ def needs_teacher(weights: dict[str, float]) -> bool:
     return any(weight > 0 and LOSS_TERMS[name].needs_teacher for name, weight in weights.items())
 
 
+def missing_decibels(output: Tensor, sharp: Tensor, enough: float = 50.0) -> Tensor:
+    """Mean over a batch (B, C, H, W) of the decibels of PSNR that each crop lacks to `enough`.
+
+    To L1 a crop counts as much as its error is large, so that a student learns from the hardest
+    ones. Here a tenth less error is worth the same in every crop, as it is to who reads a mean
+    PSNR. Errors far below those of `enough`, which nobody sees, count no more.
+    """
+    squared_errors = (output.float() - sharp.float()).square().mean(dim=(1, 2, 3))
+    return 10 * torch.log10(1 + squared_errors / 10 ** (-enough / 10)).mean()
+
+
 class DistillationLoss(nn.Module):
     """The weighted terms, by name; a term of weight 0 is not computed.
 
@@ -2855,6 +2867,9 @@ class DistillationLoss(nn.Module):
 
     def output_term(self, seen: Comparison) -> Tensor:
         return F.l1_loss(seen.output, seen.teacher_output)
+
+    def psnr_term(self, seen: Comparison) -> Tensor:
+        return missing_decibels(seen.output, seen.sharp)
 
 
 # --- Evaluation: PSNR and SSIM --------------------------------------------------------------------

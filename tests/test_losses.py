@@ -7,7 +7,7 @@ import pytest
 import torch
 import torchvision
 from scipy.stats import entropy
-from skimage.metrics import structural_similarity
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import sharpen_kd as kd
 
@@ -190,6 +190,7 @@ def test_terms_are_weighted_and_absent_at_zero(seen):
         "kl": 5.0,
         "ssim": 7.0,
         "output": 11.0,
+        "psnr": 13.0,
     }
     loss = kd.DistillationLoss(weights, temperature=2.0)
     assert loss.vgg is None
@@ -203,8 +204,37 @@ def test_terms_are_weighted_and_absent_at_zero(seen):
             "kl": 5 * kl.item(),
             "ssim": 7 * (1 - kd.ssim(seen.output, seen.sharp, every=2).item()),
             "output": 11 * (seen.output - seen.teacher_output).abs().mean().item(),
+            "psnr": 13 * kd.missing_decibels(seen.output, seen.sharp).item(),
         }
     )
+
+
+def test_missing_decibels_are_those_of_each_crop():
+    sharp = torch.full((3, 3, 8, 8), 0.5)
+    output = sharp + torch.tensor([0.0, 0.1, 0.01]).view(3, 1, 1, 1)
+    # Mean squared errors 0, 1e-2, 1e-4 beside the 1e-5 of 50 dB: 1, 1001 and 11 times that.
+    lacking = (0 + 30.0043 + 10.4139) / 3
+    assert kd.missing_decibels(output, sharp).item() == pytest.approx(lacking, abs=1e-3)
+    psnr = peak_signal_noise_ratio(sharp[1].numpy(), output[1].numpy(), data_range=1)
+    alone = kd.missing_decibels(output[1:2], sharp[1:2], enough=60)
+    assert 60 - alone.item() == pytest.approx(psnr, abs=1e-3)
+
+
+def test_to_missing_decibels_all_crops_are_worth_the_same_and_to_l1_the_hard_ones():
+    sharp = torch.full((2, 3, 8, 8), 0.5)
+    error = torch.tensor([0.2, 0.02]).view(2, 1, 1, 1)
+
+    def change_by_a_tenth_less(loss, crop):
+        scale = torch.ones(2, 1, 1, 1)
+        scale[crop] = 0.9
+        return loss(sharp + error, sharp) - loss(sharp + error * scale, sharp)
+
+    hard, easy = (change_by_a_tenth_less(kd.missing_decibels, crop).item() for crop in (0, 1))
+    assert hard == pytest.approx(easy, rel=0.03)
+    hard, easy = (
+        change_by_a_tenth_less(torch.nn.functional.l1_loss, crop).item() for crop in (0, 1)
+    )
+    assert hard == pytest.approx(10 * easy, rel=1e-3)
 
 
 def objective_of(name, weight, teacher_weights):
