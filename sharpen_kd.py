@@ -3412,13 +3412,8 @@ class TrainingRun:
 
     def save_last(self) -> None:
         """Everything that continues the run to the same weights."""
-        settings = {}
-        for item in dataclasses.fields(self.config):
-            value = getattr(self.config, item.name)
-            if item.name not in FLAGS_OF_ONE_START:
-                settings[item.name] = str(value) if isinstance(value, Path) else value
         content = {
-            "config": settings,
+            "config": settings_to_save(self.config),
             "network": self.network_config,
             "objective": {name: p.detach() for name, p in self.trained.items()},
             "ema": self.ema.state_dict(),
@@ -3457,6 +3452,16 @@ class TrainingRun:
         if self.finished and not (self.config.run_dir / "best.pth").exists():
             self.validate()
         self.save_last()
+
+
+def settings_to_save(config: RunConfig) -> dict[str, object]:
+    """A run's settings by name, as last.pth holds them."""
+    settings = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if item.name not in FLAGS_OF_ONE_START:
+            settings[item.name] = str(value) if isinstance(value, Path) else value
+    return settings
 
 
 def remove_run(folder: Path) -> None:
@@ -6586,6 +6591,23 @@ def ablation_variants(config: AblateConfig) -> list[Variant]:
     return [*variants, Variant("all", terms), Variant("no teacher, longer", (), longer=True)]
 
 
+# Settings that leave an ablation's scores as they are, or are each process's own.
+FREE_IN_ABLATION = {
+    "cache",
+    "device",
+    "log_gradients",
+    "run_dir",
+    "save_every",
+    "seeds",
+    "teacher_cache",
+    "threads",
+    "workers",
+}
+
+# These follow from measured times where a run is to take as long as another.
+LENGTH_OF_A_RUN = {"epochs", "max_steps", "restart_epochs", "validate_every"}
+
+
 def variant_config(config: AblateConfig, variant: Variant, seed: int) -> AblateConfig:
     """The settings of one run: teacher terms that the variant lacks have weight 0."""
     changes: dict[str, object] = {}
@@ -6600,6 +6622,18 @@ def variant_config(config: AblateConfig, variant: Variant, seed: int) -> AblateC
     resume = (run_dir / "last.pth").exists()
     changes |= {"run_dir": run_dir, "resume": resume, "overwrite": not resume, "preset": ""}
     return dataclasses.replace(config, **changes)
+
+
+def require_same_settings(config: AblateConfig, variant: Variant) -> None:
+    """UserError where a run that would be kept or continued was begun with other settings."""
+    begun_with = read_checkpoint(config.run_dir / "last.pth", RESTART)["config"]
+    for name, now in settings_to_save(config).items():
+        before = begun_with.get(name, now)
+        free = name in FREE_IN_ABLATION or (variant.longer and name in LENGTH_OF_A_RUN)
+        remedy = f"the run there has {before}; --overwrite makes all of them anew"
+        require(
+            free or before == now, f"{config.run_dir}: --{name.replace('_', '-')} {now}: {remedy}"
+        )
 
 
 def run_is_complete(run_dir: Path) -> bool:
@@ -6624,6 +6658,8 @@ def run_variant(config: AblateConfig, variant: Variant, test: list) -> None:
     seconds = []
     for seed in config.seeds:
         run_config = variant_config(config, variant, seed)
+        if run_config.resume:
+            require_same_settings(run_config, variant)
         if not run_is_complete(run_config.run_dir):
             train(run_config)
         student, content = load_student(run_config.run_dir / "best.pth")
@@ -6649,8 +6685,8 @@ def ablate(config: AblateConfig) -> None:
 
     Runs are in --run-dir/VARIANT_SEED, beside ablation.json and ablation.png. With a
     --teacher-cache all see the same crops. Runs that are there are kept or continued, so two
-    processes can share out the seeds, and a third print the table; after a change of settings
-    --overwrite makes them anew.
+    processes can share out the seeds, and a third print the table. UserError where one was begun
+    with other settings: --overwrite makes them anew.
     """
     require(PROCESSES == 1, "ablate: run it without torchrun; processes may share out the --seeds")
     require_own_term(config)

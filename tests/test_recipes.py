@@ -505,12 +505,19 @@ def short_ablation(arguments, tmp_path):
 
 
 def test_finished_runs_are_kept_and_overwrite_gives_up_those_of_the_named_seeds(
-    short_ablation, tmp_path
+    short_ablation, tmp_path, capsys
 ):
     assert kd.main([*short_ablation, "0", "1"]) == 0
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/best.pth")}
     assert len(before) == 6
     assert kd.main([*short_ablation, "0", "1"]) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/best.pth")}
+
+    capsys.readouterr()
+    assert kd.main([*short_ablation, "0", "--epochs", "1"]) == 2
+    refused = f"{tmp_path / 'no_teacher_0'}: --epochs 1: the run there has 2"
+    assert refused in capsys.readouterr().err
+    assert kd.main([*short_ablation, "0", "--save-every", "1", "--workers", "0"]) == 0
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/best.pth")}
 
     assert kd.main([*short_ablation, "0", "--overwrite", "--epochs", "1"]) == 0
@@ -585,7 +592,7 @@ def test_an_ablation_without_held_out_pictures_writes_json_all_the_same(short_ab
 def test_an_ablation_needs_a_term_of_its_own_and_one_process(short_ablation, monkeypatch, capsys):
     none = ["--lambda-ssim", "0", "--lambda-reconstruction", "0"]
     assert kd.main([*short_ablation, "0", *none]) == 2
-    assert "--lambda-reconstruction, --lambda-ssim: all are 0" in capsys.readouterr().err
+    assert "--lambda-reconstruction, --lambda-ssim, --lambda-psnr: all are 0" in capsys.readouterr().err
     monkeypatch.setattr(kd, "PROCESSES", 2)
     assert kd.main([*short_ablation, "0"]) == 2
     assert "ablate: run it without torchrun" in capsys.readouterr().err
