@@ -4189,7 +4189,11 @@ def sharpeners_for(
 
 # --- Clips: what real encoders do to frames -------------------------------------------------------
 
-CLIP_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi")
+# Whatever FFmpeg reads may be in them. (.ts is missing: programs in TypeScript end so, too.)
+CLIP_SUFFIXES = (
+    ".mp4", ".mkv", ".webm", ".mov", ".avi",
+    ".m4v", ".3gp", ".flv", ".wmv", ".mpg", ".mpeg", ".mts", ".m2ts",
+)  # fmt: skip
 FRAMES_A_SECOND = 25
 ALL_FRAMES = slice(None)
 FIRST_SCORED = 2  # the third frame: a stream's first ones are better than those that follow
@@ -4982,7 +4986,7 @@ def as_bt709(pixels: np.ndarray, pixel_format: str):
     )
 
 
-# The containers that are kept. Others (.avi) and lossless clips become .mkv.
+# The containers that are kept. Others and lossless clips become .mkv.
 CLIP_ENCODERS = {".mp4": X264, ".mov": X264, ".mkv": X264, ".webm": VP9}
 
 

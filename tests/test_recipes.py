@@ -592,7 +592,10 @@ def test_an_ablation_without_held_out_pictures_writes_json_all_the_same(short_ab
 def test_an_ablation_needs_a_term_of_its_own_and_one_process(short_ablation, monkeypatch, capsys):
     none = ["--lambda-ssim", "0", "--lambda-reconstruction", "0"]
     assert kd.main([*short_ablation, "0", *none]) == 2
-    assert "--lambda-reconstruction, --lambda-ssim, --lambda-psnr: all are 0" in capsys.readouterr().err
+    assert (
+        "--lambda-reconstruction, --lambda-ssim, --lambda-psnr: all are 0"
+        in capsys.readouterr().err
+    )
     monkeypatch.setattr(kd, "PROCESSES", 2)
     assert kd.main([*short_ablation, "0"]) == 2
     assert "ablate: run it without torchrun" in capsys.readouterr().err
