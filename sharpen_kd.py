@@ -5065,6 +5065,7 @@ class CopiedStreams:
                 self.streams[stream.index] = copied
             except (OSError, ValueError):
                 print(f"{given.name}: its {stream.type} ({name}) does not fit here and is left out")
+        self.last_second = 0.0
         self.packets = self.read()
         self.next = next(self.packets, None)
 
@@ -5081,9 +5082,18 @@ class CopiedStreams:
     def copy_until(self, seconds: float) -> None:
         """Write what belongs before this moment."""
         while self.next is not None and self.next.dts * self.next.time_base <= seconds:
+            self.last_second = float(self.next.dts * self.next.time_base)
             self.next.stream = self.streams[self.next.stream.index]
             self.made.mux(self.next)
             self.next = next(self.packets, None)
+
+
+def note_missing_end(given, ended: float) -> None:
+    """Say so where an open clip ends long before its header says: FFmpeg finds no fault in it."""
+    microseconds = 1e6
+    stated = ((given.start_time or 0) + (given.duration or 0)) / microseconds
+    if ended < stated - 1:
+        tqdm.write(f"{given.name}: ends after {ended:.1f} of {stated:.1f} seconds; was it cut off?")
 
 
 @contextlib.contextmanager
@@ -5149,6 +5159,8 @@ class ClipSharpener:
                 count += 1
         made.mux(stream.encode(None))
         others.copy_until(math.inf)
+        ended = max(float(frame.pts * video.time_base), others.last_second)
+        note_missing_end(given, ended)
         return count
 
     def decoded(self, given) -> Generator[TimedFrame, None, None]:

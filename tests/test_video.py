@@ -88,6 +88,24 @@ def test_frames_keep_their_times_and_sound_and_subtitles_are_copied(clip, tmp_pa
         assert packets(out, kind) == packets(clip, kind)
 
 
+def test_a_clip_that_was_cut_off_is_sharpened_and_said_to_be_short(clip, tmp_path, capsys):
+    whole = tmp_path / "whole.mkv"
+    ffmpeg("-stream_loop", "2", "-i", clip, "-map", "0:v", "-map", "0:a", "-c", "copy", whole)
+    cut = tmp_path / "cut.mkv"
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 3])
+    assert kd.ClipSharpener(negative)(whole, tmp_path / "a.mkv") == 36
+    assert "cut off" not in capsys.readouterr().out
+    assert 6 <= kd.ClipSharpener(negative)(cut, tmp_path / "b.mkv") <= 14
+    ended = max(frame_times(cut)[-1], audio_times(cut)[-1])
+    said = f"{cut}: ends after {ended:.1f} of 6.1 seconds; was it cut off?"
+    assert said in capsys.readouterr().out
+
+
+def audio_times(path):
+    with av.open(str(path)) as container:
+        return [float(p.dts * p.time_base) for p in container.demux(audio=0) if p.dts is not None]
+
+
 def test_every_frame_is_sharpened(clip, tmp_path):
     kd.ClipSharpener(negative)(clip, tmp_path / "out.mp4")
     given = kd.clip_frames(clip)
