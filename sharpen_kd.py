@@ -2431,6 +2431,27 @@ class Stage(nn.Module):
         return x * self.se(x)
 
 
+def unet_shape(
+    base_channels: int, widths: Sequence[int], convolutions: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(stage widths, 3x3 layers in a stage), one each for every scale of a U-Net.
+
+    UserError for numbers that do not fit together.
+    """
+    c = base_channels
+    widths = tuple(widths) or (c // 4, c // 2, c, 2 * c, 3 * c)
+    scales = len(widths)
+    require(scales > 1, f"--widths {widths}: a U-Net has two scales or more")
+    convolutions = tuple(convolutions)
+    if len(convolutions) == 1:
+        convolutions *= scales
+    one_each = f"one for each of the {scales} scales"
+    wanted = f"--convolutions {convolutions}: one number, or {one_each}"
+    require(len(convolutions) == scales, wanted)
+    require(min(*widths, *convolutions) > 0, "--widths, --convolutions: 1 or more each")
+    return widths, convolutions
+
+
 class StudentUNet(Student):
     """The report's student: a U-Net with SE blocks.
 
@@ -2456,17 +2477,8 @@ class StudentUNet(Student):
         luma: bool = False,
     ) -> None:
         super().__init__()
-        c = base_channels
-        widths = tuple(widths) or (c // 4, c // 2, c, 2 * c, 3 * c)
+        widths, convolutions = unet_shape(base_channels, widths, convolutions)
         scales = len(widths)
-        require(scales > 1, f"--widths {widths}: a U-Net has two scales or more")
-        convolutions = tuple(convolutions)
-        if len(convolutions) == 1:
-            convolutions *= scales
-        one_each = f"one for each of the {scales} scales"
-        wanted = f"--convolutions {convolutions}: one number, or {one_each}"
-        require(len(convolutions) == scales, wanted)
-        require(min(*widths, *convolutions) > 0, "--widths, --convolutions: 1 or more each")
         require(skips in ("concatenate", "lateral"), f"--skips {skips}: concatenate or lateral")
         require(stem_stride == 2 or not luma, "--luma: takes --stem-stride 2; add --no-luma")
 
