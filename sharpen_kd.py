@@ -7543,34 +7543,38 @@ def fps_rows(
     precision = str(pick_precision(config.precision, device)).removeprefix("torch.")
     if backend == "openvino-int8":
         precision = "int8"
+    setting = {
+        "backend": backend,
+        "precision": precision,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+    }
     contestants = contestants_of(students, backend, device, config)
     for height, width in FPS_SIZES:
         frames = sample_frames(height, width)
         racing = [c for c in contestants if not c.tile or c.is_cut(frames[0])]
         race = race_on(frames, racing, best, device, config)
-        best_gflops = best.gflops(race["best convolution"].median)
+        yardsticks = {
+            "plain_ms": race[0, "frame"].median,
+            "best_gflops": best.gflops(race["best convolution"].median),
+        }
         for number, contestant in enumerate(racing):
-            network = race[number, "network"]
-            frame = race[number, "frame"]
+            size = {"height": height, "width": width, "tiled": contestant.tile > 0}
             macs = multiply_adds_per_pixel(contestant.student)
-            yield {
-                "checkpoint": contestant.name,
-                "backend": backend,
-                "precision": precision,
-                "device": str(device),
-                "threads": torch.get_num_threads(),
-                "height": height,
-                "width": width,
-                "tiled": contestant.tile > 0,
-                "network_ms": network.median,
-                "frame_ms": frame.median,
-                "frame_ms_p95": frame.late,
-                "fps": 1000 / frame.median,
-                "plain_ms": race[0, "frame"].median,
-                "macs_per_pixel": macs,
-                "gflops": 2 * macs * height * width / network.median / 1e6,
-                "best_gflops": best_gflops,
-            }
+            speed = speeds(race[number, "network"], race[number, "frame"], macs, height * width)
+            yield {"checkpoint": contestant.name} | setting | size | speed | yardsticks
+
+
+def speeds(network: Timing, frame: Timing, macs: float, pixels: int) -> dict[str, float]:
+    """What `fps` prints of a network of `macs` multiply-adds a pixel."""
+    return {
+        "network_ms": network.median,
+        "frame_ms": frame.median,
+        "frame_ms_p95": frame.late,
+        "fps": 1000 / frame.median,
+        "macs_per_pixel": macs,
+        "gflops": 2 * macs * pixels / network.median / 1e6,
+    }
 
 
 def race_on(
