@@ -5083,34 +5083,37 @@ class CopiedStreams:
                 self.streams[stream.index] = copied
             except (OSError, ValueError):
                 print(f"{given.name}: its {stream.type} ({name}) does not fit here and is left out")
-        self.last_second = 0.0
+        self.ended = 0.0  # seconds; when the last packet read so far, of any stream, is over
         self.packets = self.read()
         self.next = next(self.packets, None)
 
     def read(self) -> Iterator:
         """The packets of these streams, in the order of the file."""
-        if not self.streams:
-            return
-        wanted = [self.given.streams[index] for index in self.streams]
         with errors_about(self.given.name):
-            for packet in self.given.demux(wanted):
-                if packet.dts is not None:  # else it marks the end
+            for packet in self.given.demux():
+                if packet.dts is None:  # it marks the end
+                    continue
+                over = (packet.pts or packet.dts) + (packet.duration or 0)
+                self.ended = max(self.ended, float(over * packet.time_base))
+                if packet.stream.index in self.streams:
                     yield packet
 
     def copy_until(self, seconds: float) -> None:
         """Write what belongs before this moment."""
         while self.next is not None and self.next.dts * self.next.time_base <= seconds:
-            self.last_second = float(self.next.dts * self.next.time_base)
             self.next.stream = self.streams[self.next.stream.index]
             self.made.mux(self.next)
             self.next = next(self.packets, None)
 
 
 def note_missing_end(given, ended: float) -> None:
-    """Say so where an open clip ends long before its header says: FFmpeg finds no fault in it."""
-    microseconds = 1e6
-    stated = ((given.start_time or 0) + (given.duration or 0)) / microseconds
-    if ended < stated - 1:
+    """Say so where an open clip ends long before its header says: FFmpeg finds no fault in it.
+
+    To Matroska a duration begins at 0, to others with the first frame: so it is no later than this.
+    """
+    stated = (given.duration or 0) / 1e6  # from microseconds
+    last_frame = float(1 / (given.streams.video[0].average_rate or 1))  # not every file says it
+    if ended + last_frame < stated - 1:
         tqdm.write(f"{given.name}: ends after {ended:.1f} of {stated:.1f} seconds; was it cut off?")
 
 
@@ -5177,8 +5180,7 @@ class ClipSharpener:
                 count += 1
         made.mux(stream.encode(None))
         others.copy_until(math.inf)
-        ended = max(float(frame.pts * video.time_base), others.last_second)
-        note_missing_end(given, ended)
+        note_missing_end(given, others.ended)
         return count
 
     def decoded(self, given) -> Generator[TimedFrame, None, None]:
