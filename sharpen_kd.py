@@ -5091,11 +5091,11 @@ class CopiedStreams:
         """The packets of these streams, in the order of the file."""
         with errors_about(self.given.name):
             for packet in self.given.demux():
-                if packet.dts is None:  # it marks the end
-                    continue
-                over = (packet.pts or packet.dts) + (packet.duration or 0)
-                self.ended = max(self.ended, float(over * packet.time_base))
-                if packet.stream.index in self.streams:
+                if packet.pts is not None:
+                    over = packet.pts + (packet.duration or 0)
+                    self.ended = max(self.ended, float(over * packet.time_base))
+                wanted = packet.stream.index in self.streams
+                if wanted and packet.dts is not None:  # else it marks the end
                     yield packet
 
     def copy_until(self, seconds: float) -> None:
