@@ -460,7 +460,9 @@ LOSS_TERMS = {
     "kl": LossTerm(0.01, True, "KL divergence to the teacher's soft output"),
     "ssim": LossTerm(10.0, False, "1 - SSIM to the sharp picture"),
     "output": LossTerm(0.0, True, "L1 to the teacher's output (not in the report)"),
-    "psnr": LossTerm(0.0, False, "the decibels that each crop lacks to 50 (not in the report)"),
+    "psnr": LossTerm(
+        0.0, False, "about the decibels that each crop lacks to 50 (not in the report)"
+    ),
 }
 
 
@@ -2029,6 +2031,8 @@ class PreparedCrops(Dataset):
         mirror, flip, turn = draw.random(3) < 0.5
         both = self.pixels[self.used[index]]
         both = both[:, top : top + self.image_size, left : left + self.image_size]
+        # With a tenth each a student gained 74, 94 and 69 % at the borders of three pictures of
+        # what it gained inside; trained on with a fifth 96, 97 and 78 %.
         at_the_top, at_the_left = draw.random(2) < 0.2
         both = with_border(both, at_the_top, at_the_left)
         # After the borders, which thus come to lie on all four sides.
@@ -2838,11 +2842,13 @@ def needs_teacher(weights: dict[str, float]) -> bool:
 
 
 def missing_decibels(output: Tensor, sharp: Tensor, enough: float = 50.0) -> Tensor:
-    """Mean over a batch (B, C, H, W) of the decibels of PSNR that each crop lacks to `enough`.
+    """About the decibels of PSNR that each crop lacks to `enough`; mean over a batch (B, C, H, W).
+
+    That is 10 log10(1 + MSE / MSE at `enough`). The 1 keeps the gradient finite where a crop came
+    back exactly; a crop that has `enough` lacks 3 dB by it.
 
     To L1 a crop counts as much as its error is large, so that a student learns from the hardest
-    ones. Here a tenth less error is worth the same in every crop, as it is to who reads a mean
-    PSNR. Errors far below those of `enough`, which nobody sees, count no more.
+    ones. Here a tenth less error is worth the same in every crop, just as a mean PSNR counts it.
     """
     squared_errors = (output.float() - sharp.float()).square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(1 + squared_errors / 10 ** (-enough / 10)).mean()
@@ -3478,8 +3484,13 @@ def settings_to_save(config: RunConfig) -> dict[str, object]:
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         if item.name not in FLAGS_OF_ONE_START:
-            settings[item.name] = str(value) if isinstance(value, Path) else value
+            settings[item.name] = as_saved(value)
     return settings
+
+
+def as_saved(value: object) -> object:
+    """A setting as last.pth holds it."""
+    return str(value) if isinstance(value, Path) else value
 
 
 def remove_run(folder: Path) -> None:
@@ -6631,12 +6642,10 @@ def ablation_variants(config: AblateConfig) -> list[Variant]:
 # Settings that leave an ablation's scores as they are, or are each process's own.
 FREE_IN_ABLATION = {
     "cache",
-    "device",
     "log_gradients",
     "run_dir",
     "save_every",
     "seeds",
-    "teacher_cache",
     "threads",
     "workers",
 }
@@ -6661,16 +6670,27 @@ def variant_config(config: AblateConfig, variant: Variant, seed: int) -> AblateC
     return dataclasses.replace(config, **changes)
 
 
-def require_same_settings(config: AblateConfig, variant: Variant) -> None:
-    """UserError where a run that would be kept or continued was begun with other settings."""
-    begun_with = read_checkpoint(config.run_dir / "last.pth", RESTART)["config"]
-    for name, now in settings_to_save(config).items():
-        before = begun_with.get(name, now)
-        free = name in FREE_IN_ABLATION or (variant.longer and name in LENGTH_OF_A_RUN)
-        remedy = f"the run there has {before}; --overwrite makes all of them anew"
-        require(
-            free or before == now, f"{config.run_dir}: --{name.replace('_', '-')} {now}: {remedy}"
-        )
+def require_same_settings(config: AblateConfig, variants: Sequence[Variant]) -> None:
+    """UserError if runs that would be kept or continued were begun with other settings."""
+    for variant, seed in itertools.product(variants, config.seeds):
+        wanted = variant_config(config, variant, seed)
+        if not wanted.run_dir.is_dir():
+            continue
+        anew = f"{wanted.run_dir}: --overwrite trains the runs of these --seeds anew"
+        if not wanted.resume:
+            finished = (wanted.run_dir / "best.pth").exists()
+            require(not finished, f"{anew}; of this one last.pth is missing, with its settings")
+            continue
+        before = read_checkpoint(wanted.run_dir / "last.pth", anew).get("config")
+        require(isinstance(before, dict), f"{anew}; this one's last.pth holds no settings")
+        free = FREE_IN_ABLATION | (LENGTH_OF_A_RUN if variant.longer else set())
+        for item in dataclasses.fields(wanted):
+            if item.name in free or item.name in FLAGS_OF_ONE_START:
+                continue
+            now = as_saved(getattr(wanted, item.name))
+            then = before.get(item.name, as_saved(item.default))  # an older run may lack it
+            same = then == now
+            require(same, f"{anew}; this one was begun with {flag_of(item)} {then}, not {now}")
 
 
 def run_is_complete(run_dir: Path) -> bool:
@@ -6695,8 +6715,6 @@ def run_variant(config: AblateConfig, variant: Variant, test: list) -> None:
     seconds = []
     for seed in config.seeds:
         run_config = variant_config(config, variant, seed)
-        if run_config.resume:
-            require_same_settings(run_config, variant)
         if not run_is_complete(run_config.run_dir):
             train(run_config)
         student, content = load_student(run_config.run_dir / "best.pth")
@@ -6733,6 +6751,7 @@ def ablate(config: AblateConfig) -> None:
     variants = ablation_variants(config)
     if config.overwrite:
         remove_runs(config, variants)
+    require_same_settings(config, variants)
 
     for variant in variants:
         of_this = as_long_as_all(config, variants) if variant.longer else config

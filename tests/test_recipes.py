@@ -515,15 +515,64 @@ def test_finished_runs_are_kept_and_overwrite_gives_up_those_of_the_named_seeds(
 
     capsys.readouterr()
     assert kd.main([*short_ablation, "0", "--epochs", "1"]) == 2
-    refused = f"{tmp_path / 'no_teacher_0'}: --epochs 1: the run there has 2"
-    assert refused in capsys.readouterr().err
-    assert kd.main([*short_ablation, "0", "--save-every", "1", "--workers", "0"]) == 0
+    refused = f"{tmp_path / 'no_teacher_0'}: --overwrite trains the runs of these --seeds anew"
+    assert f"{refused}; this one was begun with --epochs 2, not 1" in capsys.readouterr().err
+    assert kd.main([*short_ablation, "0", "--save-every", "1", "--threads", "1"]) == 0
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/best.pth")}
 
     assert kd.main([*short_ablation, "0", "--overwrite", "--epochs", "1"]) == 0
     for path, time in before.items():
         assert (path.stat().st_mtime_ns > time) == path.parent.name.endswith("_0")
     assert len(read_log(tmp_path / "all_0")) == len(read_log(tmp_path / "all_1")) / 2
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """Runs of an ablation of two variants, of which only the settings are there."""
+    config = kd.AblateConfig(run_dir=tmp_path, seeds=(0,), epochs=4)
+    variants = [kd.Variant("no teacher", ()), kd.Variant("longer", (), longer=True)]
+    for variant in variants:
+        run = kd.variant_config(config, variant, 0)
+        run.run_dir.mkdir()
+        torch.save({"config": kd.settings_to_save(run)}, run.run_dir / "last.pth")
+    kd.require_same_settings(config, variants)
+    return config, variants
+
+
+def test_only_the_run_that_is_to_be_longer_may_have_another_length(begun):
+    config, (plain, longer) = begun
+    shorter = dataclasses.replace(config, epochs=3)
+    kd.require_same_settings(shorter, [longer])
+    with pytest.raises(kd.UserError, match=r"no_teacher_0: .*begun with --epochs 4, not 3"):
+        kd.require_same_settings(shorter, [longer, plain])
+
+
+@pytest.mark.parametrize("changed", [{"threads": 1}, {"workers": 3}, {"save_every": 1.0}])
+def test_settings_that_leave_the_scores_alone_may_change(begun, changed):
+    config, variants = begun
+    kd.require_same_settings(dataclasses.replace(config, **changed), variants)
+
+
+def test_a_setting_that_an_older_run_lacks_counts_as_its_default(begun):
+    config, (plain, _) = begun
+    file = config.run_dir / "no_teacher_0/last.pth"
+    settings = torch.load(file, weights_only=True)["config"]
+    del settings["lambda_psnr"]
+    torch.save({"config": settings}, file)
+    kd.require_same_settings(config, [plain])
+    with pytest.raises(kd.UserError, match=r"begun with --lambda-psnr 0.0, not 1.0"):
+        kd.require_same_settings(dataclasses.replace(config, lambda_psnr=1.0), [plain])
+
+
+def test_a_run_whose_settings_are_not_there_is_not_kept(begun):
+    config, (plain, _) = begun
+    run_dir = config.run_dir / "no_teacher_0"
+    torch.save({"config": None}, run_dir / "last.pth")
+    with pytest.raises(kd.UserError, match=r"no_teacher_0: .*last.pth holds no settings"):
+        kd.require_same_settings(config, [plain])
+    (run_dir / "last.pth").rename(run_dir / "best.pth")
+    with pytest.raises(kd.UserError, match=r"no_teacher_0: .*last.pth is missing"):
+        kd.require_same_settings(config, [plain])
 
 
 def test_a_run_belongs_to_one_ablation_at_a_time(short_ablation, tmp_path, capsys, monkeypatch):
