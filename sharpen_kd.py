@@ -6678,8 +6678,8 @@ def require_same_settings(config: AblateConfig, variants: Sequence[Variant]) -> 
             continue
         anew = f"{wanted.run_dir}: --overwrite trains the runs of these --seeds anew"
         if not wanted.resume:
-            finished = (wanted.run_dir / "best.pth").exists()
-            require(not finished, f"{anew}; of this one last.pth is missing, with its settings")
+            kept = run_is_complete(wanted.run_dir)
+            require(not kept, f"{anew}; of this one last.pth is missing, with its settings")
             continue
         before = read_checkpoint(wanted.run_dir / "last.pth", anew).get("config")
         require(isinstance(before, dict), f"{anew}; this one's last.pth holds no settings")

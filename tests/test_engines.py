@@ -64,7 +64,7 @@ def test_tiled_and_whole_agree_at_1080p(engine_of, photographs, name, checkpoint
     # What gates of several stages see far away adds up, and int8 makes steps of it.
     apart = difference(whole, tiled)
     assert apart.max() <= (4 if backend == "openvino-int8" else 2)
-    assert (apart > 2).mean() < 1e-5
+    assert (apart > 2).mean() < 2e-5
     assert apart.mean() <= 0.05
 
 

@@ -79,7 +79,7 @@ def test_the_reports_preset_is_the_defaults():
     config = kd.resolve_config(kd.TrainConfig, {"preset": "report"})
     assert config == kd.TrainConfig(preset="report")
     weights = {name: getattr(config, f"lambda_{name}") for name in kd.LOSS_TERMS}
-    assert list(weights.values()) == [1.0, 0.01, 1.0, 0.01, 10.0, 0.0]
+    assert list(weights.values()) == [1.0, 0.01, 1.0, 0.01, 10.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -570,7 +570,9 @@ def test_a_run_whose_settings_are_not_there_is_not_kept(begun):
     torch.save({"config": None}, run_dir / "last.pth")
     with pytest.raises(kd.UserError, match=r"no_teacher_0: .*last.pth holds no settings"):
         kd.require_same_settings(config, [plain])
-    (run_dir / "last.pth").rename(run_dir / "best.pth")
+    (run_dir / "last.pth").unlink()
+    torch.save({"step": 1}, run_dir / "best.pth")
+    (run_dir / "log.csv").write_text("step,loss\n1,0.5\n")
     with pytest.raises(kd.UserError, match=r"no_teacher_0: .*last.pth is missing"):
         kd.require_same_settings(config, [plain])
 
