@@ -5077,42 +5077,60 @@ class TimedFrame:
     pts: int
 
 
-class CopiedStreams:
-    """The sound and the subtitles of a clip, copied as they are."""
+class OtherStreams:
+    """The sound and the subtitles of a clip, copied as they are.
+
+    Sound that does not fit into the new file, such as a .wmv's into Matroska, is encoded anew.
+    """
 
     def __init__(self, given, made) -> None:
         self.given = given
         self.made = made
-        self.streams = {}  # each new stream, by the index of the one that it copies
+        self.copied = {}  # each new stream, by the index of the one that it copies
+        self.encoded = {}
         for stream in given.streams:
-            if stream.type not in ("audio", "subtitle"):
-                continue
-            name = stream.codec_context.name if stream.codec_context else "unknown"
-            try:
-                copied = made.add_stream_from_template(stream)
-                copied.metadata.update(stream.metadata)  # its language, above all
-                self.streams[stream.index] = copied
-            except (OSError, ValueError):
-                print(f"{given.name}: its {stream.type} ({name}) does not fit here and is left out")
+            if stream.type in ("audio", "subtitle"):
+                self.add(stream)
         self.ended = 0.0  # seconds; when the last packet read so far, of any stream, is over
         self.packets = self.read()
         self.next = next(self.packets, None)
 
+    def add(self, stream) -> None:
+        """Open what this stream becomes in the new file."""
+        name = stream.codec_context.name if stream.codec_context else "unknown"
+        try:
+            new = self.copied[stream.index] = self.made.add_stream_from_template(stream)
+        except (OSError, ValueError):
+            if stream.type == "subtitle" or not stream.codec_context:
+                print(f"{self.given.name}: its {stream.type} ({name}) does not fit here, left out")
+                return
+            codec, rate = ("libopus", 48_000) if self.made.format.name == "webm" else ("aac", None)
+            layout = "mono" if stream.channels == 1 else "stereo"
+            new = self.made.add_stream(codec, rate=rate or stream.rate, layout=layout)
+            self.encoded[stream.index] = new
+        new.metadata.update(stream.metadata)  # its language, above all
+
     def read(self) -> Iterator:
-        """The packets of these streams, in the order of the file."""
+        """The packets of the new streams, in the order of the file."""
         with errors_about(self.given.name):
             for packet in self.given.demux():
                 if packet.pts is not None:
                     over = packet.pts + (packet.duration or 0)
                     self.ended = max(self.ended, float(over * packet.time_base))
-                wanted = packet.stream.index in self.streams
-                if wanted and packet.dts is not None:  # else it marks the end
+                index = packet.stream.index
+                if index in self.copied and packet.dts is not None:  # else it marks the end
+                    packet.stream = self.copied[index]
                     yield packet
+                elif index in self.encoded:
+                    for frame in packet.decode():
+                        if frame.pts is not None:  # as a decoder's last may be
+                            yield from self.encoded[index].encode(frame)
+            for stream in self.encoded.values():
+                yield from stream.encode(None)
 
     def copy_until(self, seconds: float) -> None:
         """Write what belongs before this moment."""
         while self.next is not None and self.next.dts * self.next.time_base <= seconds:
-            self.next.stream = self.streams[self.next.stream.index]
             self.made.mux(self.next)
             self.next = next(self.packets, None)
 
@@ -5183,7 +5201,7 @@ class ClipSharpener:
             first = next(frames, None)
             require(first, f"{given.name}: has no frame that can be decoded")
             stream = self.video_stream(made, encoder, video, first.pixels)
-            others = CopiedStreams(again, made)
+            others = OtherStreams(again, made)
             bar = progress(frames, "sharpen", total=video.frames or None, initial=1, unit="frame")
             for frame in itertools.chain([first], bar):
                 made.mux(stream.encode(self.picture(frame, stream)))
@@ -6752,6 +6770,8 @@ def ablate(config: AblateConfig) -> None:
     if config.overwrite:
         remove_runs(config, variants)
     require_same_settings(config, variants)
+    runs = len(variants) * len(config.seeds)
+    print(f"{runs} runs one after the other, as many as variants times --seeds: {config.run_dir}")
 
     for variant in variants:
         of_this = as_long_as_all(config, variants) if variant.longer else config

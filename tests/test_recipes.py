@@ -444,7 +444,9 @@ def test_the_ablation_compares_the_terms(arguments, tmp_path, data_root, capsys)
     command = ["ablate", *arguments, "--run-dir", str(tmp_path), "--epochs", "2"]
     command += ["--seeds", "0", "1", "--teacher-cache", str(tmp_path / "cache")]
     assert kd.main([*command, "--degradation", "x2", "--lambda-output", "1"]) == 0
-    table = [line for line in capsys.readouterr().out.splitlines() if " steps of" in line]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("12 runs one after the other")  # six variants, two seeds
+    table = [line for line in lines if " steps of" in line]
     variants = ["no teacher", "feature", "kl", "output", "all", "no teacher, longer"]
     assert [line[:20].strip() for line in table] == variants
 
