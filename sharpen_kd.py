@@ -2482,7 +2482,6 @@ class StudentUNet(Student):
     ) -> None:
         super().__init__()
         widths, convolutions = unet_shape(base_channels, widths, convolutions)
-        scales = len(widths)
         require(skips in ("concatenate", "lateral"), f"--skips {skips}: concatenate or lateral")
         require(stem_stride == 2 or not luma, "--luma: takes --stem-stride 2; add --no-luma")
 
@@ -2497,39 +2496,55 @@ class StudentUNet(Student):
         self.stem_stride = stem_stride
         self.luma = luma
         self.lateral = skips == "lateral"
-        self.alignment = max(SEBlock.CELL, stem_stride * 2 ** (scales - 1))
+        self.alignment = max(SEBlock.CELL, stem_stride * 2 ** (len(widths) - 1))
         # Gates see two cells more. (Those of several stages add up, but hardly matter so far away.)
         of_layers = stem_stride * self.reach_in_folds(convolutions)
         self.reach = of_layers + 2 * self.alignment
-        plane_count = 6 if luma else 3 * stem_stride**2
+        self.feature_widths = {"e2": widths[1], "e4": widths[-2], "b": widths[-1]}
 
-        def stage(scale: int, in_channels: int, stride: int = 1) -> Stage:
-            has_gates = scale > 0 or not self.lateral
-            cell = self.alignment // (stem_stride * 2**scale) if has_gates else None
-            return Stage(in_channels, widths[scale], convolutions[scale], stride, cell)
+        self.plane_count = 6 if luma else 3 * stem_stride**2
+        self.add_way_down()
+        self.add_way_up()
+        self.add_output()
+        self.begin_as_a_copy()
 
-        down_stride = 2 if self.lateral else 1  # else max-pooling halves the size
-        down = [stage(0, plane_count)]
-        for scale in range(1, scales):
-            down.append(stage(scale, widths[scale - 1], down_stride))
-        self.encoder = nn.ModuleList(down[:-1])
-        self.bottleneck = down[-1]
+    def add_way_down(self) -> None:
+        """The encoder's stages, and the bottleneck, which is the last of them."""
+        widths = self.config["widths"]
+        stride = 2 if self.lateral else 1  # else max-pooling halves the size
+        stages = [self.stage(0, self.plane_count)]
+        for scale in range(1, len(widths)):
+            stages.append(self.stage(scale, widths[scale - 1], stride))
+        self.encoder = nn.ModuleList(stages[:-1])
+        self.bottleneck = stages[-1]
 
+    def add_way_up(self) -> None:
+        """The decoder's stages, and what enlarges before each."""
+        widths = self.config["widths"]
         self.up = nn.ModuleList()
         self.decoder = nn.ModuleList()
-        for scale in reversed(range(scales - 1)):
+        for scale in reversed(range(len(widths) - 1)):
             self.up.append(nn.ConvTranspose2d(widths[scale + 1], widths[scale], 2, stride=2))
             merged = widths[scale] if self.lateral else 2 * widths[scale]
-            self.decoder.append(stage(scale, merged))
-        if luma:
+            self.decoder.append(self.stage(scale, merged))
+
+    def add_output(self) -> None:
+        """The layer that makes folded RGB, and with `luma` those around the corrected planes."""
+        width = self.config["widths"][0]
+        if self.luma:
             self.planes, self.output = luma_layers()
-            self.correction = nn.Conv2d(widths[0], plane_count, 1)
+            self.correction = nn.Conv2d(width, self.plane_count, 1)
             self.keep_grey = KeepGrey()
         else:
-            self.output = nn.Conv2d(widths[0], plane_count, 1)
+            self.output = nn.Conv2d(width, self.plane_count, 1)
 
-        self.feature_widths = {"e2": widths[1], "e4": widths[-2], "b": widths[-1]}
-        self.begin_as_a_copy()
+    def stage(self, scale: int, in_channels: int, stride: int = 1) -> Stage:
+        """The layers of one scale, and their gates where it has some."""
+        width = self.config["widths"][scale]
+        depth = self.config["convolutions"][scale]
+        has_gates = scale > 0 or not self.lateral
+        cell = self.alignment // (self.stem_stride * 2**scale) if has_gates else None
+        return Stage(in_channels, width, depth, stride, cell)
 
     @classmethod
     def from_flags(cls, config: StudentConfig) -> "StudentUNet":
