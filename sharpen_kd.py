@@ -58,6 +58,7 @@ import copy
 import csv
 import ctypes
 import dataclasses
+import errno
 import functools
 import hashlib
 import importlib
@@ -1574,6 +1575,10 @@ def list_files(folder: Path, unreadable: list[Path] | None = None) -> list[Path]
     files = []
     entered = set()
     for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if not os.access(place, os.X_OK):  # it can be listed, but nothing in it opened
+            refuse(PermissionError(errno.EACCES, os.strerror(errno.EACCES), place))
+            folders.clear()
+            continue
         status = os.stat(place)
         if (status.st_dev, status.st_ino) in entered:
             folders.clear()  # os.walk then goes no deeper
@@ -1591,7 +1596,7 @@ def list_pictures(folder: Path) -> list[Path]:
     return [path for path in list_files(folder) if path.suffix.lower() in picture_formats()]
 
 
-LONGEST_XMP_IN_JPEG = 65504  # bytes
+LONGEST_IN_JPEG = {"exif": 65533, "xmp": 65504}  # bytes
 
 
 # How each format compresses. Where it can be had, colour is kept at its full size: the student has
@@ -1630,9 +1635,10 @@ def save_picture(image: Image.Image, path: Path) -> None:
     chunks = options.pop("chunks", {})
     if kind == "PNG":
         options["pnginfo"] = png_info(text, chunks, options.get("xmp"))
-    if kind == "JPEG" and len(options.get("xmp", b"")) > LONGEST_XMP_IN_JPEG:
-        del options["xmp"]
-        tqdm.write(f"{path}: a JPEG cannot hold XMP of that length; it is left out")
+    for name, longest in LONGEST_IN_JPEG.items():
+        if kind == "JPEG" and len(options.get(name, b"")) > longest:
+            del options[name]
+            tqdm.write(f"{path}: a JPEG cannot hold {name.upper()} of that length; it is left out")
     options.update(COMPRESSION.get(kind, {}))
     with replacing(path) as temporary:
         try:
@@ -2005,6 +2011,7 @@ class PreparedCrops(Dataset):
     ) -> None:
         self.image_size = image_size
         self.seed = seed
+        self.folder = folder
         self.stored, self.sources = read_prepared(folder)
         side = self.stored.shape[2]
         fits = image_size <= side
@@ -2014,6 +2021,15 @@ class PreparedCrops(Dataset):
         self.in_device_memory = device is not None
         if device:
             self.pixels = self.pixels.to(device, copy=True)
+
+    def __getstate__(self) -> dict[str, object]:
+        """All but the crops: a process that is not forked maps them anew, instead of a copy."""
+        return {n: v for n, v in vars(self).items() if n not in ("stored", "pixels")}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        vars(self).update(state)
+        self.stored, _ = read_prepared(self.folder)
+        self.pixels = torch.from_numpy(self.stored)
 
     def __len__(self) -> int:
         return len(self.used)
@@ -3153,7 +3169,7 @@ def learning_rate(step: int, steps_per_epoch: int, config: RunConfig) -> float:
         epoch -= cycle
         cycle *= 2
     cosine = (1 + math.cos(math.pi * epoch / cycle)) / 2
-    lowest = config.min_learning_rate
+    lowest = min(config.min_learning_rate, config.learning_rate)
     rate = lowest + (config.learning_rate - lowest) * cosine
     if step < config.warmup_steps:
         rate *= (step + 1) / config.warmup_steps
@@ -3233,9 +3249,21 @@ def any_process(condition: bool, device: torch.device) -> bool:
 
 MOST_SKIPPED = 10  # steps in a row whose gradients are not finite
 
+HELD_OUT_SIDE = 1024  # pixels; more of a held-out picture would take memory and time
+
 # A held-out picture counts as at most so many dB: a blank one may be restored exactly, and its
 # PSNR is infinite.
 PSNR_CAP = 60.0
+
+
+def middle_of(pictures: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+    """The middle of pictures (H, W, 3), HELD_OUT_SIDE a side at most; it begins with a block."""
+    height, width = pictures[0].shape[:2]
+    top = max(height - HELD_OUT_SIDE, 0) // 2 // BLOCK * BLOCK
+    left = max(width - HELD_OUT_SIDE, 0) // 2 // BLOCK * BLOCK
+    place = (slice(top, top + HELD_OUT_SIDE), slice(left, left + HELD_OUT_SIDE))
+    return tuple(picture[place].copy() for picture in pictures)
+
 
 RUN_FILES = ("last.pth", "best.pth", "log.csv", "curves.png")
 
@@ -3263,7 +3291,7 @@ class TrainingRun:
         self.config = config
         self.network_config = network_config
         self.dataset = dataset
-        self.held_out = [pair.load() for pair in held_out if RANK == 0]
+        self.held_out = [middle_of(pair.load()) for pair in held_out if RANK == 0]
         self.as_frame_function = as_frame_function
         self.device = pick_device(config)
         self.autocast = autocast_for(config.precision, self.device)
@@ -3458,6 +3486,7 @@ class TrainingRun:
             "ema": self.ema.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "step": self.step,
+            "steps_per_epoch": self.order.steps_per_epoch,
             "best": self.best,
             "rows": self.rows,
         }
@@ -3465,7 +3494,15 @@ class TrainingRun:
         write_csv(self.rows, self.config.run_dir / "log.csv")
 
     def continue_from(self, last: dict) -> None:
-        """Take up the state that `save_last` wrote; UserError if it is another kind of run's."""
+        """Take up the state that `save_last` wrote.
+
+        UserError if it is another kind of run's, or one whose epochs have another length: the
+        schedule would be at another place.
+        """
+        now = self.order.steps_per_epoch
+        then = last.get("steps_per_epoch", now)  # older runs do not say it
+        remedy = "the pictures, --batch-size times accumulation times processes must be the same"
+        require(then == now, f"--resume: epochs had {then} steps and would have {now}; {remedy}")
         try:
             for name, parameter in self.trained.items():  # the frozen ones are not in the file
                 parameter.data.copy_(last["objective"][name])
@@ -3604,7 +3641,7 @@ def read_last(config: RunConfig) -> dict | None:
     require(not (config.resume and config.overwrite), contradiction)
     if config.resume:
         return read_checkpoint(config.run_dir / "last.pth", RESTART)
-    kept = any((config.run_dir / name).exists() for name in ("last.pth", "best.pth"))
+    kept = any((config.run_dir / name).exists() for name in RUN_FILES)  # none is lost unasked
     remedy = "add --resume or --overwrite, or name another --run-dir"
     require(config.overwrite or not kept, f"{config.run_dir} holds a run already: {remedy}")
     return None
@@ -3881,8 +3918,9 @@ class FrameNetwork(nn.Module):
         rows = frames.flatten(2).unflatten(1, (-1, self.stride))  # (B, H/r, r, 3 W)
         restored = []
         for number, correction in enumerate(corrections):
-            row = rows[:, :, number] + correction.flatten(2)
-            restored.append(row.round_().clamp_(0, 255).to(torch.uint8))
+            # Rounded before it is added: bf16 has all whole numbers up to 256, but no 100.25.
+            row = rows[:, :, number] + correction.flatten(2).round()
+            restored.append(row.clamp_(0, 255).to(torch.uint8))
         return torch.stack(restored, dim=2).flatten(1, 2).unflatten(2, (-1, 3))
 
     def example(self) -> Tensor:
@@ -4084,8 +4122,9 @@ def grid_phase(frame: np.ndarray) -> tuple[int, int]:
 
     Enlarging by 2 makes two pixels of one, and two that come from one differ less than neighbours
     that do not: their squared differences are smaller by a third or more, on every picture that was
-    tried. On other frames the two differ by less than a tenth, and 0 is returned. A student has
-    learned from crops that begin with the pattern, and gains half as much on a frame that does not.
+    tried. On other photographs the two differ by less than a tenth, and 0 is returned; a drawing of
+    few edges may have any phase, and is not harmed by it. A student has learned from crops that
+    begin with the pattern, and gains half as much on a frame that does not.
     """
     green = frame[..., 1]
     phases = []
@@ -7938,7 +7977,21 @@ def preset_config(config_class: type[TrainConfig], given: dict[str, object]) -> 
         # The user's student has another shape, which these settings of the preset would not fit.
         for name in ("widths", "convolutions", "skips", "init"):
             settings.pop(name, None)
-    return config_class(**(settings | given | {"preset": preset}))
+    one_cycle = settings.get("restart_epochs") == settings.get("epochs") is not None
+    if one_cycle and "epochs" in given:
+        settings["restart_epochs"] = given["epochs"]  # so that the rate falls to the end as before
+    config = config_class(**(settings | given | {"preset": preset}))
+    require_used(config, given)
+    return config
+
+
+def require_used(config: TrainConfig, given: dict[str, object]) -> None:
+    """UserError for a given flag about a student's shape that this student would not have."""
+    unused = {"luma", "skips", "base_channels"} if config.network == "plain" else set()
+    if config.widths:
+        unused.add("base_channels")
+    for name in sorted(unused & given.keys()):
+        raise UserError(f"--{name.replace('_', '-')}: not used by this student; leave it out")
 
 
 def resumed_config(config_class: type[RunConfig], given: dict[str, object]) -> RunConfig:

@@ -1,6 +1,7 @@
 """Prepared crops: what `prepare --protocol` writes, and what training reads of it."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -236,6 +237,18 @@ def symmetries(both):
         for flipped in (turned, turned[:, ::-1]):
             yield flipped
             yield flipped[:, :, ::-1]
+
+
+def test_a_process_that_is_not_forked_maps_the_crops_instead_of_a_copy(prepared):
+    crops = kd.PreparedCrops(prepared / "train", image_size=48, seed=3)
+    crops.leave_out(0.3)
+    sent = pickle.dumps(crops)
+    assert len(sent) < crops.stored.nbytes / 20
+    again = pickle.loads(sent)
+    assert isinstance(again.stored, np.memmap)
+    assert len(again) == len(crops)
+    for name, crop in crops[2, 5].items():
+        assert torch.equal(crop, again[2, 5][name])
 
 
 def test_whole_clips_and_pictures_are_held_out(prepared):

@@ -207,6 +207,18 @@ def test_hidden_files_are_left_out(tmp_path):
     assert kd.list_pictures(tmp_path) == [shown]
 
 
+def test_a_folder_that_can_be_listed_but_not_entered_is_unreadable(tmp_path, monkeypatch):
+    shown = save(tmp_path / "a.png")
+    save(tmp_path / "closed/b.png")
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda p, mode: "closed" not in str(p) and access(p, mode))
+    unreadable = []
+    assert kd.list_files(tmp_path, unreadable) == [shown]
+    assert unreadable == [tmp_path / "closed"]
+    with pytest.raises(kd.UserError, match="closed: cannot be read"):
+        kd.list_files(tmp_path)
+
+
 def test_a_folder_that_links_to_itself_is_entered_once(tmp_path):
     inside = save(tmp_path / "folder/a.png")
     (tmp_path / "folder/again").symlink_to(tmp_path / "folder", target_is_directory=True)

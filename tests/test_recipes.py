@@ -116,6 +116,29 @@ def test_given_sizes_rule_the_presets(given, kind, sizes):
     assert {name: student.config[name] for name in sizes} == sizes
 
 
+def test_the_rate_falls_to_the_end_of_as_many_epochs_as_are_given():
+    def epochs(**given):
+        config = kd.resolve_config(kd.TrainConfig, given)
+        return config.epochs, config.restart_epochs
+
+    assert epochs(preset="small", epochs=5) == (5, 5)  # in one cycle, as the preset has it
+    assert epochs(preset="small", epochs=5, restart_epochs=2) == (5, 2)
+    assert epochs(preset="report", epochs=5) == (5, 10)  # the report's schedule has cycles
+
+
+@pytest.mark.parametrize(
+    ("given", "unused"),
+    [
+        ({"network": "plain", "widths": (8,), "luma": True}, "--luma"),
+        ({"network": "plain", "widths": (8,), "skips": "lateral"}, "--skips"),
+        ({"widths": (8, 8), "base_channels": 512}, "--base-channels"),
+    ],
+)
+def test_flags_that_a_student_would_not_use_are_refused(given, unused):
+    with pytest.raises(kd.UserError, match=f"{unused}: not used by this student"):
+        kd.resolve_config(kd.TrainConfig, {"preset": "demo"} | given)
+
+
 def test_the_small_preset_starts_from_the_shipped_fast_student():
     config = kd.resolve_config(kd.TrainConfig, {"preset": "small", "device": "cpu"})
     objective = kd.make_objective(config, resumed=False)

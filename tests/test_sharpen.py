@@ -6,7 +6,7 @@ import struct
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, PngImagePlugin, features
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin, features
 
 import sharpen_kd as kd
 
@@ -538,6 +538,16 @@ def test_xmp_that_a_jpeg_cannot_hold_is_left_out_and_said(tmp_path, run_sharpen,
     assert status == 0
     assert "out.jpg: a JPEG cannot hold XMP of that length" in output
     assert Image.open(tmp_path / "out.jpg").size == (40, 30)
+
+
+def test_exif_that_a_jpeg_cannot_hold_is_left_out_and_said(tmp_path, run_sharpen, small):
+    exif = Image.Exif()
+    exif[ExifTags.Base.ImageDescription] = "x" * 70_000
+    small.save(tmp_path / "in.png", exif=exif)
+    status, _, output = run_sharpen(tmp_path / "in.png", "-o", tmp_path / "out.jpg")
+    assert status == 0
+    assert "out.jpg: a JPEG cannot hold EXIF of that length" in output
+    assert not Image.open(tmp_path / "out.jpg").getexif()
 
 
 def test_two_long_names_that_begin_alike_have_results_of_their_own(tmp_path, run_sharpen):

@@ -734,6 +734,17 @@ def test_the_network_of_frames_leaves_the_student_as_it_was():
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+def test_in_bf16_a_small_correction_leaves_odd_levels_alone():
+    """In bf16 101 + 0.2 would be 101, 101.5 or 101, and 200.4 would be 200 or 201."""
+    student = kd.StudentUNet(stem_stride=2, widths=(4, 4))
+    student.output.bias.data.fill_(0.3 / 255)
+    network = kd.FrameNetwork(student).to(torch.bfloat16).eval()
+    levels = torch.arange(256, dtype=torch.uint8).view(16, 16, 1).expand(16, 16, 3)
+    frame = levels.repeat(4, 4, 1)[None].contiguous()
+    with torch.inference_mode():
+        assert torch.equal(network(frame), frame)
+
+
 @pytest.mark.parametrize("checkpoint", kd.SHIPPED)
 def test_in_bf16_no_map_meets_another_type(random_frame, checkpoint):
     """A convolution refuses maps of another type than its weights."""

@@ -660,10 +660,37 @@ def test_a_run_is_kept_without_its_last_state_and_continues_where_it_was_moved(
     assert not run.exists()
     assert [row["step"] for row in read_log(moved)] == ["1", "2"]
 
-    (moved / "last.pth").unlink()
-    assert kd.main([*arguments, "--run-dir", str(moved)]) == 2
-    assert "holds a run already" in capsys.readouterr().err
-    assert (moved / "best.pth").exists()
+    for name in ("last.pth", "best.pth"):
+        (moved / name).unlink()
+        assert kd.main([*arguments, "--run-dir", str(moved)]) == 2
+        assert "holds a run already" in capsys.readouterr().err
+    assert (moved / "log.csv").exists()
+
+
+def test_a_run_goes_on_with_epochs_of_the_same_length(arguments, tmp_path, capsys):
+    assert kd.main([*arguments, "--run-dir", str(tmp_path), "--max-steps", "1"]) == 0
+    before = (tmp_path / "last.pth").read_bytes()
+    resume = ["train", "--resume", "--run-dir", str(tmp_path), "--max-steps", "2"]
+    assert kd.main([*resume, "--batch-size", "2"]) == 2
+    assert "--resume: epochs had" in capsys.readouterr().err
+    assert (tmp_path / "last.pth").read_bytes() == before
+    # Half as many accumulated crops of twice the size of a batch are the same step.
+    halves = ["--batch-size", "2", "--gradient-accumulation-steps", "2"]
+    assert kd.main([*resume, *halves]) == 0
+
+
+def test_of_a_large_held_out_picture_the_middle_is_scored():
+    pictures = [np.arange(1100 * 1400 * 3).reshape(1100, 1400, 3)] * 2
+    for middle in kd.middle_of(pictures):
+        assert middle.shape == (1024, 1024, 3)
+        assert middle[0, 0, 0] == (32 * 1400 + 184) * 3  # 38 and 188, at the block before
+    small = kd.middle_of([picture[:50, :2000] for picture in pictures])
+    assert small[1].shape == (50, 1024, 3)
+
+
+def test_a_rate_below_the_lowest_one_stays_as_it_is():
+    config = kd.TrainConfig(learning_rate=1e-7, min_learning_rate=1e-6, warmup_steps=0)
+    assert {kd.learning_rate(step, 2, config) for step in range(40)} == {1e-7}
 
 
 def test_a_run_that_is_resumed_where_it_ends_is_validated(arguments, tmp_path):
