@@ -3744,10 +3744,12 @@ class TeacherCache(Dataset):
         key = self.fingerprint(teacher, autocast)
         key_file = folder / "key"  # it is written when all other files are
         if not key_file.exists():
+            self.begin(key)
             self.build(teacher, autocast)
             wait_for_all_processes()
             if RANK == 0:
                 write_text(key, key_file)
+                (folder / "key.unfinished").unlink()
             wait_for_all_processes()
         mismatch = f"--teacher-cache {folder} is another teacher's or other data's"
         require(key_file.read_text() == key, f"{mismatch}; remove it or name another")
@@ -3790,10 +3792,21 @@ class TeacherCache(Dataset):
     def file(self, variant: int, index: int) -> Path:
         return self.folder / f"{index:06}_{variant}.pt"
 
+    def begin(self, key: str) -> None:
+        """Keep what an interrupted build of the same key has written, and nothing else."""
+        begun = self.folder / "key.unfinished"
+        if RANK == 0 and not (begun.exists() and begun.read_text() == key):
+            for item in self.items():
+                self.file(*item).unlink(missing_ok=True)
+            write_text(key, begun)
+        wait_for_all_processes()
+
     def build(self, teacher: RestormerTeacherWrapper, autocast: torch.autocast) -> None:
-        """Write every file; processes that train together share them out."""
+        """Write every file that is missing; processes that train together share them out."""
         device = next(teacher.parameters()).device
-        own = self.items()[RANK::PROCESSES]
+        missing = [item for item in self.items() if not self.file(*item).exists()]
+        wait_for_all_processes()  # before one of them writes what others would find
+        own = missing[RANK::PROCESSES]
         for variant, index in progress(own, "teacher cache"):
             example = self.dataset.example(self.dataset.images(index), (variant, index))
             batch = on_device(default_collate([example]), device)

@@ -269,6 +269,32 @@ def test_a_cache_is_used_again(make_cache):
     assert files == {path: path.stat().st_mtime_ns for path in first.folder.iterdir()}
 
 
+def test_an_interrupted_cache_goes_on_where_it_stopped(make_cache, teacher, monkeypatch):
+    write = kd.write_checkpoint
+    left = [0]
+
+    def write_those_left(content, path):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        write(content, path)
+
+    def make_interrupted(after):
+        left[0] = after
+        with pytest.raises(KeyboardInterrupt):
+            make_cache()
+
+    monkeypatch.setattr(kd, "write_checkpoint", write_those_left)
+    make_interrupted(after=2)
+    with torch.no_grad():
+        next(teacher.restormer.parameters()).add_(1e-3)
+    make_interrupted(after=3)  # another teacher: the two files are made anew
+    left[0] = 1
+    cache = make_cache()
+    files = sorted(path.name for path in cache.folder.iterdir())
+    assert files == ["000000_0.pt", "000000_1.pt", "000001_0.pt", "000001_1.pt", "key"]
+
+
 def test_runs_of_two_seeds_share_a_cache_and_take_other_crops(make_cache):
     def crops(seed):
         cache = make_cache(seed=seed)
