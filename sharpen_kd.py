@@ -1624,6 +1624,13 @@ def png_info(
     return info
 
 
+def has_exif_groups(data: bytes) -> bool:
+    """Whether EXIF has camera settings or a place, which lie in directories of their own."""
+    exif = Image.Exif()
+    exif.load(data)
+    return any(group in exif for group in EXIF_GROUPS)
+
+
 def save_picture(image: Image.Image, path: Path) -> None:
     """Write a picture with the metadata in `image.info`, whole or not at all.
 
@@ -1640,6 +1647,8 @@ def save_picture(image: Image.Image, path: Path) -> None:
             del options[name]
             tqdm.write(f"{path}: a JPEG cannot hold {name.upper()} of that length; it is left out")
     options.update(COMPRESSION.get(kind, {}))
+    if kind == "TIFF" and has_exif_groups(options.get("exif", b"")):
+        options["compression"] = "raw"  # Pillow compresses by libtiff, which refuses them
     with replacing(path) as temporary:
         try:
             image.save(temporary, format=kind, **options)
@@ -1775,10 +1784,7 @@ def find_sharp(folder: Path, degradation: Degradation) -> list[Pair]:
     sides = find_sides(folder)
     sharp = sides["sharp"]
     if not any(sides.values()):
-        pictures = list_pictures(folder)
-        for path in pictures:
-            if is_own_output(path, pictures):
-                continue
+        for path in without_own_outputs(list_pictures(folder)):
             key = path.relative_to(folder).with_suffix("").as_posix()
             other = sharp.setdefault(key, path)
             require(other == path, f"{other} and {path} are the sharp side of one pair; rename one")
@@ -4330,18 +4336,22 @@ def reading_clip(path: Path) -> Iterator[None]:
     """PyAV's errors in here say that this clip cannot be read."""
     try:
         yield
-    except (OSError, IndexError, ValueError) as error:  # they are of these kinds
+    except (OSError, LookupError, ValueError) as error:  # they are of these kinds
         raise UserError(f"{path}: not a readable clip ({error})") from error
 
 
 @functools.cache
 def frame_count(path: Path) -> int:
-    """The frames of a video file, whose packets are counted, or of a folder of pictures."""
+    """The frames of a video file, whose packets are counted, or of a folder of pictures.
+
+    What an edit list hides, as a telephone's trimming does, is not decoded and not counted.
+    """
     if path.is_dir():
         return len(numbered_pictures(path))
     av = importlib.import_module("av")
     with reading_clip(path), av.open(path) as container:
-        return sum(packet.size > 0 for packet in container.demux(video=0))
+        shown = (p for p in container.demux(video=0) if p.size > 0 and not p.is_discard)
+        return sum(1 for _ in shown)
 
 
 def clip_frames(path: Path, wanted: slice = ALL_FRAMES) -> list[np.ndarray]:
@@ -4377,6 +4387,15 @@ def list_clips(folder: Path) -> list[Path]:
     return sorted(found)
 
 
+def list_sharp_clips(folder: Path) -> list[Path]:
+    """The clips in a folder that may count as sharp.
+
+    None that `sharpen` wrote does, and of encoded pairs the sharp side.
+    """
+    has_sides = all((folder / side).is_dir() for side in ("low", "sharp"))
+    return without_own_outputs(list_clips(folder / "sharp" if has_sides else folder))
+
+
 @functools.cache
 def holds_frames(folder: Path) -> bool:
     """Whether a folder's pictures are a clip: two or more, numbered without a gap.
@@ -4389,7 +4408,7 @@ def holds_frames(folder: Path) -> bool:
 
 def find_clips(folder: Path) -> list[Clip]:
     """The sharp clips in a folder; UserError if there are none."""
-    paths = list_clips(folder)
+    paths = list_sharp_clips(folder)
     require(paths, f"{folder}: no clips in this folder; call protocols need sharp ones")
     stems = collections.Counter(path.stem for path in paths)
     clips = []
@@ -4437,6 +4456,8 @@ def encoded_pair(
     require(count == clip.count(), f"{counts}; cut them to the same frames")
     received = clip_frames(clip.received, wanted)
     sharp = clip.frames(wanted)
+    decoded = f"{len(received)} frames of {clip.received}, {len(sharp)} of {clip.path} can be read"
+    require(len(received) == len(sharp), f"{decoded}; does each begin with a key frame?")
     sizes = (
         f"{clip.received} has frames of {pixels_of(received)}, {clip.path} of {pixels_of(sharp)}"
     )
@@ -4459,7 +4480,7 @@ def decoded_frames(
     with reading_clip(path), av.open(file) as container:
         decoded = container.decode(video=0)
         frames = itertools.islice(decoded, wanted.start, wanted.stop, wanted.step)
-        return [frame.to_ndarray(format="rgb24") for frame in frames]
+        return [upright(frame) for frame in frames]
 
 
 def small_size(width: int, height: int, factor: float) -> Size:
@@ -4733,9 +4754,19 @@ class Streams(Dataset):
                 pairs = find_sharp(place, ())
                 sources[protocol] += [p for p in pairs if not holds_frames(p.sharp.parent)]
             if protocol == CALL_MIXTURE or protocol in CALLS:
-                sources[protocol] += [Clip(path) for path in list_clips(place)]
+                sources[protocol] += [Clip(path) for path in list_sharp_clips(place)]
             require(sources[protocol], f"{place}: nothing to degrade by {protocol} in this folder")
+        for source in itertools.chain(*sources.values()):
+            if isinstance(source, Clip):
+                self.require_large_enough(source)
         return sources
+
+    def require_large_enough(self, clip: Clip) -> None:
+        """UserError, now and not after an hour, for a clip that gives no crops."""
+        side = self.config.crop_size
+        frames = clip.frames(slice(0, 1))
+        fits = min(frames[0].shape[:2]) >= side
+        require(fits, f"{clip.path}: {pixels_of(frames)} frames, smaller than --crop-size {side}")
 
     def __len__(self) -> int:
         return math.ceil(self.config.crops / CROPS_A_STREAM)
@@ -4809,8 +4840,6 @@ class Streams(Dataset):
         """
         side = self.config.crop_size
         height, width = sharp[0].shape[:2]
-        fits = min(height, width) >= side
-        require(fits, f"{width}x{height} frames: smaller than --crop-size {side}")
         draw = generator(key, "crops")
         for _ in range(CROPS_A_STREAM):
             frame = draw.integers(min(FIRST_SCORED, len(sharp) - 1), len(sharp))
@@ -4998,7 +5027,15 @@ def open_crops(folder: Path, key: str, shape: tuple) -> tuple[np.ndarray, list[s
     about_file = folder / PREPARED_ABOUT
     if not about_file.exists():
         require_writable(pixels_file)
-        return np.lib.format.open_memmap(pixels_file, "w+", np.uint8, shape), []
+        needed = math.prod(shape)
+        free = shutil.disk_usage(folder).free
+        sizes = f"{needed / 1e9:.1f} GB of crops, and {free / 1e9:.1f} GB are free"
+        require(needed < free, f"{folder}: {sizes}; fewer --crops, or another --data-root")
+        pixels = np.lib.format.open_memmap(pixels_file, "w+", np.uint8, shape)
+        if hasattr(os, "posix_fallocate"):  # else the file has holes, and a full disk is fatal
+            with pixels_file.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, needed)
+        return pixels, []
     remedy = "remove it or choose another --data-root"
     try:
         found, names = read_about(folder)
@@ -5142,6 +5179,29 @@ class TimedFrame:
 
     pixels: np.ndarray
     pts: int
+    duration: int
+
+
+class RisingTimes:
+    """A stream's times, made to rise, as every container wants them.
+
+    Some step back a little, as those of B-frames in .avi do: they are pushed on. Where they jump
+    back, as where two files were joined, all later ones are moved behind what came before.
+    """
+
+    def __init__(self, time_base: Fraction) -> None:
+        self.one_second = 1 / time_base
+        self.last: int | None = None
+        self.shift = 0
+
+    def __call__(self, time: int) -> int:
+        if self.last is not None and time + self.shift < self.last - self.one_second:
+            self.shift = self.last + 1 - time
+        time += self.shift
+        if self.last is not None:
+            time = max(time, self.last + 1)
+        self.last = time
+        return time
 
 
 class OtherStreams:
@@ -5155,6 +5215,7 @@ class OtherStreams:
         self.made = made
         self.copied = {}  # each new stream, by the index of the one that it copies
         self.encoded = {}
+        self.times = {}
         for stream in given.streams:
             if stream.type in ("audio", "subtitle"):
                 self.add(stream)
@@ -5167,6 +5228,7 @@ class OtherStreams:
         name = stream.codec_context.name if stream.codec_context else "unknown"
         try:
             new = self.copied[stream.index] = self.made.add_stream_from_template(stream)
+            self.times[stream.index] = RisingTimes(stream.time_base)
         except (OSError, ValueError):
             if stream.type == "subtitle" or not stream.codec_context:
                 print(f"{self.given.name}: its {stream.type} ({name}) does not fit here, left out")
@@ -5176,6 +5238,7 @@ class OtherStreams:
             new = self.made.add_stream(codec, rate=rate or stream.rate, layout=layout)
             self.encoded[stream.index] = new
         new.metadata.update(stream.metadata)  # its language, above all
+        new.disposition = stream.disposition  # such as: the one to play by default
 
     def read(self) -> Iterator:
         """The packets of the new streams, in the order of the file."""
@@ -5186,6 +5249,9 @@ class OtherStreams:
                     self.ended = max(self.ended, float(over * packet.time_base))
                 index = packet.stream.index
                 if index in self.copied and packet.dts is not None:  # else it marks the end
+                    moved = self.times[index](packet.dts) - packet.dts
+                    packet.dts += moved
+                    packet.pts = packet.dts if packet.pts is None else packet.pts + moved
                     packet.stream = self.copied[index]
                     yield packet
                 elif index in self.encoded:
@@ -5228,18 +5294,24 @@ def errors_about(what: str) -> Iterator[None]:
 
 
 def upright(frame) -> np.ndarray:
-    """An av.VideoFrame as 8-bit RGB (H, W, 3), turned as its stream says."""
+    """An av.VideoFrame as 8-bit RGB (H, W, 3), turned and mirrored as its stream says."""
     pixels = frame.to_ndarray(format="rgb24")
-    if not frame.rotation:
-        return pixels
-    return np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
+    for data in frame.side_data:
+        if data.type.name == "DISPLAYMATRIX":
+            (a, b, _), (c, d, _), _ = np.frombuffer(data, np.int32).reshape(3, 3) / 2**16
+            if a * d < b * c:  # its rotation says where rows go; columns then go the other way
+                pixels = pixels[::-1]
+    if frame.rotation:
+        pixels = np.rot90(pixels, round(frame.rotation / 90))
+    return np.ascontiguousarray(pixels)
 
 
 class ClipSharpener:
     """Sharpens a clip file; sound, subtitles and the times of the frames stay as they are.
 
-    `size` (width, height) enlarges frames first, as a call's window does. A turned clip, such as a
-    telephone's, is stored upright. The result appears under its name only when it is whole.
+    `size` (width, height) enlarges frames first, as a call's window does; without it a clip whose
+    size changes gets that of its first frame. A turned clip, such as a telephone's, is stored
+    upright. The result appears under its name only when it is whole.
     """
 
     def __init__(
@@ -5281,22 +5353,23 @@ class ClipSharpener:
 
     def decoded(self, given) -> Generator[TimedFrame, None, None]:
         """The frames of an open clip, upright and at the wanted size."""
+        size = self.size
+        rising = RisingTimes(given.streams.video[0].time_base)
         next_pts = 0
         with errors_about(given.name):
             for frame in given.decode(video=0):
                 pixels = upright(frame)
-                if self.size:
-                    pixels = window_sized(pixels, self.size)
-                pts = next_pts if frame.pts is None else frame.pts
+                size = size or (pixels.shape[1], pixels.shape[0])
+                pts = rising(next_pts if frame.pts is None else frame.pts)
                 next_pts = pts + (frame.duration or 1)
-                yield TimedFrame(pixels, pts)
+                yield TimedFrame(window_sized(pixels, size), pts, frame.duration or 0)
 
     def sharpened(
         self, frames: Generator[TimedFrame, None, None], source: str
     ) -> Generator[TimedFrame, None, None]:
         with contextlib.closing(frames), errors_about(source):
             for frame in frames:
-                yield TimedFrame(self.sharpener(frame.pixels), frame.pts)
+                yield dataclasses.replace(frame, pixels=self.sharpener(frame.pixels))
 
     def video_stream(self, made, encoder: Encoder, video, first: np.ndarray):
         """The new file's video stream: as large as the first frame, timed and coloured as `video`.
@@ -5332,6 +5405,7 @@ class ClipSharpener:
             dst_color_range=context.color_range,
         )
         picture.pts = frame.pts
+        picture.duration = frame.duration  # without it the last frame would be short
         picture.time_base = stream.codec_context.time_base
         return picture
 
@@ -5473,7 +5547,7 @@ class LiveSource:
         width = self.video.width
         height = self.video.height
         if self.is_file:
-            with self.open(self.name, {}) as again:
+            with errors_about(f"--live {self.name}"), self.open(self.name, {}) as again:
                 first = next(again.decode(video=0), None)
             if first is not None and round((first.rotation or 0) / 90) % 2:
                 return height, width
@@ -5659,6 +5733,8 @@ class StreamSink:
             if source.audio is not None:
                 self.audio = self.container.add_stream_from_template(source.audio)
         except Exception as error:  # PyAV has errors of many kinds
+            if getattr(self, "container", None):
+                self.container.close()  # Windows removes no open file
             raise UserError(f"-o {name}: cannot be written ({error})") from error
         self.name = name
         self.source = source
@@ -6315,11 +6391,9 @@ def find_sources(given: Path, results: Path | None) -> tuple[list[Path], list[Pa
         if len(read) < len(files):
             print(f"{len(files) - len(read)} files in {results}, which -o names, are not read")
         files = read
-    for file in files:
-        if file.suffix.lower() not in picture_formats() and not is_clip(file):
-            others.append(file)
-        elif not is_own_output(file, files):
-            sources.append(file)
+    for file in without_own_outputs(files):
+        known = file.suffix.lower() in picture_formats() or is_clip(file)
+        (sources if known else others).append(file)
     return sources, others
 
 
@@ -6329,13 +6403,17 @@ def is_inside(path: Path, folder: Path) -> bool:
     return folder.resolve() in (place, *place.parents)
 
 
-def is_own_output(source: Path, files: list[Path]) -> bool:
-    """Whether this is what an earlier `sharpen` of the same folder wrote."""
-    match = re.fullmatch(r"(.+)_(sharpened|before_after)(_\d+)?", source.stem)
-    if not match:
-        return False
-    near = [file.stem for file in files if file.parent == source.parent]
-    return match[1] in near or match[1] in map(shortened, near)
+def without_own_outputs(files: list[Path]) -> list[Path]:
+    """The files but for those that an earlier `sharpen` of the same folder wrote."""
+    stems = collections.defaultdict(set)
+    for file in files:
+        stems[file.parent] |= {file.stem, shortened(file.stem)}
+
+    def is_own(file: Path) -> bool:
+        match = re.fullmatch(r"(.+)_(sharpened|before_after)(_\d+)?", file.stem)
+        return bool(match) and match[1] in stems[file.parent]
+
+    return [file for file in files if not is_own(file)]
 
 
 def output_of(
@@ -6605,6 +6683,8 @@ def prepare_pairs(config: PrepareConfig, target: Path) -> None:
         raise
     target.mkdir(parents=True, exist_ok=True)
     for side in ("blurred", "sharp"):
+        if (target / side).exists():
+            (target / side).rmdir()  # it is empty; Windows replaces no folder
         (unfinished / side).replace(target / side)
     unfinished.rmdir()
     print(f"{len(sources)} pairs in {target}")
@@ -8083,6 +8163,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         print_error(error)
+        return 2
+    except RuntimeError as error:
+        if debug or "can't allocate memory" not in str(error):  # PyTorch's words, on a CPU
+            raise
+        print_error(UserError("there is not enough memory for this"))
         return 2
     except ModuleNotFoundError as error:  # a package that an optional package needs
         if debug:

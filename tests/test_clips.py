@@ -205,10 +205,36 @@ def test_frames_that_an_edit_list_hides_do_not_count(tmp_path, panning):
     for arguments in (encode, cut):
         subprocess.run([*ffmpeg, *arguments], check=True)
     (clip,) = kd.find_clips(tmp_path / "cut")
-    assert clip.count() == 32
+    assert clip.count() == 2
     assert len(clip.frames()) == 2
     with pytest.raises(kd.UserError, match=r"talk_1\.mp4: a clip needs more than 2 frames"):
         kd.evaluate_clip(clip, kd.CALLS["call"], {"input": lambda frame: frame})
+
+
+def test_only_sharp_clips_are_degraded(tmp_path, panning):
+    """Not those that arrived, where both sides are there, and not what `sharpen` wrote."""
+    for name in ("low/a", "sharp/a", "sharp/a_sharpened", "plain/b", "plain/b_sharpened"):
+        write_clip(tmp_path / f"{name}.mkv", panning[:3])
+    assert [clip.path for clip in kd.find_clips(tmp_path)] == [tmp_path / "sharp/a.mkv"]
+    assert [clip.path.name for clip in kd.find_clips(tmp_path / "plain")] == ["b.mkv"]
+    config = kd.PrepareConfig(sharp_dir=tmp_path, protocol=("calls", "low"), crop_size=64)
+    sources = kd.Streams(config).sources
+    assert [clip.path for clip in sources["calls"]] == [tmp_path / "sharp/a.mkv"]
+    assert [clip.received for clip in sources["low"]] == [tmp_path / "low/a.mkv"]
+
+
+def test_sides_of_which_one_cannot_be_decoded_whole_are_named(tmp_path, panning, monkeypatch):
+    for side in ("low", "sharp"):
+        write_clip(tmp_path / side / "a.mkv", panning)
+    (pair,) = kd.find_encoded_pairs(tmp_path)
+    read = kd.clip_frames
+    monkeypatch.setattr(
+        kd,
+        "clip_frames",
+        lambda path, wanted: read(path, wanted)[: -2 * ("low" in str(path)) or None],
+    )
+    with pytest.raises(kd.UserError, match=r"6 frames of .*low/a\.mkv, 8 of .*can be read"):
+        kd.encoded_pair(pair)
 
 
 def test_a_clip_that_is_too_short_is_named(tmp_path, panning):

@@ -101,6 +101,31 @@ def test_an_interrupted_prepare_goes_on_to_the_same_crops(
     assert np.array_equal(crops_in(tmp_path), crops_in(prepared))
 
 
+@pytest.mark.parametrize("fault", ["small", "broken"])
+def test_a_clip_that_gives_no_crops_is_named_before_any_is_written(tmp_path, capsys, fault):
+    frame = np.zeros((48, 96, 3), np.uint8)
+    write_clip(tmp_path / "in/large.mkv", [np.zeros((96, 96, 3), np.uint8)] * 3)
+    if fault == "small":
+        write_clip(tmp_path / "in/fault.mkv", [frame] * 3)
+        said = "fault.mkv: 96x48 frames, smaller than --crop-size 64"
+    else:
+        (tmp_path / "in/fault.mkv").write_bytes(b"no clip")
+        said = "fault.mkv: not a readable clip"
+    assert prepare(tmp_path / "in", tmp_path / "out", "--protocol", "calls") == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_is_too_small_is_noticed_before_any_crop(
+    sources, tmp_path, capsys, monkeypatch
+):
+    usage = kd.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(kd.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    assert prepare(sources, tmp_path / "out", "--protocol", "x2", "--crops", 12) == 2
+    assert "0.0 GB of crops, and 0.0 GB are free; fewer --crops" in capsys.readouterr().err
+    assert not (tmp_path / "out/train" / kd.PREPARED_PIXELS).exists()
+
+
 def test_other_crops_are_not_written_over(sources, prepared, capsys):
     before = crops_in(prepared)
     assert prepare(sources, prepared, "--protocol", "calls", "--crops", 96, "--seed", 1) == 2

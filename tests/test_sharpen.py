@@ -540,6 +540,19 @@ def test_xmp_that_a_jpeg_cannot_hold_is_left_out_and_said(tmp_path, run_sharpen,
     assert Image.open(tmp_path / "out.jpg").size == (40, 30)
 
 
+def test_a_tiff_keeps_camera_settings_and_place(tmp_path, run_sharpen, small):
+    exif = Image.Exif()
+    exif[ExifTags.IFD.Exif] = {ExifTags.Base.DateTimeOriginal: "2020:01:01 00:00:00"}
+    exif[ExifTags.IFD.GPSInfo] = {ExifTags.GPS.GPSLatitudeRef: "N"}
+    small.save(tmp_path / "in.jpg", exif=exif)
+    assert run_sharpen(tmp_path / "in.jpg", "-o", tmp_path / "out.tif")[0] == 0
+    with Image.open(tmp_path / "out.tif") as made:
+        kept = made.getexif()
+        settings = kept.get_ifd(ExifTags.IFD.Exif)
+        assert settings[ExifTags.Base.DateTimeOriginal] == "2020:01:01 00:00:00"
+        assert kept.get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSLatitudeRef] == "N"
+
+
 def test_exif_that_a_jpeg_cannot_hold_is_left_out_and_said(tmp_path, run_sharpen, small):
     exif = Image.Exif()
     exif[ExifTags.Base.ImageDescription] = "x" * 70_000

@@ -163,6 +163,89 @@ def test_a_turned_clip_is_stored_upright(clip, tmp_path, degrees):
     assert np.abs(stored.astype(int) - shown).mean() < 4  # another conversion from YUV
 
 
+@pytest.mark.parametrize("flags", [["hflip"], ["vflip"], ["hflip", "vflip"]])
+@pytest.mark.parametrize("degrees", [0, 90])
+def test_a_mirrored_clip_is_stored_as_players_show_it(clip, tmp_path, flags, degrees):
+    mirrored = tmp_path / "mirrored.mp4"
+    options = [f"-display_{flag}" for flag in flags]
+    turned = ["-display_rotation", degrees, *options, "-i", clip]
+    ffmpeg(*turned, "-map", "0:v", "-c", "copy", mirrored)
+    ffmpeg("-i", mirrored, "-frames:v", "1", tmp_path / "shown.png")
+    shown = kd.frame_array(kd.open_picture(tmp_path / "shown.png"))
+    frame = kd.clip_frames(mirrored)[0]
+    assert frame.shape == shown.shape
+    assert np.abs(frame.astype(int) - shown).mean() < 4
+
+
+def test_a_clip_whose_size_changes_keeps_that_of_its_first_frame(tmp_path):
+    """As a call's recording does where the network gets better."""
+    for side in (64, 128):
+        source = f"testsrc2=size={side}x{side}:rate=25:duration=0.4"
+        ffmpeg(
+            "-f", "lavfi", "-i", source, "-c:v", "libvpx", "-b:v", "1M", tmp_path / f"{side}.ivf"
+        )
+    parts = [(tmp_path / f"{side}.ivf").read_bytes() for side in (64, 128)]
+    (tmp_path / "both.ivf").write_bytes(parts[0] + parts[1][32:])  # without its second header
+    ffmpeg("-i", tmp_path / "both.ivf", "-c", "copy", tmp_path / "both.mkv")
+    kd.ClipSharpener(lambda frame: frame, lossless=True)(tmp_path / "both.mkv", tmp_path / "o.mkv")
+    made = kd.clip_frames(tmp_path / "o.mkv")
+    with av.open(str(tmp_path / "both.mkv")) as container:
+        given = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(made) == len(given) == 20
+    assert np.array_equal(made[3], given[3])
+    assert given[13].shape == (128, 128, 3)
+    assert np.array_equal(made[13], kd.window_sized(given[13], (64, 64)))
+
+
+def test_times_that_step_back_are_pushed_on_and_those_that_jump_back_moved():
+    rising = kd.RisingTimes(Fraction(1, 25))
+    assert [rising(time) for time in (1, 3, 2, 6, 5, 7)] == [1, 3, 4, 6, 7, 8]
+    joined = kd.RisingTimes(Fraction(1, 25))
+    assert [joined(time) for time in (50, 75, 100, 50, 75)] == [50, 75, 100, 101, 126]
+
+
+def test_a_clip_whose_times_step_back_is_sharpened(clip, tmp_path):
+    """PyAV gives frames of H.264 in .avi the times 1, 3, 2, 6, 5, ..."""
+    ffmpeg("-i", clip, "-r", "25", "-map", "0:v", "-c:v", "libx264", tmp_path / "a.avi")
+    count = kd.frame_count(tmp_path / "a.avi")
+    assert kd.ClipSharpener(lambda frame: frame)(tmp_path / "a.avi", tmp_path / "out.mkv") == count
+    times = frame_times(tmp_path / "out.mkv")
+    assert times == sorted(times)
+    assert times[-1] - times[0] == pytest.approx((count - 1) / 25, abs=0.1)
+
+
+def test_joined_clips_go_on_behind_each_other(clip, tmp_path):
+    ffmpeg("-i", clip, "-map", "0:v", "-map", "0:a", tmp_path / "a.mts")
+    joined = tmp_path / "joined.mts"
+    joined.write_bytes(2 * (tmp_path / "a.mts").read_bytes())
+    kd.ClipSharpener(lambda frame: frame)(joined, tmp_path / "out.mkv")
+    times = frame_times(tmp_path / "out.mkv")
+    assert len(times) == 24
+    assert 3 < times[-1] - times[0] < 4.5
+    assert packets(tmp_path / "out.mkv", "audio") == 2 * packets(tmp_path / "a.mts", "audio")
+
+
+def test_the_last_frame_is_shown_as_long_as_before(tmp_path):
+    """A slide show: two frames of three seconds each."""
+    slides = tmp_path / "slides.mp4"
+    ffmpeg("-f", "lavfi", "-i", "testsrc2=size=64x64:rate=1/3:duration=6", slides)
+    kd.ClipSharpener(lambda frame: frame)(slides, tmp_path / "out.mp4")
+    for path in (slides, tmp_path / "out.mp4"):
+        with av.open(str(path)) as container:
+            assert container.duration == pytest.approx(6e6, abs=1e5)
+
+
+def test_the_sound_that_is_played_by_default_stays_so(clip, tmp_path):
+    two = tmp_path / "two.mkv"
+    ffmpeg(
+        *("-i", clip, "-map", "0:v", "-map", "0:a", "-map", "0:a", "-c", "copy"),
+        *("-disposition:a:0", "0", "-disposition:a:1", "default", two),
+    )
+    kd.ClipSharpener(lambda frame: frame)(two, tmp_path / "out.mkv")
+    with av.open(str(tmp_path / "out.mkv")) as container:
+        assert [int(stream.disposition) & 1 for stream in container.streams.audio] == [0, 1]
+
+
 def test_colours_keep_their_meaning(tmp_path):
     """A clip in the colours of HD video, which other players would take for those of SD."""
     clip = tmp_path / "hd.mp4"
