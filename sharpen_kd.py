@@ -4428,7 +4428,7 @@ def find_encoded_pairs(folder: Path) -> list[Clip]:
         place = folder / side
         require(place.is_dir(), f"{place}: no such folder; encoded pairs are in low/ and sharp/")
         sides[side] = {}
-        for path in list_clips(place):
+        for path in without_own_outputs(list_clips(place)):
             key = path.relative_to(place)
             if path.is_file():  # a folder's name has no ending
                 key = key.with_suffix("")
