@@ -5456,14 +5456,23 @@ class LatestFrame:
             self.frame = frame
             self.changed.notify()
 
-    def take(self) -> LiveFrame | SharpenedFrame | None:
-        """The newest frame, as soon as there is one; None after the last."""
+    def take(self, longest: float = math.inf) -> LiveFrame | SharpenedFrame | None:
+        """The newest frame, as soon as there is one.
+
+        None after the last, and where none has come for `longest` seconds.
+        """
+        end = time.perf_counter() + longest
         with self.changed:
-            while self.frame is None and not self.closed:
+            while self.frame is None and not self.closed and time.perf_counter() < end:
                 self.changed.wait(timeout=0.2)  # Ctrl-C is noticed between two waits
             frame = self.frame
             self.frame = None
             return frame
+
+    def is_over(self) -> bool:
+        """Whether no frame waits here and none will."""
+        with self.changed:
+            return self.closed and self.frame is None
 
     def close(self) -> None:
         """Say that no more frames come; one that waits here is still taken."""
@@ -5563,18 +5572,36 @@ class LiveSource:
         finally:
             self.latest.close()
 
+    def packets(self) -> Iterator:
+        """What the source sends, until its end or `close`."""
+        streams = [stream for stream in (self.video, self.audio) if stream is not None]
+        while not self.stopped.is_set():
+            try:
+                for packet in self.container.demux(streams):
+                    if self.stopped.is_set():
+                        return
+                    yield packet
+                return
+            except BlockingIOError:  # a camera of macOS has no frame yet
+                self.stopped.wait(0.005)
+
+    def seconds_of(self, picture, begin: float) -> float:
+        """When a frame is to be seen; raw streams do not say it."""
+        if picture.time is not None:
+            return picture.time
+        if self.is_file:
+            return self.latest.received / self.rate
+        return time.perf_counter() - begin
+
     def read(self) -> None:
         begin = time.perf_counter()
-        streams = [stream for stream in (self.video, self.audio) if stream is not None]
-        for packet in self.container.demux(streams):
-            if self.stopped.is_set():
-                return
+        for packet in self.packets():
             if packet.stream is self.audio:
                 if packet.dts is not None:  # else it marks the end
                     self.sound.put(packet)
                 continue
             for picture in packet.decode():
-                seconds = picture.time or 0.0
+                seconds = self.seconds_of(picture, begin)
                 if self.first_pts is None:
                     self.first_pts = seconds
                 seconds -= self.first_pts
@@ -5639,8 +5666,11 @@ def opening_errors_about(name: str, kind: str) -> Iterator[None]:
 class LiveSink(typing.Protocol):
     """Where sharpened frames go."""
 
-    def show(self, pixels: np.ndarray, seconds: float) -> bool:
-        """Take a frame, 8-bit RGB (H, W, 3), and its time; False when there is nobody to see it."""
+    def show(self, pixels: np.ndarray, seconds: float) -> None:
+        """Take a frame, 8-bit RGB (H, W, 3), and its time."""
+
+    def is_seen(self) -> bool:
+        """Whether there is anybody to see more frames; asked five times a second and more."""
 
     def close(self) -> None:
         """Finish what was begun."""
@@ -5658,8 +5688,10 @@ class CameraSink:
             raise UserError(f"-o camera: no virtual camera ({error}); {remedy}") from error
         print(f"the camera is {self.camera.device}")
 
-    def show(self, pixels: np.ndarray, seconds: float) -> bool:
+    def show(self, pixels: np.ndarray, seconds: float) -> None:
         self.camera.send(pixels)
+
+    def is_seen(self) -> bool:
         return True
 
     def close(self) -> None:
@@ -5688,10 +5720,12 @@ class WindowSink:
     def leave(self) -> None:
         self.is_open = False
 
-    def show(self, pixels: np.ndarray, seconds: float) -> bool:
+    def show(self, pixels: np.ndarray, seconds: float) -> None:
         height, width = pixels.shape[:2]
         header = f"P6 {width} {height} 255 ".encode()  # a PPM picture, which Tk reads fastest
         self.picture.configure(data=header + pixels.tobytes())
+
+    def is_seen(self) -> bool:
         self.root.update()
         return self.is_open
 
@@ -5739,7 +5773,8 @@ class StreamSink:
         self.name = name
         self.source = source
         self.last_pts = -1
-        self.failed = False
+        self.last_sound = -math.inf
+        self.error: UserError | None = None
 
     def video_stream(self, size: Size, rate: float):
         stream = self.container.add_stream(LIVE_X264.codec, rate=round(rate) or FRAMES_A_SECOND)
@@ -5751,21 +5786,29 @@ class StreamSink:
         say_colours(stream.codec_context)
         return stream
 
-    def show(self, pixels: np.ndarray, seconds: float) -> bool:
+    def show(self, pixels: np.ndarray, seconds: float) -> None:
         cut = np.ascontiguousarray(pixels[: self.video.height, : self.video.width])
         picture = as_bt709(cut, self.video.pix_fmt)
         picture.time_base = self.video.codec_context.time_base
         picture.pts = max(round(seconds * 90000), self.last_pts + 1)
         self.last_pts = picture.pts
-        with self.telling_errors():
-            self.container.mux(self.video.encode(picture))
-            self.copy_sound()
-        return True
+        try:
+            with self.telling_errors():
+                self.container.mux(self.video.encode(picture))
+                self.copy_sound()
+        except UserError as error:
+            self.error = error  # for `open_sink`, when what came before has been saved
+
+    def is_seen(self) -> bool:
+        return self.error is None
 
     def copy_sound(self) -> None:
         """Write the sound that has come so far, on the clock of the frames."""
         while self.audio is not None and not self.sound.empty():
             packet = self.sound.get()
+            if packet.dts <= self.last_sound:
+                continue  # a stream that stumbled; no container takes it
+            self.last_sound = packet.dts
             shift = round((self.source.first_pts or 0) / packet.time_base)
             packet.pts = (packet.dts if packet.pts is None else packet.pts) - shift
             packet.dts -= shift
@@ -5778,17 +5821,16 @@ class StreamSink:
         try:
             yield
         except (OSError, ValueError) as error:  # PyAV's are of these kinds
-            self.failed = True
             cause = getattr(error, "strerror", None) or error
             raise UserError(f"-o {self.name}: {cause}") from error
 
     def close(self) -> None:
         try:
-            if not self.failed:
-                with self.telling_errors():
+            with self.telling_errors():
+                if self.error is None:
                     self.copy_sound()
                     self.container.mux(self.video.encode(None))
-                    self.container.close()  # an .mp4 gets its index here
+                self.container.close()  # an .mp4 gets its index here
         finally:
             with contextlib.suppress(OSError, ValueError):  # it has been told
                 self.container.close()
@@ -5804,7 +5846,12 @@ def is_plain_file(name: str) -> bool:
 
 @contextlib.contextmanager
 def open_sink(name: str, size: Size, source: LiveSource) -> Iterator[LiveSink]:
-    """The sink that -o names; a file appears under its name when it is whole."""
+    """The sink that -o names.
+
+    A file appears under its name when it is whole, or holds what came before an error, which is
+    raised then.
+    """
+    sink: LiveSink
     with contextlib.ExitStack() as stack:
         if name == "camera":
             sink = CameraSink(size, source.rate)
@@ -5818,6 +5865,8 @@ def open_sink(name: str, size: Size, source: LiveSource) -> Iterator[LiveSink]:
                 sink = StreamSink(name, size, source)
         with contextlib.closing(sink):
             yield sink
+    if isinstance(sink, StreamSink) and sink.error:
+        raise sink.error
 
 
 @dataclass(frozen=True)
@@ -6071,15 +6120,16 @@ def show_frames(finished: LatestFrame, level: Level, sink: LiveSink, report: Liv
 
     A change from the level at the beginning is said when it is seen.
     """
-    while (frame := finished.take()) is not None:
-        is_seen = sink.show(frame.pixels, frame.seconds)
+    while sink.is_seen() and not finished.is_over():
+        frame = finished.take(longest=0.2)  # a window is closed while nothing comes, too
+        if frame is None:
+            continue
+        sink.show(frame.pixels, frame.seconds)
         report.note(frame.arrived)
         if frame.level != level:
             level = frame.level
             report.say(f"from {frame.seconds:.1f} s on: {level}")
         report.show_line(level)
-        if not is_seen:
-            return
 
 
 def sink_of(config: SharpenConfig) -> str:

@@ -178,13 +178,14 @@ class FakeSharpener:
         return picture
 
 
-def hold_call(latest, show, sharpener=None):
+def hold_call(latest, show, sharpener=None, is_seen=lambda: True):
     """`kd.hold_call` with a source and a sink of the test's own; the times that were noted."""
     noted = []
     governor = types.SimpleNamespace(level=kd.Level(""), note=noted.append)
     source = types.SimpleNamespace(latest=latest, name="test", rate=30, thread=threading.Thread())
     sharpening = kd.LiveSharpening(source, sharpener or FakeSharpener(), governor)
-    kd.hold_call(source, sharpening, types.SimpleNamespace(show=show))
+    sink = types.SimpleNamespace(show=show, is_seen=is_seen)
+    kd.hold_call(source, sharpening, sink)
     assert not sharpening.thread.is_alive()
     return noted
 
@@ -212,7 +213,6 @@ def test_the_next_frame_is_sharpened_while_one_is_shown():
             assert sharpener.second_begun.wait(timeout=20)
         else:
             latest.close()
-        return True
 
     latest.put(live_frame(0))
     assert len(hold_call(latest, show, sharpener)) == 2
@@ -231,7 +231,6 @@ def test_a_slow_sink_drops_frames_and_is_no_reason_for_another_level(capsys):
                 wait_until(lambda: latest.frame is None)  # it is being sharpened
             latest.close()
             time.sleep(0.2)
-        return True
 
     latest.put(live_frame(0))
     noted = hold_call(latest, show)
@@ -241,20 +240,17 @@ def test_a_slow_sink_drops_frames_and_is_no_reason_for_another_level(capsys):
     assert " 2 dropped;" in capsys.readouterr().out
 
 
-def leave(pixels, seconds):
-    return False
-
-
 def fail(pixels, seconds):
     raise kd.UserError("the listener has gone")
 
 
-@pytest.mark.parametrize("show", [leave, fail])
+@pytest.mark.parametrize("show", [lambda pixels, seconds: None, fail])
 @pytest.mark.parametrize("more", [False, True])
 def test_a_sink_that_ends_ends_the_call(show, more):
     """Though no more frames come, or though they come faster than they are sharpened."""
     latest = kd.LatestFrame()
     latest.put(live_frame(0))
+    seen = [True, True, False]  # it is closed while the second frame is waited for
 
     class Slow(FakeSharpener):
         def __call__(self, picture, level):
@@ -267,7 +263,7 @@ def test_a_sink_that_ends_ends_the_call(show, more):
 
     def call():
         try:
-            outcome.append(hold_call(latest, show, Slow()))
+            outcome.append(hold_call(latest, show, Slow(), lambda: seen.pop(0)))
         except kd.UserError as error:
             outcome.append(str(error))
 
@@ -446,6 +442,77 @@ def test_a_full_disk_is_told_at_the_end_too(camera, tmp_path):
     assert done.stderr == f"sharpen_kd: error: -o {out}: File too large\n"
     assert out.read_bytes() == b"an earlier one"
     assert os.listdir(tmp_path) == ["out.mp4"]
+
+
+def test_an_error_leaves_what_was_recorded_before(camera, tmp_path, capsys, monkeypatch):
+    mux = kd.StreamSink.copy_sound
+    shown = []
+
+    def fail_at_the_eighth(sink):
+        shown.append(sink)
+        if len(shown) == 8:
+            raise ValueError("no more")
+        mux(sink)
+
+    monkeypatch.setattr(kd.StreamSink, "copy_sound", fail_at_the_eighth)
+    out = tmp_path / "out.mp4"
+    assert live("--live", camera, "-o", out) == 2
+    assert capsys.readouterr().err.endswith(f"sharpen_kd: error: -o {out}: no more\n")
+    assert 5 <= len(frames_of(out)[0]) <= 8
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_sound_that_stumbles_is_left_out(camera, tmp_path, monkeypatch):
+    """A packet that comes twice, as from a camera that starts anew."""
+    packets = kd.LiveSource.packets
+
+    def twice(source):
+        for packet in packets(source):
+            yield packet
+            if packet.stream is source.audio and packet.dts is not None:
+                yield packet
+
+    monkeypatch.setattr(kd.LiveSource, "packets", twice)
+    assert live("--live", camera, "-o", tmp_path / "out.mp4") == 0
+    assert sound_of(tmp_path / "out.mp4") == sound_of(camera)
+
+
+def test_a_camera_without_a_frame_as_yet_is_asked_again(camera):
+    """As FFmpeg's for macOS answers."""
+    source = kd.LiveSource(str(camera))
+    demux = source.container.demux
+    answers = [BlockingIOError(35, "Resource temporarily unavailable"), None]
+
+    def not_at_once(streams):
+        error = answers.pop(0)
+        if error:
+            raise error
+        yield from demux(streams)
+
+    source.container = types.SimpleNamespace(demux=not_at_once, close=source.container.close)
+    with contextlib.closing(source):
+        assert sum(packet.size > 0 for packet in source.packets()) == 20
+    assert not answers
+
+
+def test_a_raw_file_comes_at_its_own_rate(camera, tmp_path):
+    """Its frames have no times."""
+    raw = tmp_path / "raw.h264"
+    ffmpeg("-i", camera, "-map", "0:v", "-c", "copy", "-bsf:v", "h264_mp4toannexb", raw)
+    begin = time.perf_counter()
+    assert live("--live", raw, "-o", tmp_path / "out.mp4", "--fps", "10") == 0
+    assert time.perf_counter() - begin > 1.8
+    times, _ = frames_of(tmp_path / "out.mp4")
+    assert times[-1] == pytest.approx(1.9, abs=0.11)
+
+
+def test_a_damaged_source_costs_a_line(camera, tmp_path, capsys):
+    content = bytearray(camera.read_bytes())
+    begin = content.index(b"mdat") + 4
+    content[begin : begin + 20_000] = bytes(20_000)
+    (tmp_path / "damaged.mp4").write_bytes(content)
+    assert live("--live", tmp_path / "damaged.mp4", "-o", tmp_path / "out.mp4") == 2
+    assert f"error: --live {tmp_path / 'damaged.mp4'}: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
