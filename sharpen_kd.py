@@ -83,6 +83,7 @@ import tempfile
 import threading
 import time
 import typing
+import unicodedata
 import warnings
 import zipfile
 import zlib
@@ -4618,10 +4619,11 @@ def vmaf_scores(outputs: list[np.ndarray], sharp: list[np.ndarray]) -> dict[str,
         log = "scores.json"  # in the folder that FFmpeg runs in: a path would need escaping
         graph = f"[0:v]{convert}[a];[1:v]{convert}[b];"
         graph += f"[a][b]libvmaf=model='{models}':log_fmt=json:log_path={log}"
-        command = [ffmpeg, "-hide_banner", *inputs, "-lavfi", graph, "-f", "null", "-"]
+        command = [ffmpeg, "-v", "error", *inputs, "-lavfi", graph, "-f", "null", "-"]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-        reason = done.stderr.strip().split("\n")[-1]
-        require(done.returncode == 0, f"imageio-ffmpeg: libvmaf failed ({reason})")
+        reason = done.stderr.strip().split("\n")[0] or f"exit status {done.returncode}"
+        failed = f"imageio-ffmpeg: libvmaf failed on {width}x{height} frames ({reason})"
+        require(done.returncode == 0, failed)
         pooled = json.loads(Path(folder, log).read_text())["pooled_metrics"]
     return {name: pooled[name]["mean"] for name in ("vmaf", "vmaf_neg")}
 
@@ -6330,6 +6332,8 @@ def before_and_after(image: Image.Image, result: Image.Image) -> Image.Image:
     sheet = Image.new("RGB", (2 * size[0] + 8, size[1]), "white")
     sheet.paste(before.resize(size, Image.Resampling.NEAREST), (0, 0))
     sheet.paste(after.resize(size, Image.Resampling.NEAREST), (size[0] + 8, 0))
+    if profile := result.info.get("icc_profile"):
+        sheet.info["icc_profile"] = profile  # both halves are in its colours
     return sheet
 
 
@@ -6346,7 +6350,7 @@ def plan_jobs(config: SharpenConfig) -> tuple[list[Job], list[Path]]:
     to_file = output_is_file(config)
     jobs: list[Job] = []
     planned: set[str] = set()  # sources; one may be named twice
-    taken: set[Path] = set()  # the names of outputs
+    taken: set[str] = set()  # the names of outputs
     others: list[Path] = []
     results = None if to_file else config.output
     for given in config.inputs:
@@ -6354,7 +6358,7 @@ def plan_jobs(config: SharpenConfig) -> tuple[list[Job], list[Path]]:
         others += more
         folder = given if given.is_dir() else given.parent
         for source in sources:
-            real = os.path.realpath(source)
+            real = name_on_disk(source)
             if real in planned:
                 continue
             planned.add(real)
@@ -6491,14 +6495,23 @@ def writable_suffix(path: Path) -> str:
     return ".png"
 
 
-def numbered(target: Path, taken: set[Path]) -> Path:
+CASE_MATTERS = sys.platform not in ("darwin", "win32")
+
+
+def name_on_disk(path: Path) -> str:
+    """What two paths of one file have in common: links followed, and capitals where they matter."""
+    real = os.path.realpath(path)
+    return real if CASE_MATTERS else unicodedata.normalize("NFC", real).casefold()
+
+
+def numbered(target: Path, taken: set[str]) -> Path:
     """The target, or target_2, target_3, ... where inputs of one name meet; takes the name."""
     free = target
     number = 1
-    while free in taken:
+    while name_on_disk(free) in taken:
         number += 1
         free = target.with_stem(f"{target.stem}_{number}")
-    taken.add(free)
+    taken.add(name_on_disk(free))
     return free
 
 
@@ -6527,7 +6540,7 @@ def keep_inputs(config: SharpenConfig, jobs: list[Job], sources: set[str]) -> No
     """UserError for an output that would replace an input."""
     for job in jobs:
         for target in job.targets(config):
-            is_input = os.path.realpath(target) in sources
+            is_input = name_on_disk(target) in sources
             require(not is_input, f"{target}: would be overwritten; choose another -o")
 
 
@@ -7181,7 +7194,7 @@ def evaluate(config: EvalConfig) -> None:
             result, rows = evaluate_pairs(config, protocol, examples, methods, gallery)
         results[protocol] = result
         lines += [csv_line(protocol, row) for row in rows]
-    write_csv(lines, config.output_dir / "scores.csv")
+        write_csv(lines, config.output_dir / "scores.csv")  # what is done is not lost by an error
     if config.json:
         write_json(results.get(STORED_PAIRS, results), config.json)
     if config.report:
@@ -7531,6 +7544,8 @@ def export(config: ExportConfig) -> None:
     path = config.output
     if path.suffix.lower() != suffix:
         path = path.with_name(path.name + suffix)
+    if config.format == "openvino":
+        path = path.with_suffix(suffix)  # it takes no .XML
     require_writable(path)
     network = FrameNetwork(student).eval()
     if config.format == "onnx":

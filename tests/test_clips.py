@@ -140,6 +140,28 @@ def test_vmaf_prefers_the_sharp_clip_and_its_neg_does_not_reward_contrast(pannin
     assert boosted["vmaf"] - boosted["vmaf_neg"] > same["vmaf"] - same["vmaf_neg"]
 
 
+def test_frames_that_vmaf_cannot_score_are_named():
+    pytest.importorskip("imageio_ffmpeg", reason="pip install imageio-ffmpeg")
+    frames = [np.zeros((16, 16, 3), np.uint8)] * 4
+    with pytest.raises(kd.UserError, match=r"libvmaf failed on 16x16 frames \(.+\)"):
+        kd.vmaf_scores(frames, frames)
+
+
+def test_an_error_leaves_the_scores_of_the_protocols_before(clip_folder, tmp_path, monkeypatch):
+    received = kd.received_frames
+
+    def fail(sharp, call, path):
+        if call == kd.CALLS["call-vp9"]:
+            raise kd.UserError("no VP9 here")
+        return received(sharp, call, path)
+
+    monkeypatch.setattr(kd, "received_frames", fail)
+    monkeypatch.setattr(kd, "vmaf_scores", lambda outputs, sharp: {})
+    command = ["eval", "--data-root", str(clip_folder), "--protocol", "call", "call-vp9"]
+    assert kd.main([*command, "--output-dir", str(tmp_path / "out")]) == 2
+    assert (tmp_path / "out/scores.csv").read_text().count("\ncall,") == 3
+
+
 def test_clips_average_to_kinds_and_kinds_to_all():
     rows = []
     for name, psnr in (("talk_01", 30.0), ("talk_02", 34.0), ("room_01", 20.0)):

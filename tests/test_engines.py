@@ -281,8 +281,10 @@ def test_exported_files_are_the_student(tmp_path, student_file, random_frame, ca
     assert kd.main([*command, str(tmp_path / "stud.onnx")]) == 0
     assert kd.main([*command, str(tmp_path / "LOUD.ONNX")]) == 0
     assert kd.main([*command, str(tmp_path / "stud"), "--format", "openvino"]) == 0
+    assert kd.main([*command, str(tmp_path / "LOUD.XML"), "--format", "openvino"]) == 0
     written = sorted(path.name for path in tmp_path.iterdir())
-    assert written == ["LOUD.ONNX", "stud.bin", "stud.onnx", "stud.xml"]
+    model = ["LOUD.bin", "LOUD.xml", "stud.bin", "stud.onnx", "stud.xml"]
+    assert written == ["LOUD.ONNX", *model]
     printed = capsys.readouterr().out
     assert f"{tmp_path / 'stud.onnx'}\n" in printed
     assert "sides multiples of 32" in printed

@@ -267,6 +267,25 @@ def test_a_sheet_of_print_colours_shows_both_sides_by_their_profile(tmp_path, sm
     assert np.array_equal(np.array(left), np.array(right))
 
 
+def test_a_sheet_has_the_profile_of_its_halves(small):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    small.info["icc_profile"] = profile
+    assert kd.before_and_after(small, small).info["icc_profile"] == profile
+
+
+def test_where_capitals_do_not_matter_two_names_are_one(tmp_path, run_sharpen, small, monkeypatch):
+    monkeypatch.setattr(kd, "CASE_MATTERS", False)  # as on Windows and macOS
+    for name in ("x/A.png", "y/a.png"):
+        (tmp_path / name).parent.mkdir()
+        small.save(tmp_path / name)
+    out = tmp_path / "out"
+    assert run_sharpen(tmp_path / "x", tmp_path / "y", "-o", out)[0] == 0
+    assert sorted(path.name for path in out.iterdir()) == ["A.png", "a_2.png"]
+    status, error, _ = run_sharpen(tmp_path / "y/a.png", "-o", tmp_path / "y/A.png", "--overwrite")
+    assert status == 2
+    assert "A.png: would be overwritten" in error
+
+
 def test_a_sheet_shows_both_side_by_side_and_enlarged(tmp_path, run_sharpen, small):
     small.save(tmp_path / "a.png")
     status, _, output = run_sharpen(tmp_path / "a.png", "--before-after")
