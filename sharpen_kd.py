@@ -2367,7 +2367,8 @@ def luma_layers() -> tuple[nn.Conv2d, nn.Conv2d]:
     of_each = haar()  # the mean and the differences of a fold's lumas
     of_all = torch.full((1, 4), 1 / 4)  # averages a colour difference over the fold's pixels
     to_each = torch.ones(4, 1)  # gives the same to all four
-    # `pixel_unshuffle` orders the 12 channels of a fold by colour and pixel.
+    # `pixel_unshuffle` orders the 12 channels of a fold by colour and pixel: R00 R01 R10 R11 G00.
+    # The six planes are the lumas' mean and three differences, then blue - luma and red - luma.
     into = [torch.kron(from_rgb[:1], of_each), torch.kron(from_rgb[1:], of_all)]
     back = [torch.kron(to_rgb[:, :1], of_each), torch.kron(to_rgb[:, 1:], to_each)]
 
@@ -2407,7 +2408,7 @@ class SEBlock(nn.Module):
     smoothly. With cells of 32 pixels that is what a training crop of 96 pixels shows.
     """
 
-    CELL = 32  # pixels of the side of a cell, at least
+    CELL = 32  # pixels of the side of a cell, at least; as many at every scale of a U-Net
 
     def __init__(self, channels: int, cell: int) -> None:
         super().__init__()
@@ -2820,6 +2821,8 @@ def positional_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tenso
 def feature_loss(student: dict[str, Tensor], teacher: dict[str, Tensor]) -> Tensor:
     """L1 between student features and projected teacher features, (B, C, H, W); mean over taps.
 
+    For each channel |(s - mean of s) - (t - mean of t) / (standard deviation of t)|.
+
     The projections train too, so a plain L1 would be smallest with both sides at zero. Here each
     teacher channel is standardised to variance 1, so that no projection can shrink it; the
     student's is only centred, and has to reach that variance itself. (With both standardised, 13 of
@@ -3092,7 +3095,11 @@ class Objective(nn.Module):
                     self.expansions.append(Expansion(parameter, expansion))
 
     def weights(self) -> dict[str, Tensor]:
-        """The network's parameters by name, with their expansions."""
+        """The network's parameters by name, with their expansions.
+
+        `functional_call` runs the network with these sums in the parameters' places, so gradients
+        reach both the parameters and the expansions; and the sums are what the EMA averages.
+        """
         weights = dict(self.network.named_parameters())
         for name, expansion in zip(self.expanded, self.expansions, strict=True):
             weights[name] = expansion(weights[name])
@@ -3134,7 +3141,8 @@ class CropOrder(Sampler[list[tuple[int, int]]]):
 
     Two processes that accumulate over one batch each see in a step what one process sees that
     accumulates over two: the same crops, shared out. (In an epoch's last step two may see more: it
-    is filled up to a whole batch for each.)
+    is filled up to a whole batch for each.) Eight crops in batches of two are dealt out like cards:
+    the first process gets 0 2 and 4 6, the second 1 3 and 5 7 of an epoch's order.
     """
 
     def __init__(self, count: int, config: RunConfig, rank: int = 0, processes: int = 1) -> None:
@@ -3898,6 +3906,10 @@ class FrameNetwork(nn.Module):
         bf16 rounds each weight for itself, to 8 bits: they no longer add up to zero, grey seems to
         have a colour, and comes back up to 4 levels apart. As multiples of what the last of 8 bits
         is worth in the larger of red and blue they are held exactly; green becomes minus their sum.
+
+        A number m * 2^e with m in [0.5, 1), as `frexp` gives it, has a last bit of 2^(e - 8). In
+        blue - luma and in red - luma the two have opposite signs, so green is smaller than the
+        larger of them, and as a multiple of the same 2^(e - 8) it needs no more bits.
         """
         layer = self.student.first_layer
         pattern = "out (column color) y x -> color out column y x"
@@ -3935,6 +3947,7 @@ class FrameNetwork(nn.Module):
         corrections = [layer(x).permute(0, 2, 3, 1) for layer in self.outputs]
         if len(corrections) == 1:
             corrections = corrections[0].chunk(self.stride, dim=3)
+        # One for each row of a fold now: r times (B, H/r, W/r, 3r), which flattens to (.., 3 W).
         rows = frames.flatten(2).unflatten(1, (-1, self.stride))  # (B, H/r, r, 3 W)
         restored = []
         for number, correction in enumerate(corrections):
@@ -4106,6 +4119,10 @@ def cut_side(length: int, phase: int = 0, *, tile: int, overlap: int, alignment:
     starts at a multiple of `alignment`, and shares at least `overlap` pixels with the next. Where
     two tiles share pixels, the first gives the first half of them and the second the other half, so
     that neither tile's own edge is seen.
+
+    With a MARGIN of 8, 200 pixels are continued to 224 (8 before, 16 after, for an alignment of
+    32). Tiles of 128 that share 32 start at 0 and 96: the first gives pixels 0 to 104, from its
+    position 8 on; the second pixels 104 to 200, from its position 16 on.
     """
     before = MARGIN + phase
     after = before + length
@@ -7347,7 +7364,8 @@ def cropped_sides(sides: Sides, window: int) -> Sides:
 def most_changed(before: np.ndarray, after: np.ndarray, height: int, width: int) -> tuple[int, int]:
     """(top, left) of the part of this size in which two frames differ most."""
     change = np.square(before.astype(np.int64) - after).sum(2)
-    # sums[i, j] is the change above row i and left of column j, and any part's follows from four.
+    # sums[i, j] is the change above row i and left of column j, and any part's follows from four:
+    # sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left].
     sums = np.pad(change.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
     above = sums[:-height]
     below = sums[height:]
