@@ -14,8 +14,8 @@ excitation blocks, distilled from Restormer by five loss terms. "x2" is its blur
 to half its sides and enlarged again.
 
 What it reached: 110 test pictures at x2 (27.75 dB / 0.8605) become 30.42 dB / 0.9094 by
-model_checkpoints/student.pth and 29.80 dB / 0.9030 by student_fast.pth. Six talking clips in calls
-gain 0.64 dB by student_call.pth and 0.51 dB by student_call_fast.pth. README.md has the speeds.
+model_checkpoints/student.pth and 29.85 dB / 0.9044 by student_fast.pth. Six talking clips in calls
+gain 0.72 dB by student_call.pth and 0.66 dB by student_call_fast.pth. README.md has the speeds.
 
 Map of this file. The story is read from top to bottom, and needs hardly anything from the workshop:
 
