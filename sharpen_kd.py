@@ -5257,7 +5257,8 @@ class OtherStreams:
             new = self.made.add_stream(codec, rate=rate or stream.rate, layout=layout)
             self.encoded[stream.index] = new
         new.metadata.update(stream.metadata)  # its language, above all
-        new.disposition = stream.disposition  # such as: the one to play by default
+        given = getattr(stream, "disposition", 0)  # such as: the one to play by default
+        new.disposition = getattr(given, "value", given)  # a Flag before PyAV 17.1
 
     def read(self) -> Iterator:
         """The packets of the new streams, in the order of the file."""
@@ -5315,11 +5316,14 @@ def errors_about(what: str) -> Iterator[None]:
 def upright(frame) -> np.ndarray:
     """An av.VideoFrame as 8-bit RGB (H, W, 3), turned and mirrored as its stream says."""
     pixels = frame.to_ndarray(format="rgb24")
-    for data in frame.side_data:
-        if data.type.name == "DISPLAYMATRIX":
-            (a, b, _), (c, d, _), _ = np.frombuffer(data, np.int32).reshape(3, 3) / 2**16
-            if a * d < b * c:  # its rotation says where rows go; columns then go the other way
-                pixels = pixels[::-1]
+    try:
+        matrices = [data for data in frame.side_data if data.type.name == "DISPLAYMATRIX"]
+    except ValueError:  # PyAV does not know a type that this frame has, such as EXIF
+        matrices = []
+    for matrix in matrices:
+        (a, b, _), (c, d, _), _ = np.frombuffer(matrix, np.int32).reshape(3, 3) / 2**16
+        if a * d < b * c:  # its rotation says where rows go; columns then go the other way
+            pixels = pixels[::-1]
     if frame.rotation:
         pixels = np.rot90(pixels, round(frame.rotation / 90))
     return np.ascontiguousarray(pixels)
@@ -8166,7 +8170,7 @@ def require_used(config: TrainConfig, given: dict[str, object]) -> None:
     unused = {"luma", "skips", "base_channels"} if config.network == "plain" else set()
     if config.widths:
         unused.add("base_channels")
-    for name in sorted(unused & given.keys()):
+    for name in sorted(unused & {n for n, value in given.items() if value}):
         raise UserError(f"--{name.replace('_', '-')}: not used by this student; leave it out")
 
 
