@@ -3764,7 +3764,7 @@ class TeacherCache(Dataset):
             wait_for_all_processes()
             if RANK == 0:
                 write_text(key, key_file)
-                (folder / "key.unfinished").unlink()
+                (folder / "key.unfinished").unlink(missing_ok=True)
             wait_for_all_processes()
         mismatch = f"--teacher-cache {folder} is another teacher's or other data's"
         require(key_file.read_text() == key, f"{mismatch}; remove it or name another")
@@ -5053,7 +5053,10 @@ def open_crops(folder: Path, key: str, shape: tuple) -> tuple[np.ndarray, list[s
         pixels = np.lib.format.open_memmap(pixels_file, "w+", np.uint8, shape)
         if hasattr(os, "posix_fallocate"):  # else the file has holes, and a full disk is fatal
             with pixels_file.open("r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, needed)
+                try:
+                    os.posix_fallocate(file.fileno(), 0, pixels_file.stat().st_size)
+                except OSError as error:  # some file systems do not know it
+                    require(error.errno != errno.ENOSPC, f"{folder}: the disk is full")
         return pixels, []
     remedy = "remove it or choose another --data-root"
     try:
@@ -5208,13 +5211,13 @@ class RisingTimes:
     back, as where two files were joined, all later ones are moved behind what came before.
     """
 
-    def __init__(self, time_base: Fraction) -> None:
-        self.one_second = 1 / time_base
+    def __init__(self, time_base: Fraction, longest_step: float = 1.0) -> None:
+        self.longest_step = longest_step / time_base  # back; a longer one, in seconds, is a jump
         self.last: int | None = None
         self.shift = 0
 
     def __call__(self, time: int) -> int:
-        if self.last is not None and time + self.shift < self.last - self.one_second:
+        if self.last is not None and time + self.shift < self.last - self.longest_step:
             self.shift = self.last + 1 - time
         time += self.shift
         if self.last is not None:
@@ -5252,13 +5255,15 @@ class OtherStreams:
             if stream.type == "subtitle" or not stream.codec_context:
                 print(f"{self.given.name}: its {stream.type} ({name}) does not fit here, left out")
                 return
-            codec, rate = ("libopus", 48_000) if self.made.format.name == "webm" else ("aac", None)
+            codec = "libopus" if self.made.format.name == "webm" else "aac"
+            rate = 48_000 if codec == "libopus" else min(stream.rate, 48_000)
             layout = "mono" if stream.channels == 1 else "stereo"
-            new = self.made.add_stream(codec, rate=rate or stream.rate, layout=layout)
+            new = self.made.add_stream(codec, rate=rate, layout=layout)
             self.encoded[stream.index] = new
         new.metadata.update(stream.metadata)  # its language, above all
-        given = getattr(stream, "disposition", 0)  # such as: the one to play by default
-        new.disposition = getattr(given, "value", given)  # a Flag before PyAV 17.1
+        if hasattr(new, "disposition"):  # such as: the one to play by default; not in PyAV 14
+            given = stream.disposition
+            new.disposition = getattr(given, "value", given)  # a Flag before PyAV 17.1
 
     def read(self) -> Iterator:
         """The packets of the new streams, in the order of the file."""
@@ -5275,9 +5280,8 @@ class OtherStreams:
                     packet.stream = self.copied[index]
                     yield packet
                 elif index in self.encoded:
-                    for frame in packet.decode():
-                        if frame.pts is not None:  # as a decoder's last may be
-                            yield from self.encoded[index].encode(frame)
+                    for frame in decoded_sound(packet):
+                        yield from self.encoded[index].encode(frame)
             for stream in self.encoded.values():
                 yield from stream.encode(None)
 
@@ -5286,6 +5290,14 @@ class OtherStreams:
         while self.next is not None and self.next.dts * self.next.time_base <= seconds:
             self.made.mux(self.next)
             self.next = next(self.packets, None)
+
+
+def decoded_sound(packet) -> list:
+    """A packet's frames, but for one without a time, as the last may be; none if it is damaged."""
+    try:
+        return [frame for frame in packet.decode() if frame.pts is not None]
+    except (OSError, ValueError):  # PyAV's errors are of these kinds; the rest can be heard
+        return []
 
 
 def note_missing_end(given, ended: float) -> None:
@@ -5377,15 +5389,18 @@ class ClipSharpener:
     def decoded(self, given) -> Generator[TimedFrame, None, None]:
         """The frames of an open clip, upright and at the wanted size."""
         size = self.size
-        rising = RisingTimes(given.streams.video[0].time_base)
+        video = given.streams.video[0]
+        sixteen_frames = 16 / float(video.average_rate or FRAMES_A_SECOND)  # H.264's most reordered
+        rising = RisingTimes(video.time_base, max(1.0, sixteen_frames))
         next_pts = 0
         with errors_about(given.name):
             for frame in given.decode(video=0):
                 pixels = upright(frame)
                 size = size or (pixels.shape[1], pixels.shape[0])
-                pts = rising(next_pts if frame.pts is None else frame.pts)
-                next_pts = pts + (frame.duration or 1)
-                yield TimedFrame(window_sized(pixels, size), pts, frame.duration or 0)
+                given_pts = next_pts if frame.pts is None else frame.pts
+                next_pts = given_pts + (frame.duration or 1)
+                duration = frame.duration or 0
+                yield TimedFrame(window_sized(pixels, size), rising(given_pts), duration)
 
     def sharpened(
         self, frames: Generator[TimedFrame, None, None], source: str
@@ -5797,6 +5812,7 @@ class StreamSink:
         self.source = source
         self.last_pts = -1
         self.last_sound = -math.inf
+        self.begun = False  # whether a frame is in the container
         self.error: UserError | None = None
 
     def video_stream(self, size: Size, rate: float):
@@ -5819,7 +5835,10 @@ class StreamSink:
             with self.telling_errors():
                 self.container.mux(self.video.encode(picture))
                 self.copy_sound()
+            self.begun = True
         except UserError as error:
+            if not self.begun:
+                raise  # there is nothing to save, and perhaps an older file to keep
             self.error = error  # for `open_sink`, when what came before has been saved
 
     def is_seen(self) -> bool:

@@ -462,6 +462,17 @@ def test_an_error_leaves_what_was_recorded_before(camera, tmp_path, capsys, monk
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_an_error_before_the_first_frame_keeps_the_older_file(camera, tmp_path, monkeypatch):
+    def fail(sink):
+        raise ValueError("no header")
+
+    monkeypatch.setattr(kd.StreamSink, "copy_sound", fail)
+    out = tmp_path / "out.mp4"
+    out.write_bytes(b"an earlier one")
+    assert live("--live", camera, "-o", out, "--overwrite") == 2
+    assert out.read_bytes() == b"an earlier one"
+
+
 def test_sound_that_stumbles_is_left_out(camera, tmp_path, monkeypatch):
     """A packet that comes twice, as from a camera that starts anew."""
     packets = kd.LiveSource.packets

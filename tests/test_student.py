@@ -735,7 +735,7 @@ def test_the_network_of_frames_leaves_the_student_as_it_was():
 
 
 def test_in_bf16_a_small_correction_leaves_odd_levels_alone():
-    """In bf16 101 + 0.2 would be 101, 101.5 or 101, and 200.4 would be 200 or 201."""
+    """In bf16 101 + 0.3 is 101.5, which rounds to 102."""
     student = kd.StudentUNet(stem_stride=2, widths=(4, 4))
     student.output.bias.data.fill_(0.3 / 255)
     network = kd.FrameNetwork(student).to(torch.bfloat16).eval()

@@ -214,6 +214,33 @@ def test_a_clip_whose_times_step_back_is_sharpened(clip, tmp_path):
     assert times[-1] - times[0] == pytest.approx((count - 1) / 25, abs=0.1)
 
 
+def test_a_slow_clip_whose_times_step_back_keeps_its_length(tmp_path):
+    slow = tmp_path / "slow.avi"
+    ffmpeg("-f", "lavfi", "-i", "testsrc2=size=64x64:rate=1/3:duration=54", "-c:v", "libx264", slow)
+    kd.ClipSharpener(lambda frame: frame)(slow, tmp_path / "out.mkv")
+    assert frame_times(tmp_path / "out.mkv")[-1] == pytest.approx(54, abs=7)
+
+
+def test_sound_that_is_damaged_in_places_costs_no_clip(clip, tmp_path, monkeypatch):
+    ffmpeg("-i", clip, "-map", "0:v", "-map", "0:a", tmp_path / "a.wmv")
+    decode = kd.decoded_sound
+    seen = []
+
+    class Damaged:
+        def __init__(self, packet):
+            self.packet = packet
+
+        def decode(self):
+            seen.append(self.packet)
+            if len(seen) == 3:
+                raise av.InvalidDataError(1094995529, "Invalid data found")
+            return self.packet.decode()
+
+    monkeypatch.setattr(kd, "decoded_sound", lambda packet: decode(Damaged(packet)))
+    kd.ClipSharpener(lambda frame: frame)(tmp_path / "a.wmv", tmp_path / "out.mkv")
+    assert tone(tmp_path / "out.mkv")[2] == pytest.approx(2, abs=0.2)
+
+
 def test_joined_clips_go_on_behind_each_other(clip, tmp_path):
     ffmpeg("-i", clip, "-map", "0:v", "-map", "0:a", tmp_path / "a.mts")
     joined = tmp_path / "joined.mts"
