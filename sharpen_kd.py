@@ -60,6 +60,7 @@ import ctypes
 import dataclasses
 import errno
 import functools
+import gc
 import hashlib
 import importlib
 import importlib.util
@@ -4372,6 +4373,20 @@ def frame_count(path: Path) -> int:
         return sum(1 for _ in shown)
 
 
+def clip_frame_size(path: Path) -> Size:
+    """(width, height) by the file's header, perhaps of a turned clip; UserError if unreadable.
+
+    Nothing is decoded: what FFmpeg's threads belong to must not be freed in a process that is
+    forked later, which would wait for them for ever.
+    """
+    if path.is_dir():
+        return open_picture(numbered_pictures(path)[0]).size
+    av = importlib.import_module("av")
+    with reading_clip(path), av.open(path) as container:
+        video = container.streams.video[0]
+        return video.width, video.height
+
+
 def clip_frames(path: Path, wanted: slice = ALL_FRAMES) -> list[np.ndarray]:
     """Frames of a video file or of a folder of numbered pictures.
 
@@ -4783,9 +4798,9 @@ class Streams(Dataset):
     def require_large_enough(self, clip: Clip) -> None:
         """UserError, now and not after an hour, for a clip that gives no crops."""
         side = self.config.crop_size
-        frames = clip.frames(slice(0, 1))
-        fits = min(frames[0].shape[:2]) >= side
-        require(fits, f"{clip.path}: {pixels_of(frames)} frames, smaller than --crop-size {side}")
+        width, height = clip_frame_size(clip.path)
+        fits = min(width, height) >= side
+        require(fits, f"{clip.path}: {width}x{height} frames, smaller than --crop-size {side}")
 
     def __len__(self) -> int:
         return math.ceil(self.config.crops / CROPS_A_STREAM)
@@ -5090,12 +5105,16 @@ def write_crops(streams: Streams, folder: Path) -> int:
         num_workers=threads if threads > 1 else 0,
         worker_init_fn=ignore_interrupts,
     )
+    # No loader process may free what was decoded here: it would wait for FFmpeg's threads for ever.
+    gc.collect()
+    gc.freeze()
     try:
         with progress(total=total, initial=written, unit="crop") as bar:
             for name, crops in loader:
                 file.add(name, crops)
                 bar.update(len(crops))
     finally:
+        gc.unfreeze()
         file.save()
     return len(file.names)
 

@@ -2,6 +2,9 @@
 
 import json
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -114,6 +117,29 @@ def test_a_clip_that_gives_no_crops_is_named_before_any_is_written(tmp_path, cap
     assert prepare(tmp_path / "in", tmp_path / "out", "--protocol", "calls") == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_loader_processes_do_not_wait_for_what_was_decoded_before_them(tmp_path, photographs):
+    """FFmpeg's threads do not exist in a forked process; freed there, a decoder waits for ever."""
+    frame = np.array(photographs["astronaut"].convert("RGB"))[20:276, :320]
+    for name in ("talk_1", "talk_2"):
+        write_clip(tmp_path / f"in/{name}.mkv", [np.ascontiguousarray(frame)] * 24)
+    script = (
+        "import sys, torch, sharpen_kd as kd\n"
+        "torch.set_num_threads(2)\n"
+        "class Cycle: pass\n"
+        "cycle = Cycle()\n"
+        "cycle.itself = cycle\n"
+        "cycle.clip = kd.importlib.import_module('av').open(sys.argv[2] + '/talk_1.mkv')\n"
+        "cycle.frames = [next(cycle.clip.decode(video=0))]\n"
+        "cycle.pixels = cycle.frames[0].to_ndarray(format='rgb24')\n"
+        "del cycle\n"
+        "sys.exit(kd.main(['prepare', *sys.argv[2:]]))\n"
+    )
+    command = [sys.executable, "-c", script, "", str(tmp_path / "in"), "--protocol", "calls"]
+    command += ["--crops", "96", "--crop-size", "64", "--data-root", str(tmp_path / "out")]
+    subprocess.run(command, cwd=Path(kd.__file__).parent, check=True, timeout=120)
+    assert len(crops_in(tmp_path / "out")) == 96
 
 
 def test_a_disk_that_is_too_small_is_noticed_before_any_crop(
