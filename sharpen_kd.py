@@ -5235,21 +5235,62 @@ class TimedFrame:
     duration: int
 
 
+LONGEST_STEP_BACK = 1.0  # seconds; more is a jump, as where two files were joined
+
+
+def part_shifts(source: Path) -> list[float]:
+    """Seconds by which to move each part of a clip that was joined from files: 0 for the first.
+
+    Times begin anew in each. So that pictures and sound stay together, all streams of a part are
+    moved alike: its first packet begins when everything before has ended.
+    """
+    av = importlib.import_module("av")
+    shifts = [0.0]
+    with errors_about(str(source)), av.open(source) as given:
+        if given.format.name not in ("mpegts", "mpeg"):  # others cannot be joined byte by byte
+            return shifts
+        ended = 0.0
+        last: dict[int, float] = {}  # by stream: the time of its last packet
+        parts: dict[int, int] = {}  # by stream: how many parts are over
+        for packet in given.demux():
+            if packet.dts is None:
+                continue
+            stream = packet.stream.index
+            begins = float(packet.dts * packet.time_base)
+            if begins < last.get(stream, begins) - LONGEST_STEP_BACK:
+                parts[stream] = parts.get(stream, 0) + 1
+                if parts[stream] == len(shifts):  # no other stream has come so far
+                    shifts.append(ended - begins)
+            last[stream] = begins
+            lasts = float((packet.duration or 0) * packet.time_base)
+            ended = max(ended, begins + lasts + shifts[parts.get(stream, 0)])
+    return shifts
+
+
 class RisingTimes:
     """A stream's times, made to rise, as every container wants them.
 
     Some step back a little, as those of B-frames in .avi do: they are pushed on. Where they jump
-    back, as where two files were joined, all later ones are moved behind what came before.
+    back another part begins, which is moved as `shifts` says, in seconds (see `part_shifts`), or
+    else to right behind the last.
     """
 
-    def __init__(self, time_base: Fraction, longest_step: float = 1.0) -> None:
-        self.longest_step = longest_step / time_base  # back; a longer one, in seconds, is a jump
+    def __init__(
+        self,
+        time_base: Fraction,
+        shifts: Sequence[float] = (0.0,),
+        longest_step: float = LONGEST_STEP_BACK,
+    ) -> None:
+        self.shifts = [round(shift / time_base) for shift in shifts[1:]]  # of the parts to come
+        self.longest_step = longest_step / time_base
+        self.given: int | None = None  # the last time, as it was and as it became
         self.last: int | None = None
         self.shift = 0
 
     def __call__(self, time: int) -> int:
-        if self.last is not None and time + self.shift < self.last - self.longest_step:
-            self.shift = self.last + 1 - time
+        if self.given is not None and time < self.given - self.longest_step:
+            self.shift = self.shifts.pop(0) if self.shifts else self.last + 1 - time
+        self.given = time
         time += self.shift
         if self.last is not None:
             time = max(time, self.last + 1)
@@ -5263,9 +5304,10 @@ class OtherStreams:
     Sound that does not fit into the new file, such as a .wmv's into Matroska, is encoded anew.
     """
 
-    def __init__(self, given, made) -> None:
+    def __init__(self, given, made, shifts: Sequence[float]) -> None:
         self.given = given
         self.made = made
+        self.shifts = shifts  # see `part_shifts`
         self.copied = {}  # each new stream, by the index of the one that it copies
         self.encoded = {}
         self.times = {}
@@ -5278,10 +5320,10 @@ class OtherStreams:
 
     def add(self, stream) -> None:
         """Open what this stream becomes in the new file."""
+        self.times[stream.index] = RisingTimes(stream.time_base, self.shifts)
         name = stream.codec_context.name if stream.codec_context else "unknown"
         try:
             new = self.copied[stream.index] = self.made.add_stream_from_template(stream)
-            self.times[stream.index] = RisingTimes(stream.time_base)
         except (OSError, ValueError):
             if stream.type == "subtitle" or not stream.codec_context:
                 print(f"{self.given.name}: its {stream.type} ({name}) does not fit here, left out")
@@ -5304,10 +5346,12 @@ class OtherStreams:
                     over = packet.pts + (packet.duration or 0)
                     self.ended = max(self.ended, float(over * packet.time_base))
                 index = packet.stream.index
-                if index in self.copied and packet.dts is not None:  # else it marks the end
+                marks_the_end = packet.dts is None
+                if index in self.times and not marks_the_end:
                     moved = self.times[index](packet.dts) - packet.dts
                     packet.dts += moved
                     packet.pts = packet.dts if packet.pts is None else packet.pts + moved
+                if index in self.copied and not marks_the_end:
                     packet.stream = self.copied[index]
                     yield packet
                 elif index in self.encoded:
@@ -5395,18 +5439,18 @@ class ClipSharpener:
         with errors_about(str(source)), av.open(source) as given, av.open(source) as again:
             require(given.streams.video, f"{source}: has no pictures in it")
             with replacing(target) as temporary, av.open(temporary, "w") as made:
-                return self.convert(given, again, made, encoder)
+                return self.convert(given, again, made, encoder, part_shifts(source))
 
-    def convert(self, given, again, made, encoder: Encoder) -> int:
+    def convert(self, given, again, made, encoder: Encoder, shifts: Sequence[float]) -> int:
         """Write every frame and every other stream of an open clip into another."""
         video = given.streams.video[0]
         count = 0
-        decoded = ahead(self.decoded(given))
+        decoded = ahead(self.decoded(given, shifts))
         with contextlib.closing(ahead(self.sharpened(decoded, given.name))) as frames:
             first = next(frames, None)
             require(first, f"{given.name}: has no frame that can be decoded")
             stream = self.video_stream(made, encoder, video, first.pixels)
-            others = OtherStreams(again, made)
+            others = OtherStreams(again, made, shifts)
             bar = progress(frames, "sharpen", total=video.frames or None, initial=1, unit="frame")
             for frame in itertools.chain([first], bar):
                 made.mux(stream.encode(self.picture(frame, stream)))
@@ -5417,12 +5461,13 @@ class ClipSharpener:
         note_missing_end(given, others.ended)
         return count
 
-    def decoded(self, given) -> Generator[TimedFrame, None, None]:
+    def decoded(self, given, shifts: Sequence[float]) -> Generator[TimedFrame, None, None]:
         """The frames of an open clip, upright and at the wanted size."""
         size = self.size
         video = given.streams.video[0]
         sixteen_frames = 16 / float(video.average_rate or FRAMES_A_SECOND)  # H.264's most reordered
-        rising = RisingTimes(video.time_base, max(1.0, sixteen_frames))
+        longest_step = max(LONGEST_STEP_BACK, sixteen_frames)
+        rising = RisingTimes(video.time_base, shifts, longest_step)
         next_pts = 0
         with errors_about(given.name):
             for frame in given.decode(video=0):
