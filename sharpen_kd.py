@@ -2743,6 +2743,8 @@ def load_student(name: str | Path) -> tuple[Student, dict]:
     path = SHIPPED.get(name) or Path(name)
     names = ", ".join(SHIPPED)
     content = read_checkpoint(path, f"name one of {names}, or a file that `train` wrote")
+    is_state = "optimiser" in content
+    require(not is_state, f"{path}: is for `train --resume`; name the best.pth beside it")
     try:
         weights = weights_in(content)
         require_likely(content["network"], weights)
@@ -4322,10 +4324,10 @@ def sharpeners_for(
 
 # --- Clips: what real encoders do to frames -------------------------------------------------------
 
-# Whatever FFmpeg reads may be in them. (.ts is missing: programs in TypeScript end so, too.)
+# Whatever FFmpeg reads may be in them.
 CLIP_SUFFIXES = (
-    ".mp4", ".mkv", ".webm", ".mov", ".avi",
-    ".m4v", ".3gp", ".flv", ".wmv", ".mpg", ".mpeg", ".mts", ".m2ts",
+    ".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".3gp", ".flv", ".wmv",
+    ".asf", ".mpg", ".mpeg", ".vob", ".ts", ".mts", ".m2ts",
 )  # fmt: skip
 FRAMES_A_SECOND = 25
 ALL_FRAMES = slice(None)
@@ -4414,6 +4416,15 @@ def clip_frames(path: Path, wanted: slice = ALL_FRAMES) -> list[np.ndarray]:
     return frames
 
 
+def is_clip(path: Path) -> bool:
+    """Whether a file is a clip by its ending; programs in TypeScript end in .ts, too."""
+    suffix = path.suffix.lower()
+    if suffix == ".ts" and path.is_file():
+        with path.open("rb") as file:
+            return file.read(189)[::188] == b"GG"  # packets of 188 bytes, which begin with G
+    return suffix in CLIP_SUFFIXES
+
+
 def numbered_pictures(folder: Path) -> list[Path]:
     """The pictures in a folder whose names are numbers, in their order."""
     files = [path for path in folder.iterdir() if path.stem.isdecimal()]
@@ -4425,7 +4436,7 @@ def list_clips(folder: Path) -> list[Path]:
     """The video files in a folder, and the folders in it that hold numbered pictures."""
     found = set()
     for path in list_files(folder):
-        if path.suffix.lower() in CLIP_SUFFIXES:
+        if is_clip(path):
             found.add(path)
         elif path.parent not in found and holds_frames(path.parent):
             found.add(path.parent)
@@ -5386,6 +5397,16 @@ def note_missing_end(given, ended: float) -> None:
         tqdm.write(f"{given.name}: ends after {ended:.1f} of {stated:.1f} seconds; was it cut off?")
 
 
+def note_stretching(
+    name: str, first: np.ndarray, size: Size, pixel_aspect: Fraction | None
+) -> None:
+    """Say so where --size has another shape than the first frame (H, W, 3), by 2 % or more."""
+    height, width = first.shape[:2]
+    shapes = {width / height, width * float(pixel_aspect or 1) / height}
+    if all(abs(shape * size[1] / size[0] - 1) > 0.02 for shape in shapes):
+        tqdm.write(f"{name}: {width}x{height} is stretched to {size[0]}x{size[1]}")
+
+
 @contextlib.contextmanager
 def errors_about(what: str) -> Iterator[None]:
     """Errors in here are about this, although a target is being written."""
@@ -5473,6 +5494,8 @@ class ClipSharpener:
             for frame in given.decode(video=0):
                 pixels = upright(frame)
                 size = size or (pixels.shape[1], pixels.shape[0])
+                if rising.last is None:
+                    note_stretching(given.name, pixels, size, video.sample_aspect_ratio)
                 given_pts = next_pts if frame.pts is None else frame.pts
                 next_pts = given_pts + (frame.duration or 1)
                 duration = frame.duration or 0
@@ -6318,11 +6341,6 @@ class Job:
         if config.before_after and not self.is_clip:
             return [self.target, self.before_after]
         return [self.target]
-
-
-def is_clip(path: Path) -> bool:
-    """Whether a file is a clip by its ending."""
-    return path.suffix.lower() in CLIP_SUFFIXES
 
 
 def sharpen(config: SharpenConfig) -> None:
@@ -7661,8 +7679,12 @@ def export(config: ExportConfig) -> None:
     require(config.output.name not in ("", ".."), f"-o {config.output}: name a file")
     require_packages([config.format], f"export --format {config.format}")
     student, _ = load_student(config.checkpoint)
-    suffix = {"onnx": ".onnx", "openvino": ".xml"}[config.format]
+    suffixes = {"onnx": ".onnx", "openvino": ".xml"}
+    suffix = suffixes[config.format]
     path = config.output
+    for other, its_suffix in suffixes.items():
+        is_wrong = other != config.format and path.suffix.lower() == its_suffix
+        require(not is_wrong, f"-o {path}: is a name for another format; add --format {other}")
     if path.suffix.lower() != suffix:
         path = path.with_name(path.name + suffix)
     if config.format == "openvino":
@@ -7995,8 +8017,9 @@ def sample_frames(height: int, width: int) -> list[np.ndarray]:
 def measure_clip(config: FpsConfig) -> None:
     """Frames a second of `sharpen` on a clip, by every student and backend."""
     require_packages(["av"], "--clip")
-    is_file = config.clip.is_file() and is_clip(config.clip)
-    require(is_file, f"--clip {config.clip}: name a clip's file ({' '.join(CLIP_SUFFIXES)})")
+    require(config.clip.is_file(), f"--clip {config.clip}: no such file")
+    endings = " ".join(CLIP_SUFFIXES)
+    require(is_clip(config.clip), f"--clip {config.clip}: no clip by its name ({endings})")
     clip_size(config.size)  # UserError now for a size of another form
     require(not config.plot, "--clip, --plot: the plot is of single frames")
     require_writable(config.json)

@@ -309,6 +309,16 @@ def test_exported_files_are_the_student(tmp_path, student_file, random_frame, ca
     assert difference(restored[0][given], expected).max() <= 1
 
 
+@pytest.mark.parametrize(
+    ("name", "format_", "other"), [("a.xml", "onnx", "openvino"), ("a.ONNX", "openvino", "onnx")]
+)
+def test_a_name_of_the_other_format_is_refused(tmp_path, name, format_, other, capsys):
+    assert kd.main(["export", "-o", str(tmp_path / name), "--format", format_]) == 2
+    remedy = f"{name}: is a name for another format; add --format {other}\n"
+    assert capsys.readouterr().err.endswith(remedy)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_plain_stack_is_exported_to_one_file(tmp_path, random_frame):
     torch.manual_seed(0)
     stack = kd.PlainStack(stem_stride=2, width=8, layers=3)

@@ -302,7 +302,7 @@ def test_colours_keep_their_meaning(tmp_path):
 def test_other_containers_are_read_and_the_common_ones_kept(clip, tmp_path, suffix, capsys):
     other = tmp_path / f"other{suffix}"
     codecs = ("-c:v", "libx264", "-c:a", "aac") if suffix in (".flv", ".3gp") else ()
-    even = ("-r", "25") if suffix in (".mpg", ".mpeg") else ()
+    even = ("-r", "25") if suffix in (".mpg", ".mpeg", ".vob") else ()
     ffmpeg("-i", clip, "-map", "0:v", "-map", "0:a", *codecs, *even, other)
     assert kd.main(["sharpen", str(other), "--checkpoint", "fast"]) == 0
     kept = suffix in (".webm", ".mov", ".mkv")
@@ -310,8 +310,26 @@ def test_other_containers_are_read_and_the_common_ones_kept(clip, tmp_path, suff
     assert f"other{suffix} -> {made}" in capsys.readouterr().out
     # .avi and .mov know only even times: a frame may be shown twice there
     assert frame_times(made) == pytest.approx(frame_times(other), abs=0.05)
-    if suffix != ".wmv":  # its sound is encoded anew: the next test
+    if suffix not in (".wmv", ".asf"):  # its sound is encoded anew: the next test
         assert packets(made, "audio") == packets(other, "audio")
+
+
+@pytest.mark.parametrize(
+    ("size", "printed"),
+    [("96x160", "160x96 is stretched to 96x160"), ("320x192", ""), ("320x190", "")],
+)
+def test_a_size_of_another_shape_is_told(clip, tmp_path, size, printed, capsys):
+    command = ["sharpen", str(clip), "-o", str(tmp_path / "a.mp4"), "--checkpoint", "fast"]
+    assert kd.main([*command, "--size", size]) == 0
+    told = capsys.readouterr().out
+    assert ("stretched" in told) == bool(printed)
+    assert printed in told
+
+
+def test_a_program_in_typescript_is_no_clip(clip, tmp_path):
+    (tmp_path / "program.ts").write_text("G" + 300 * " ")
+    ffmpeg("-i", clip, "-map", "0:v", tmp_path / "b.ts")
+    assert kd.list_clips(tmp_path) == [tmp_path / "b.ts"]
 
 
 def tone(path):
