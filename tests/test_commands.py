@@ -709,3 +709,14 @@ def test_ctrl_c_while_packages_are_imported_ends_in_no_traceback():
 def test_a_checkpoint_that_is_not_there_is_answered_with_the_names_of_those_that_are(capsys):
     assert kd.main(["eval", "--checkpoint", "faster"]) == 2
     assert "faster: no such file; name one of quality, fast, " in capsys.readouterr().err
+
+
+def test_too_little_memory_is_told_in_a_line(monkeypatch, capsys):
+    monkeypatch.setitem(kd.COMMANDS, "fps", lambda config: torch.empty(2**50))
+    assert kd.main(["fps"]) == 2
+    assert capsys.readouterr().err == "sharpen_kd: error: there is not enough memory for this\n"
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        kd.main(["fps", "--debug"])
+    monkeypatch.setitem(kd.COMMANDS, "fps", lambda config: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):  # a fault of the script
+        kd.main(["fps"])
