@@ -4333,6 +4333,7 @@ FRAMES_A_SECOND = 25
 ALL_FRAMES = slice(None)
 FIRST_SCORED = 2  # the third frame: a stream's first ones are better than those that follow
 SHOWN_FRAMES = 60  # of a clip, in a report
+SCORED_BYTES = 2**30  # of a clip's frames, which `eval` holds three times: 15 seconds of 1280x720
 
 
 @dataclass(frozen=True)
@@ -4695,17 +4696,29 @@ def score_clip(outputs: list[np.ndarray], sharp: list[np.ndarray]) -> dict[str, 
     return scores | vmaf_scores(outputs, sharp)
 
 
+def frames_to_score(clip: Clip) -> slice:
+    """All frames of a clip, or as many of the first as fit into SCORED_BYTES, which is printed."""
+    width, height = clip_frame_size(clip.path)
+    fit = max(SCORED_BYTES // (3 * width * height), FIRST_SCORED + 1)
+    count = clip.count()
+    if count <= fit:
+        return ALL_FRAMES
+    tqdm.write(f"{clip.path}: the first {fit} of its {count} frames are scored")
+    return slice(0, fit)
+
+
 def clip_sides(clip: Clip, call: Call | None) -> tuple[list, list, float]:
     """(received frames, sharp frames, kilobits a second) of a clip in a call.
 
     Without a call the clip has a received side of its own, of unknown kilobits.
     """
     too_short = f"{clip.path}: a clip needs more than {FIRST_SCORED} frames"
+    wanted = frames_to_score(clip)
     if call is None:
-        received, sharp = encoded_pair(clip)
+        received, sharp = encoded_pair(clip, wanted)
         require(len(sharp) > FIRST_SCORED, too_short)
         return received, sharp, math.nan
-    sharp = clip.frames()
+    sharp = clip.frames(wanted)
     require(len(sharp) > FIRST_SCORED, too_short)
     received, kilobits = received_frames(sharp, call, clip.path)
     return received, sharp, kilobits

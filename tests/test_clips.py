@@ -162,6 +162,21 @@ def test_an_error_leaves_the_scores_of_the_protocols_before(clip_folder, tmp_pat
     assert (tmp_path / "out/scores.csv").read_text().count("\ncall,") == 3
 
 
+def test_of_a_long_clip_the_first_frames_are_scored(tmp_path, monkeypatch, capsys):
+    frames = [np.full((48, 64, 3), 9 * number, np.uint8) for number in range(12)]
+    for side in ("low", "sharp"):
+        write_clip(tmp_path / side / "talk.mkv", frames)
+    (clip,) = kd.find_encoded_pairs(tmp_path)
+    received, sharp, _ = kd.clip_sides(clip, None)
+    assert (len(received), len(sharp)) == (12, 12)
+    monkeypatch.setattr(kd, "SCORED_BYTES", 5 * 48 * 64 * 3 + 100)
+    received, sharp, _ = kd.clip_sides(clip, None)
+    assert [frame[0, 0, 0] for frame in sharp] == pytest.approx([0, 9, 18, 27, 36], abs=2)
+    assert len(received) == 5
+    assert f"{clip.path}: the first 5 of its 12 frames are scored\n" in capsys.readouterr().out
+    assert len(kd.clip_sides(clip, kd.CALLS["call-x1"])[0]) == 5
+
+
 def test_clips_average_to_kinds_and_kinds_to_all():
     rows = []
     for name, psnr in (("talk_01", 30.0), ("talk_02", 34.0), ("room_01", 20.0)):
