@@ -577,8 +577,8 @@ class SharpenConfig(InferenceConfig):
     before_after: bool = flag(False, "pictures: also write NAME_before_after.png, side by side")
     metadata: bool = flag(
         True,
-        "pictures: keep EXIF (camera, place), texts and XMP where the format takes them; colour"
-        " profiles stay anyway",
+        "keep a picture's EXIF (camera, place), texts and XMP, a clip's title, date and place, where"
+        " the format takes them; colour profiles stay anyway",
     )
     max_megapixels: int = flag(
         179, "pictures: refuse larger ones, which may be made to fill the memory", at_least=1,
@@ -5450,20 +5450,33 @@ def upright(frame) -> np.ndarray:
     return np.ascontiguousarray(pixels)
 
 
+# What is known of a whole clip, by FFmpeg's names; it may say who, when and where.
+CLIP_METADATA = (
+    "title", "artist", "album", "genre", "date", "creation_time", "location",
+    "comment", "description", "copyright",
+)  # fmt: skip
+
+
 class ClipSharpener:
     """Sharpens a clip file; sound, subtitles and the times of the frames stay as they are.
 
-    `size` (width, height) enlarges frames first, as a call's window does; without it a clip whose
-    size changes gets that of its first frame. A turned clip, such as a telephone's, is stored
-    upright. The result appears under its name only when it is whole.
+    So do its title, date and place with `metadata`. `size` (width, height) enlarges frames first,
+    as a call's window does; without it a clip whose size changes gets that of its first frame. A
+    turned clip, such as a telephone's, is stored upright. The result appears under its name only
+    when it is whole.
     """
 
     def __init__(
-        self, sharpener: FrameFunction, size: Size | None = None, lossless: bool = False
+        self,
+        sharpener: FrameFunction,
+        size: Size | None = None,
+        lossless: bool = False,
+        metadata: bool = True,
     ) -> None:
         self.sharpener = SteadySharpener(sharpener)
         self.size = size
         self.lossless = lossless
+        self.metadata = metadata
 
     def __call__(self, source: Path, target: Path) -> int:
         """Write the sharpened clip; returns its number of frames. UserError for unreadable ones."""
@@ -5485,6 +5498,9 @@ class ClipSharpener:
             require(first, f"{given.name}: has no frame that can be decoded")
             stream = self.video_stream(made, encoder, video, first.pixels)
             others = OtherStreams(again, made, shifts)
+            if self.metadata:
+                known = {name: given.metadata.get(name) for name in CLIP_METADATA}
+                made.metadata.update({name: text for name, text in known.items() if text})
             bar = progress(frames, "sharpen", total=video.frames or None, initial=1, unit="frame")
             for frame in itertools.chain([first], bar):
                 made.mux(stream.encode(self.picture(frame, stream)))
@@ -6415,7 +6431,7 @@ def with_readers(others: Sequence[Path]) -> str:
 def sharpen_file(config: SharpenConfig, job: Job, sharpener: FrameFunction) -> None:
     """Sharpen one picture or clip, and say what was written."""
     if job.is_clip:
-        clips = ClipSharpener(sharpener, clip_size(config.size), config.lossless)
+        clips = ClipSharpener(sharpener, clip_size(config.size), config.lossless, config.metadata)
         count = clips(job.source, job.target)
         frames = "1 frame" if count == 1 else f"{count} frames"
         tqdm.write(f"{job.source} -> {job.target} ({frames})")

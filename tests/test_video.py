@@ -326,6 +326,21 @@ def test_a_size_of_another_shape_is_told(clip, tmp_path, size, printed, capsys):
     assert printed in told
 
 
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
+def test_a_clip_keeps_its_title_and_date(clip, tmp_path, suffix):
+    known = {"title": "Standup", "creation_time": "2026-01-02T03:04:05.000000Z"}
+    told = [part for key, text in known.items() for part in ("-metadata", f"{key}={text}")]
+    named = tmp_path / f"named{suffix}"
+    ffmpeg("-i", clip, "-map", "0:v", *told, named)
+    for flags, kept in (((), known), (("--no-metadata",), {})):
+        out = tmp_path / f"out{len(flags)}{suffix}"
+        command = ["sharpen", str(named), "-o", str(out), "--checkpoint", "fast"]
+        assert kd.main([*command, *flags]) == 0
+        with av.open(str(out)) as made:
+            metadata = {key: made.metadata[key] for key in known if key in made.metadata}
+        assert metadata == kept
+
+
 def test_a_program_in_typescript_is_no_clip(clip, tmp_path):
     (tmp_path / "program.ts").write_text("G" + 300 * " ")
     ffmpeg("-i", clip, "-map", "0:v", tmp_path / "b.ts")
