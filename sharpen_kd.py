@@ -577,8 +577,8 @@ class SharpenConfig(InferenceConfig):
     before_after: bool = flag(False, "pictures: also write NAME_before_after.png, side by side")
     metadata: bool = flag(
         True,
-        "keep a picture's EXIF (camera, place), texts and XMP, a clip's title, date and place, where"
-        " the format takes them; colour profiles stay anyway",
+        "keep a picture's EXIF (camera, place), texts and XMP, and a clip's title, date and place,"
+        " where the format takes them; colour profiles stay anyway",
     )
     max_megapixels: int = flag(
         179, "pictures: refuse larger ones, which may be made to fill the memory", at_least=1,
