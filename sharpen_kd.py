@@ -4142,18 +4142,7 @@ def cut_side(length: int, phase: int = 0, *, tile: int, overlap: int, alignment:
     before = MARGIN + phase
     after = before + length
     padded = round_up(after + MARGIN, alignment)
-    count = 1
-    if tile:
-        tile = round_up(tile, alignment)
-        overlap = round_up(overlap, alignment)
-        count = round((padded - overlap) / max(tile - overlap, alignment))
-    if count <= 1:
-        return [Span(slice(0, padded), slice(0, length), slice(before, after))]
-
-    # `count` tiles that each bring `size - overlap` new pixels reach the end; the last may overlap
-    # more, because it ends with the side.
-    size = round_up((padded - overlap) / count + overlap, alignment)
-    starts = sorted({min(i * (size - overlap), padded - size) for i in range(count)})
+    starts, size = tile_starts(padded, tile, overlap, alignment)
     middles = [(left + size + right) // 2 for left, right in itertools.pairwise(starts)]
     borders = [before, *(min(max(m, before), after) for m in middles), after]
     spans = []
@@ -4164,6 +4153,22 @@ def cut_side(length: int, phase: int = 0, *, tile: int, overlap: int, alignment:
         given = slice(begin - before, end - before)
         spans.append(Span(taken, given, slice(begin - start, end - start)))
     return spans
+
+
+def tile_starts(padded: int, tile: int, overlap: int, alignment: int) -> tuple[list[int], int]:
+    """(where the tiles of a side begin, their size), all multiples of `alignment`."""
+    if tile == 0:
+        return [0], padded
+    tile = round_up(tile, alignment)
+    overlap = round_up(overlap, alignment)
+    count = round((padded - overlap) / max(tile - overlap, alignment))
+    if count <= 1:
+        return [0], padded
+    # `count` tiles that each bring `size - overlap` new pixels reach the end; the last may overlap
+    # more, because it ends with the side.
+    size = round_up((padded - overlap) / count + overlap, alignment)
+    starts = {min(number * (size - overlap), padded - size) for number in range(count)}
+    return sorted(starts), size
 
 
 # --- Sharpeners: a student on frames of any size --------------------------------------------------
@@ -5241,10 +5246,12 @@ def ahead(items: Generator, depth: int = 4) -> Generator:
     thread = threading.Thread(target=make, daemon=True)
     thread.start()
     try:
-        while (item := take()) is not end:
+        item = take()
+        while item is not end:
             if isinstance(item, BaseException):
                 raise item
             yield item
+            item = take()
     finally:
         stopped.set()
         thread.join()
