@@ -5702,6 +5702,8 @@ class LiveSource:
         self.audio = None
         if with_sound and self.container.streams.audio:
             self.audio = self.container.streams.audio[0]
+        self.times = RisingTimes(self.video.time_base)  # a clock may begin anew
+        self.sound_times = RisingTimes(self.audio.time_base) if self.audio else None
         stated = float(self.video.average_rate or FRAMES_A_SECOND)
         self.rate = rate or (stated if stated <= MOST_FRAMES_A_SECOND else FRAMES_A_SECOND)
         self.latest = LatestFrame()
@@ -5760,8 +5762,8 @@ class LiveSource:
 
     def seconds_of(self, picture, begin: float) -> float:
         """When a frame is to be seen; raw streams do not say it."""
-        if picture.time is not None:
-            return picture.time
+        if picture.pts is not None:
+            return float(self.times(picture.pts) * self.video.time_base)
         if self.is_file:
             return self.latest.received / self.rate
         return time.perf_counter() - begin
@@ -5771,7 +5773,7 @@ class LiveSource:
         for packet in self.packets():
             if packet.stream is self.audio:
                 if packet.dts is not None:  # else it marks the end
-                    self.sound.put(packet)
+                    self.put_sound(packet)
                 continue
             for picture in packet.decode():
                 seconds = self.seconds_of(picture, begin)
@@ -5781,6 +5783,13 @@ class LiveSource:
                 if self.is_file:
                     self.stopped.wait(begin + seconds - time.perf_counter())
                 self.latest.put(LiveFrame(picture, seconds, time.perf_counter()))
+
+    def put_sound(self, packet) -> None:
+        self.sound_times(packet.dts)
+        packet.dts += self.sound_times.shift
+        if packet.pts is not None:
+            packet.pts += self.sound_times.shift
+        self.sound.put(packet)
 
     def close(self) -> None:
         """Stop reading; UserError if reading failed."""

@@ -488,6 +488,21 @@ def test_sound_that_stumbles_is_left_out(camera, tmp_path, monkeypatch):
     assert sound_of(tmp_path / "out.mp4") == sound_of(camera)
 
 
+def test_a_clock_that_begins_anew_goes_on(camera, tmp_path):
+    once = tmp_path / "once.ts"
+    ffmpeg("-i", camera, "-c", "copy", once)
+    twice = tmp_path / "twice.ts"
+    twice.write_bytes(2 * once.read_bytes())
+    ends, packets = [], []
+    for source in (once, twice):
+        made = source.with_suffix(".mkv")
+        assert live("--live", source, "-o", made) == 0
+        ends.append(frames_of(made)[0][-1])
+        packets.append(len(sound_of(made)))
+    assert ends[1] == pytest.approx(2 * ends[0], abs=0.3)
+    assert packets[1] == 2 * packets[0]
+
+
 def test_a_camera_without_a_frame_as_yet_is_asked_again(camera):
     """As FFmpeg's for macOS answers."""
     source = kd.LiveSource(str(camera))
