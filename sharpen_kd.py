@@ -2744,7 +2744,7 @@ def load_student(name: str | Path) -> tuple[Student, dict]:
     names = ", ".join(SHIPPED)
     content = read_checkpoint(path, f"name one of {names}, or a file that `train` wrote")
     is_state = "optimiser" in content
-    require(not is_state, f"{path}: is for `train --resume`; name the best.pth beside it")
+    require(not is_state, f"{path}: is a run's state, for --resume; name its best.pth")
     try:
         weights = weights_in(content)
         require_likely(content["network"], weights)
@@ -4404,6 +4404,7 @@ def clip_frame_size(path: Path) -> Size:
     av = importlib.import_module("av")
     with reading_clip(path), av.open(path) as container:
         video = container.streams.video[0]
+        require(video.width > 0, f"{path}: not a readable clip (it does not say its size)")
         return video.width, video.height
 
 
@@ -4423,11 +4424,19 @@ def clip_frames(path: Path, wanted: slice = ALL_FRAMES) -> list[np.ndarray]:
 
 
 def is_clip(path: Path) -> bool:
-    """Whether a file is a clip by its ending; programs in TypeScript end in .ts, too."""
+    """Whether a file is a clip by its ending; programs in TypeScript end in .ts, too.
+
+    A transport stream has packets of 188 bytes, with a time before each 192, that begin with G.
+    """
     suffix = path.suffix.lower()
-    if suffix == ".ts" and path.is_file():
-        with path.open("rb") as file:
-            return file.read(189)[::188] == b"GG"  # packets of 188 bytes, which begin with G
+    if suffix == ".ts":
+        with contextlib.suppress(OSError):  # who opens it will name it
+            with path.open("rb") as file:
+                head = file.read(400)
+            return any(
+                b"G" in head[:length] and head[head.find(b"G") + length :][:1] == b"G"
+                for length in (188, 192)
+            )
     return suffix in CLIP_SUFFIXES
 
 
@@ -4625,8 +4634,10 @@ def encoded(frames: list[np.ndarray], call: Call) -> tuple[io.BytesIO, float]:
             stream.codec_context.gop_size = 300  # so only the first frame is whole, as in a call
             if call.codec == "libvpx":
                 stream.codec_context.thread_count = 1  # with more it sometimes waits for ever
-            pictures = [av.VideoFrame.from_ndarray(frame, format="rgb24") for frame in frames]
-            for picture in (*pictures, None):  # None: what the encoder still holds
+            for frame in (*frames, None):  # None: what the encoder still holds
+                picture = None
+                if frame is not None:
+                    picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
                 for packet in stream.encode(picture):
                     sent += packet.size
                     container.mux(packet)
@@ -4674,7 +4685,8 @@ def vmaf_scores(outputs: list[np.ndarray], sharp: list[np.ndarray]) -> dict[str,
         inputs = []
         for name, frames in (("output", outputs), ("sharp", sharp)):
             file = Path(folder, f"{name}.rgb")
-            file.write_bytes(np.stack(frames[FIRST_SCORED:]).tobytes())
+            with file.open("wb") as raw_frames:
+                raw_frames.writelines(frame.tobytes() for frame in frames[FIRST_SCORED:])
             raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
             inputs += [*raw, "-r", str(FRAMES_A_SECOND), "-i", str(file)]
         log = "scores.json"  # in the folder that FFmpeg runs in: a path would need escaping
@@ -4701,15 +4713,15 @@ def score_clip(outputs: list[np.ndarray], sharp: list[np.ndarray]) -> dict[str, 
     return scores | vmaf_scores(outputs, sharp)
 
 
-def frames_to_score(clip: Clip) -> slice:
-    """All frames of a clip, or as many of the first as fit into SCORED_BYTES, which is printed."""
-    width, height = clip_frame_size(clip.path)
+@functools.cache  # so that it is told once
+def frames_to_score(path: Path) -> int:
+    """A clip's frames, or as many of the first as fit into SCORED_BYTES, which is printed."""
+    width, height = clip_frame_size(path)
     fit = max(SCORED_BYTES // (3 * width * height), FIRST_SCORED + 1)
-    count = clip.count()
-    if count <= fit:
-        return ALL_FRAMES
-    tqdm.write(f"{clip.path}: the first {fit} of its {count} frames are scored")
-    return slice(0, fit)
+    count = frame_count(path)
+    if count > fit:
+        tqdm.write(f"{path}: the first {fit} of its {count} frames are scored")
+    return min(count, fit)
 
 
 def clip_sides(clip: Clip, call: Call | None) -> tuple[list, list, float]:
@@ -4718,7 +4730,7 @@ def clip_sides(clip: Clip, call: Call | None) -> tuple[list, list, float]:
     Without a call the clip has a received side of its own, of unknown kilobits.
     """
     too_short = f"{clip.path}: a clip needs more than {FIRST_SCORED} frames"
-    wanted = frames_to_score(clip)
+    wanted = slice(0, frames_to_score(clip.path))
     if call is None:
         received, sharp = encoded_pair(clip, wanted)
         require(len(sharp) > FIRST_SCORED, too_short)
@@ -5266,35 +5278,59 @@ class TimedFrame:
     duration: int
 
 
-LONGEST_STEP_BACK = 1.0  # seconds; more is a jump, as where two files were joined
+def longest_step_back(stream) -> float:
+    """Seconds by which a stream's times may step back; more is a jump, as to the next of two files.
 
-
-def part_shifts(source: Path) -> list[float]:
-    """Seconds by which to move each part of a clip that was joined from files: 0 for the first.
-
-    Times begin anew in each. So that pictures and sound stay together, all streams of a part are
-    moved alike: its first packet begins when everything before has ended.
+    It is as long as the most frames that H.264 reorders.
     """
+    rate = getattr(stream, "average_rate", None)
+    return max(1.0, 16 / float(rate)) if rate else 1.0
+
+
+class JoinedParts:
+    """The parts of a source whose clock begins anew in each, as that of joined files does.
+
+    So that pictures and sound stay together, all streams of a part are moved by one `shift`: to
+    where everything before has `ended`. All numbers are seconds.
+    """
+
+    def __init__(self, video) -> None:
+        self.longest_step = longest_step_back(video)
+        self.shift = 0.0
+        self.ended = 0.0
+
+    def shift_at_jump(self, begins: float) -> float:
+        """By how much to move a stream from now on whose times have jumped back to this one."""
+        fits = begins + self.shift > self.ended - self.longest_step
+        if not fits:  # it is the first of another part
+            self.shift = self.ended - begins
+        return self.shift
+
+    def add(self, moved: float, lasts: float) -> None:
+        """Something came that begins at this moved time."""
+        self.ended = max(self.ended, moved + lasts)
+
+
+def part_shifts(source: Path) -> dict[int, list[float]]:
+    """Seconds by which streams are moved where their times jump back, for each jump, by stream."""
     av = importlib.import_module("av")
-    shifts = [0.0]
+    shifts: dict[int, list[float]] = collections.defaultdict(list)
     with errors_about(str(source)), av.open(source) as given:
         if given.format.name not in ("mpegts", "mpeg"):  # others cannot be joined byte by byte
             return shifts
-        ended = 0.0
-        last: dict[int, float] = {}  # by stream: the time of its last packet
-        parts: dict[int, int] = {}  # by stream: how many parts are over
+        parts = JoinedParts(given.streams.video[0])
+        last: dict[int, float] = {}  # by stream: when its last packet is decoded
         for packet in given.demux():
             if packet.dts is None:
                 continue
             stream = packet.stream.index
-            begins = float(packet.dts * packet.time_base)
-            if begins < last.get(stream, begins) - LONGEST_STEP_BACK:
-                parts[stream] = parts.get(stream, 0) + 1
-                if parts[stream] == len(shifts):  # no other stream has come so far
-                    shifts.append(ended - begins)
-            last[stream] = begins
-            lasts = float((packet.duration or 0) * packet.time_base)
-            ended = max(ended, begins + lasts + shifts[parts.get(stream, 0)])
+            decoded = float(packet.dts * packet.time_base)
+            shown = decoded if packet.pts is None else float(packet.pts * packet.time_base)
+            if decoded < last.get(stream, decoded) - longest_step_back(packet.stream):
+                shifts[stream].append(parts.shift_at_jump(shown))
+            last[stream] = decoded
+            shift = shifts[stream][-1] if shifts[stream] else 0.0
+            parts.add(shown + shift, float((packet.duration or 0) * packet.time_base))
     return shifts
 
 
@@ -5302,24 +5338,23 @@ class RisingTimes:
     """A stream's times, made to rise, as every container wants them.
 
     Some step back a little, as those of B-frames in .avi do: they are pushed on. Where they jump
-    back another part begins, which is moved as `shifts` says, in seconds (see `part_shifts`), or
-    else to right behind the last.
+    back they are moved by the next of `shifts`, in seconds, or else to right behind the last.
     """
 
     def __init__(
-        self,
-        time_base: Fraction,
-        shifts: Sequence[float] = (0.0,),
-        longest_step: float = LONGEST_STEP_BACK,
+        self, time_base: Fraction, shifts: Sequence[float] = (), longest_step: float = 1.0
     ) -> None:
-        self.shifts = [round(shift / time_base) for shift in shifts[1:]]  # of the parts to come
+        self.shifts = [round(shift / time_base) for shift in shifts]
         self.longest_step = longest_step / time_base
         self.given: int | None = None  # the last time, as it was and as it became
         self.last: int | None = None
         self.shift = 0
 
+    def jumps_back(self, time: int) -> bool:
+        return self.given is not None and time < self.given - self.longest_step
+
     def __call__(self, time: int) -> int:
-        if self.given is not None and time < self.given - self.longest_step:
+        if self.jumps_back(time):
             self.shift = self.shifts.pop(0) if self.shifts else self.last + 1 - time
         self.given = time
         time += self.shift
@@ -5335,10 +5370,11 @@ class OtherStreams:
     Sound that does not fit into the new file, such as a .wmv's into Matroska, is encoded anew.
     """
 
-    def __init__(self, given, made, shifts: Sequence[float]) -> None:
+    def __init__(self, given, made, shifts: dict[int, list[float]], metadata: bool) -> None:
         self.given = given
         self.made = made
         self.shifts = shifts  # see `part_shifts`
+        self.metadata = metadata
         self.copied = {}  # each new stream, by the index of the one that it copies
         self.encoded = {}
         self.times = {}
@@ -5351,7 +5387,7 @@ class OtherStreams:
 
     def add(self, stream) -> None:
         """Open what this stream becomes in the new file."""
-        self.times[stream.index] = RisingTimes(stream.time_base, self.shifts)
+        self.times[stream.index] = RisingTimes(stream.time_base, self.shifts.get(stream.index, ()))
         name = stream.codec_context.name if stream.codec_context else "unknown"
         try:
             new = self.copied[stream.index] = self.made.add_stream_from_template(stream)
@@ -5364,7 +5400,9 @@ class OtherStreams:
             layout = "mono" if stream.channels == 1 else "stereo"
             new = self.made.add_stream(codec, rate=rate, layout=layout)
             self.encoded[stream.index] = new
-        new.metadata.update(stream.metadata)  # its language, above all
+        for key, text in stream.metadata.items():
+            if self.metadata or key.lower() == "language":
+                new.metadata[key] = text
         if hasattr(new, "disposition"):  # such as: the one to play by default; not in PyAV 14
             given = stream.disposition
             new.disposition = getattr(given, "value", given)  # a Flag before PyAV 17.1
@@ -5417,12 +5455,16 @@ def note_missing_end(given, ended: float) -> None:
         tqdm.write(f"{given.name}: ends after {ended:.1f} of {stated:.1f} seconds; was it cut off?")
 
 
-def note_stretching(
-    name: str, first: np.ndarray, size: Size, pixel_aspect: Fraction | None
-) -> None:
-    """Say so where --size has another shape than the first frame (H, W, 3), by 2 % or more."""
+def note_stretching(name: str, first: np.ndarray, size: Size, video) -> None:
+    """Say so where --size has another shape than the first frame, by more than 2 %.
+
+    That is (H, W, 3), upright; its stream knows the shape of its pixels, and how it lay.
+    """
     height, width = first.shape[:2]
-    shapes = {width / height, width * float(pixel_aspect or 1) / height}
+    pixel = float(video.sample_aspect_ratio or 1)
+    if (height > width) != (video.height > video.width):
+        pixel = 1 / pixel
+    shapes = (width / height, width * pixel / height)
     if all(abs(shape * size[1] / size[0] - 1) > 0.02 for shape in shapes):
         tqdm.write(f"{name}: {width}x{height} is stretched to {size[0]}x{size[1]}")
 
@@ -5464,6 +5506,15 @@ CLIP_METADATA = (
 )  # fmt: skip
 
 
+def clip_metadata(given) -> dict[str, str]:
+    """The CLIP_METADATA that an open clip has. Matroska's names are in capitals."""
+    metadata = {name.lower(): text for name, text in given.metadata.items()}
+    place = metadata.get("com.apple.quicktime.location.iso6709")  # an iPhone's
+    if place:
+        metadata.setdefault("location", place)
+    return {name: metadata[name] for name in CLIP_METADATA if metadata.get(name)}
+
+
 class ClipSharpener:
     """Sharpens a clip file; sound, subtitles and the times of the frames stay as they are.
 
@@ -5495,19 +5546,18 @@ class ClipSharpener:
             with replacing(target) as temporary, av.open(temporary, "w") as made:
                 return self.convert(given, again, made, encoder, part_shifts(source))
 
-    def convert(self, given, again, made, encoder: Encoder, shifts: Sequence[float]) -> int:
+    def convert(self, given, again, made, encoder: Encoder, shifts: dict[int, list[float]]) -> int:
         """Write every frame and every other stream of an open clip into another."""
         video = given.streams.video[0]
         count = 0
-        decoded = ahead(self.decoded(given, shifts))
+        decoded = ahead(self.decoded(given, shifts.get(video.index, ())))
         with contextlib.closing(ahead(self.sharpened(decoded, given.name))) as frames:
             first = next(frames, None)
             require(first, f"{given.name}: has no frame that can be decoded")
             stream = self.video_stream(made, encoder, video, first.pixels)
-            others = OtherStreams(again, made, shifts)
+            others = OtherStreams(again, made, shifts, self.metadata)
             if self.metadata:
-                known = {name: given.metadata.get(name) for name in CLIP_METADATA}
-                made.metadata.update({name: text for name, text in known.items() if text})
+                made.metadata.update(clip_metadata(given))
             bar = progress(frames, "sharpen", total=video.frames or None, initial=1, unit="frame")
             for frame in itertools.chain([first], bar):
                 made.mux(stream.encode(self.picture(frame, stream)))
@@ -5522,16 +5572,14 @@ class ClipSharpener:
         """The frames of an open clip, upright and at the wanted size."""
         size = self.size
         video = given.streams.video[0]
-        sixteen_frames = 16 / float(video.average_rate or FRAMES_A_SECOND)  # H.264's most reordered
-        longest_step = max(LONGEST_STEP_BACK, sixteen_frames)
-        rising = RisingTimes(video.time_base, shifts, longest_step)
+        rising = RisingTimes(video.time_base, shifts, longest_step_back(video))
         next_pts = 0
         with errors_about(given.name):
             for frame in given.decode(video=0):
                 pixels = upright(frame)
                 size = size or (pixels.shape[1], pixels.shape[0])
                 if rising.last is None:
-                    note_stretching(given.name, pixels, size, video.sample_aspect_ratio)
+                    note_stretching(given.name, pixels, size, video)
                 given_pts = next_pts if frame.pts is None else frame.pts
                 next_pts = given_pts + (frame.duration or 1)
                 duration = frame.duration or 0
@@ -5704,6 +5752,7 @@ class LiveSource:
             self.audio = self.container.streams.audio[0]
         self.times = RisingTimes(self.video.time_base)  # a clock may begin anew
         self.sound_times = RisingTimes(self.audio.time_base) if self.audio else None
+        self.parts = JoinedParts(self.video)
         stated = float(self.video.average_rate or FRAMES_A_SECOND)
         self.rate = rate or (stated if stated <= MOST_FRAMES_A_SECOND else FRAMES_A_SECOND)
         self.latest = LatestFrame()
@@ -5763,7 +5812,7 @@ class LiveSource:
     def seconds_of(self, picture, begin: float) -> float:
         """When a frame is to be seen; raw streams do not say it."""
         if picture.pts is not None:
-            return float(self.times(picture.pts) * self.video.time_base)
+            return self.moved(self.times, picture.pts, picture.duration, self.video.time_base)
         if self.is_file:
             return self.latest.received / self.rate
         return time.perf_counter() - begin
@@ -5784,8 +5833,19 @@ class LiveSource:
                     self.stopped.wait(begin + seconds - time.perf_counter())
                 self.latest.put(LiveFrame(picture, seconds, time.perf_counter()))
 
+    def moved(
+        self, times: RisingTimes, pts: int, duration: int | None, time_base: Fraction
+    ) -> float:
+        """When this begins, in seconds; a clock may begin anew."""
+        if times.jumps_back(pts):
+            shift = self.parts.shift_at_jump(float(pts * time_base))
+            times.shifts = [round(shift / time_base)]
+        begins = float(times(pts) * time_base)
+        self.parts.add(begins, float((duration or 0) * time_base))
+        return begins
+
     def put_sound(self, packet) -> None:
-        self.sound_times(packet.dts)
+        self.moved(self.sound_times, packet.dts, packet.duration, packet.time_base)
         packet.dts += self.sound_times.shift
         if packet.pts is not None:
             packet.pts += self.sound_times.shift
@@ -7722,14 +7782,14 @@ def onnx_bytes(network: FrameNetwork) -> bytes:
 def export(config: ExportConfig) -> None:
     """Write a student as a file for other programs; it takes and returns 8-bit frames."""
     require(config.output.name not in ("", ".."), f"-o {config.output}: name a file")
-    require_packages([config.format], f"export --format {config.format}")
-    student, _ = load_student(config.checkpoint)
     suffixes = {"onnx": ".onnx", "openvino": ".xml"}
     suffix = suffixes[config.format]
     path = config.output
     for other, its_suffix in suffixes.items():
         is_wrong = other != config.format and path.suffix.lower() == its_suffix
         require(not is_wrong, f"-o {path}: is a name for another format; add --format {other}")
+    require_packages([config.format], f"export --format {config.format}")
+    student, _ = load_student(config.checkpoint)
     if path.suffix.lower() != suffix:
         path = path.with_name(path.name + suffix)
     if config.format == "openvino":
@@ -8062,9 +8122,9 @@ def sample_frames(height: int, width: int) -> list[np.ndarray]:
 def measure_clip(config: FpsConfig) -> None:
     """Frames a second of `sharpen` on a clip, by every student and backend."""
     require_packages(["av"], "--clip")
-    require(config.clip.is_file(), f"--clip {config.clip}: no such file")
-    endings = " ".join(CLIP_SUFFIXES)
-    require(is_clip(config.clip), f"--clip {config.clip}: no clip by its name ({endings})")
+    require(config.clip.exists(), f"--clip {config.clip}: no such file")
+    is_file = config.clip.is_file() and is_clip(config.clip)
+    require(is_file, f"--clip {config.clip}: no clip's file ({' '.join(CLIP_SUFFIXES)})")
     clip_size(config.size)  # UserError now for a size of another form
     require(not config.plot, "--clip, --plot: the plot is of single frames")
     require_writable(config.json)

@@ -170,11 +170,28 @@ def test_of_a_long_clip_the_first_frames_are_scored(tmp_path, monkeypatch, capsy
     received, sharp, _ = kd.clip_sides(clip, None)
     assert (len(received), len(sharp)) == (12, 12)
     monkeypatch.setattr(kd, "SCORED_BYTES", 5 * 48 * 64 * 3 + 100)
+    kd.frames_to_score.cache_clear()
     received, sharp, _ = kd.clip_sides(clip, None)
     assert [frame[0, 0, 0] for frame in sharp] == pytest.approx([0, 9, 18, 27, 36], abs=2)
     assert len(received) == 5
-    assert f"{clip.path}: the first 5 of its 12 frames are scored\n" in capsys.readouterr().out
     assert len(kd.clip_sides(clip, kd.CALLS["call-x1"])[0]) == 5
+    told = f"{clip.path}: the first 5 of its 12 frames are scored\n"
+    assert capsys.readouterr().out == told
+
+
+def test_a_clip_that_does_not_say_its_size_is_named(tmp_path, capsys):
+    """A transport stream that is cut off before its only key frame."""
+    imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg", reason="pip install imageio-ffmpeg")
+    made = ["-f", "lavfi", "-i", "testsrc2=size=64x64:duration=4", "-c:v", "libx264", "-g", "999"]
+    whole = tmp_path / "whole.bin"
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *made, "-f", "mpegts", whole]
+    subprocess.run(command, check=True)
+    content = whole.read_bytes()
+    whole.unlink()
+    (tmp_path / "cut.ts").write_bytes(content[: 3 * 188] + content[len(content) // 376 * 188 :])
+    command = ["eval", "--protocol", "call-x1", "--data-root", str(tmp_path)]
+    assert kd.main([*command, "--output-dir", str(tmp_path / "out")]) == 2
+    assert "cut.ts: not a readable clip (it does not say its size)" in capsys.readouterr().err
 
 
 def test_clips_average_to_kinds_and_kinds_to_all():

@@ -395,8 +395,8 @@ def test_fps_times_the_path_of_a_clip(tmp_path, student_file, capsys, quick_fps)
     mistakes = (
         (["--plot", str(tmp_path / "plot.png")], "--clip, --plot"),
         (["--size", "64"], "--size 64: write it as WIDTHxHEIGHT"),
-        (["--clip", str(tmp_path)], f"--clip {tmp_path}: no such file"),
-        (["--clip", str(picture)], f"--clip {picture}: no clip by its name (.mp4 "),
+        (["--clip", str(tmp_path)], f"--clip {tmp_path}: no clip's file (.mp4 "),
+        (["--clip", str(picture)], f"--clip {picture}: no clip's file (.mp4 "),
         (["--clip", str(tmp_path / "none.mkv")], "none.mkv: no such file"),
     )
     for extra, named in mistakes:

@@ -300,7 +300,9 @@ def test_weights_must_be_finite_floats_of_the_networks_shapes(tmp_path, wrong):
 
 def test_a_runs_state_is_no_student(tmp_path):
     torch.save({"optimiser": {}, "ema": {}}, tmp_path / "last.pth")
-    with pytest.raises(kd.UserError, match=r"last\.pth: is for `train --resume`; name the best"):
+    with pytest.raises(
+        kd.UserError, match=r"last\.pth: is a run's state, for --resume; name its best"
+    ):
         kd.load_student(tmp_path / "last.pth")
 
 

@@ -202,6 +202,8 @@ def test_times_that_step_back_are_pushed_on_and_those_that_jump_back_moved():
     assert [rising(time) for time in (1, 3, 2, 6, 5, 7)] == [1, 3, 4, 6, 7, 8]
     joined = kd.RisingTimes(Fraction(1, 25))
     assert [joined(time) for time in (50, 75, 100, 50, 75)] == [50, 75, 100, 101, 126]
+    told = kd.RisingTimes(Fraction(1, 25), [3.0])
+    assert [told(time) for time in (50, 75, 100, 50, 75)] == [50, 75, 100, 125, 150]
 
 
 def test_a_clip_whose_times_step_back_is_sharpened(clip, tmp_path):
@@ -259,6 +261,43 @@ def test_joined_clips_go_on_behind_each_other(clip, tmp_path):
     assert np.abs(apart - apart[0]).max() < 0.002  # the sound does not drift away from the pictures
     assert np.diff(starts["video"]) == pytest.approx([np.diff(starts["video"])[0]] * 3, abs=0.002)
     assert np.diff(starts["video"])[0] == pytest.approx(2, abs=0.15)
+
+
+def end_of(path, kind):
+    """When the last frame of a clip's pictures or sound begins, in seconds."""
+    with av.open(str(path)) as container:
+        return [float(frame.time) for frame in container.decode(**{kind: 0})][-1]
+
+
+def test_a_joined_part_without_sound_is_silent(tmp_path):
+    """Four seconds with sound, three without, and five with."""
+    joined = tmp_path / "joined.ts"
+    for seconds, sound in ((4, True), (3, False), (5, True)):
+        streams = ("-map", "0:v", "-map", "1:a") if sound else ("-map", "0:v")
+        ffmpeg(
+            *("-f", "lavfi", "-i", f"testsrc2=size=64x64:rate=25:duration={seconds}"),
+            *("-f", "lavfi", "-i", f"sine=440:duration={seconds}", *streams),
+            *("-c:v", "libx264", "-c:a", "aac", tmp_path / "part.ts"),
+        )
+        with joined.open("ab") as file:
+            file.write((tmp_path / "part.ts").read_bytes())
+    kd.ClipSharpener(lambda frame: frame)(joined, tmp_path / "out.mkv")
+    begins = frame_times(tmp_path / "out.mkv")[0]
+    assert end_of(tmp_path / "out.mkv", "video") - begins == pytest.approx(12, abs=0.2)
+    assert end_of(tmp_path / "out.mkv", "audio") - begins == pytest.approx(12, abs=0.2)
+
+
+def test_joined_clips_of_few_frames_a_second_keep_their_lengths(tmp_path):
+    ffmpeg(
+        *("-f", "lavfi", "-i", "testsrc2=size=64x64:rate=5:duration=5"),
+        *("-f", "lavfi", "-i", "sine=440:duration=5"),
+        *("-c:v", "libx264", "-c:a", "aac", tmp_path / "part.ts"),
+    )
+    (tmp_path / "joined.ts").write_bytes(3 * (tmp_path / "part.ts").read_bytes())
+    kd.ClipSharpener(lambda frame: frame)(tmp_path / "joined.ts", tmp_path / "out.mkv")
+    begins = frame_times(tmp_path / "out.mkv")[0]
+    assert end_of(tmp_path / "out.mkv", "video") - begins == pytest.approx(15, abs=0.5)
+    assert end_of(tmp_path / "out.mkv", "audio") - begins == pytest.approx(15, abs=0.5)
 
 
 def test_the_last_frame_is_shown_as_long_as_before(tmp_path):
@@ -328,7 +367,7 @@ def test_a_size_of_another_shape_is_told(clip, tmp_path, size, printed, capsys):
 
 @pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
 def test_a_clip_keeps_its_title_and_date(clip, tmp_path, suffix):
-    known = {"title": "Standup", "creation_time": "2026-01-02T03:04:05.000000Z"}
+    known = {"title": "Standup", "artist": "Ann", "date": "2026", "comment": "At home"}
     told = [part for key, text in known.items() for part in ("-metadata", f"{key}={text}")]
     named = tmp_path / f"named{suffix}"
     ffmpeg("-i", clip, "-map", "0:v", *told, named)
@@ -337,14 +376,42 @@ def test_a_clip_keeps_its_title_and_date(clip, tmp_path, suffix):
         command = ["sharpen", str(named), "-o", str(out), "--checkpoint", "fast"]
         assert kd.main([*command, *flags]) == 0
         with av.open(str(out)) as made:
-            metadata = {key: made.metadata[key] for key in known if key in made.metadata}
-        assert metadata == kept
+            metadata = {key.lower(): text for key, text in made.metadata.items()}
+        assert {key: metadata[key] for key in known if key in metadata} == kept
+
+
+def test_sound_keeps_its_language_and_by_default_its_name(clip, tmp_path):
+    named = tmp_path / "named.mkv"
+    told = ("-metadata:s:a", "language=deu", "-metadata:s:a", "title=Ann at home")
+    ffmpeg("-i", clip, "-map", "0:v", "-map", "0:a", *told, named)
+    for metadata, kept in ((True, {"deu", "Ann at home"}), (False, {"deu"})):
+        out = tmp_path / f"{metadata}.mkv"
+        kd.ClipSharpener(lambda frame: frame, metadata=metadata)(named, out)
+        with av.open(str(out)) as made:
+            texts = set(made.streams.audio[0].metadata.values())
+        assert texts & {"deu", "Ann at home"} == kept
+
+
+def test_a_turned_clip_of_oblong_pixels_may_get_its_own_shape(tmp_path, capsys):
+    """96x64 pixels of 4:3, turned upright: they look like 64x128."""
+    flat = tmp_path / "flat.mp4"
+    ffmpeg("-f", "lavfi", "-i", "testsrc2=size=96x64:duration=0.2", "-vf", "setsar=4/3", flat)
+    turned = tmp_path / "turned.mp4"
+    ffmpeg("-display_rotation", "90", "-i", flat, "-c", "copy", turned)
+    told = []
+    for size in ("64x128", "128x144"):
+        out = str(tmp_path / f"{size}.mp4")
+        assert kd.main(["sharpen", str(turned), "-o", out, "--size", size]) == 0
+        told.append("stretched" in capsys.readouterr().out)
+    assert told == [False, True]
 
 
 def test_a_program_in_typescript_is_no_clip(clip, tmp_path):
     (tmp_path / "program.ts").write_text("G" + 300 * " ")
     ffmpeg("-i", clip, "-map", "0:v", tmp_path / "b.ts")
-    assert kd.list_clips(tmp_path) == [tmp_path / "b.ts"]
+    ffmpeg("-i", clip, "-map", "0:v", "-mpegts_m2ts_mode", "1", tmp_path / "c.ts")
+    (tmp_path / "d.ts").write_bytes((tmp_path / "b.ts").read_bytes()[50:])
+    assert kd.list_clips(tmp_path) == [tmp_path / f"{name}.ts" for name in "bcd"]
 
 
 def tone(path):
