@@ -2088,7 +2088,8 @@ def read_prepared(folder: Path) -> tuple[np.ndarray, list[str]]:
     UserError unless all are there. The mapping can be written into, as PyTorch wishes, and the file
     stays as it is.
     """
-    remedy = f"`prepare SHARP --protocol calls --data-root {folder.parent}` writes them"
+    root = folder.parent if folder.name in ("train", "test") else folder
+    remedy = f"`prepare SHARP --protocol calls --data-root {root}` writes them"
     try:
         _, sources = read_about(folder)
         stored = np.load(folder / PREPARED_PIXELS, mmap_mode="c")
@@ -3713,16 +3714,19 @@ def carry_out(run: TrainingRun, last: dict | None) -> None:
 
 
 def report_gain(run: TrainingRun) -> None:
-    """What the student gains on the held-out pictures."""
+    """What the student gains on the held-out pictures, and where a shipped one stood before."""
     best = load_student(run.config.run_dir / "best.pth")[1]["held_out"]
-    before = run.score_held_out(lambda frame: frame)
+    of_input = run.score_held_out(lambda frame: frame)
     seconds = statistics.median(row["seconds"] for row in run.rows)
     print(f"{run.step} steps, {1000 * seconds:.0f} ms each (median)")
     metrics = " / ".join(METRICS).upper()
     held_out = f"{len(run.held_out)} held-out pictures (each at most {PSNR_CAP:g} dB)"
     print(f"{held_out}, {run.config.run_dir / 'best.pth'}, {metrics}")
-    print(f"before: {format_scores(before)}")
-    print(f"after:  {format_scores(best)}")
+    print(f"blurred:   {format_scores(of_input)}")
+    if run.config.init in SHIPPED:
+        began = run.score_held_out(load_sharpener(run.config.init))
+        print(f"{run.config.init}'s:   {format_scores(began)}")
+    print(f"sharpened: {format_scores(best)}")
 
 
 # ==================================================================================================
@@ -7790,8 +7794,10 @@ def export(config: ExportConfig) -> None:
         require(not is_wrong, f"-o {path}: is a name for another format; add --format {other}")
     require_packages([config.format], f"export --format {config.format}")
     student, _ = load_student(config.checkpoint)
-    if path.suffix.lower() != suffix:
+    if not path.suffix:
         path = path.with_name(path.name + suffix)
+    is_right = path.suffix.lower() == suffix
+    require(is_right, f"-o {path}: a name for --format {config.format} ends in {suffix}")
     if config.format == "openvino":
         path = path.with_suffix(suffix)  # it takes no .XML
     require_writable(path)

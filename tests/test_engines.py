@@ -309,6 +309,12 @@ def test_exported_files_are_the_student(tmp_path, student_file, random_frame, ca
     assert difference(restored[0][given], expected).max() <= 1
 
 
+def test_a_name_of_no_format_is_refused(tmp_path, capsys):
+    assert kd.main(["export", "-o", str(tmp_path / "a.tflite")]) == 2
+    assert "a.tflite: a name for --format onnx ends in .onnx" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("name", "format_", "other"), [("a.xml", "onnx", "openvino"), ("a.ONNX", "openvino", "onnx")]
 )

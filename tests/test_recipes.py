@@ -174,7 +174,7 @@ def test_the_small_preset_trains_on_a_plain_folder_of_photos(sharp_folder, tmp_p
     printed = capsys.readouterr().out
     assert "--preset small: fine-tunes the shipped fast student" in printed
     assert "8 crops an epoch, 1 pictures held out" in printed  # 7, balanced
-    assert "\nafter:  " in printed
+    assert "\nsharpened: " in printed
     student, _ = kd.load_student(tmp_path / "best.pth")
     assert student.config == kd.load_student("fast")[0].config
 

@@ -476,8 +476,8 @@ def test_training_improves_held_out_pictures(data_root, tmp_path, capsys):
     ]
     assert kd.main(command) == 0
     before, after = capsys.readouterr().out.strip().splitlines()[-2:]
-    psnr_before, ssim_before = re.fullmatch(r"before: (\S+) / (\S+)", before).groups()
-    psnr_after, ssim_after = re.fullmatch(r"after:  (\S+) / (\S+)", after).groups()
+    psnr_before, ssim_before = re.fullmatch(r"blurred:   (\S+) / (\S+)", before).groups()
+    psnr_after, ssim_after = re.fullmatch(r"sharpened: (\S+) / (\S+)", after).groups()
     assert float(psnr_after) > float(psnr_before) + 0.1
     assert float(ssim_after) > float(ssim_before) + 0.01
 
