@@ -296,7 +296,6 @@ def test_a_grey_page_stays_grey(photographs, name, backend, precision, apart):
 @pytest.mark.parametrize(
     "name",
     with_known_faults(
-        quality="a border gains 81 % of it",
         call="a border gains 81 % of it",
         unet="a border gains 66 % of it",
     ),
