@@ -8241,6 +8241,10 @@ def unsharp_mask(radius: float, percent: int) -> FrameFunction:
 # --- Plots ----------------------------------------------------------------------------------------
 
 
+MOST_INSIDE = 8  # names in a panel; more would hide the points
+BESIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1), "fontsize": "small"}
+
+
 def plot(path: Path, panels: list[tuple[dict, dict[str, tuple]]]) -> None:
     """Panels of ({"title": ..., more settings}, {label: (x, y, style)}) as a picture file.
 
@@ -8260,7 +8264,7 @@ def plot(path: Path, panels: list[tuple[dict, dict[str, tuple]]]) -> None:
         for label, (x, y, style) in curves.items():
             axes.plot(x, y, style, label=label, lw=0.8)
         axes.set(**settings)
-        axes.legend()
+        axes.legend(**(BESIDE if len(curves) > MOST_INSIDE else {}))
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110)
 
