@@ -4427,20 +4427,16 @@ def clip_frames(path: Path, wanted: slice = ALL_FRAMES) -> list[np.ndarray]:
     return frames
 
 
-def is_clip(path: Path) -> bool:
-    """Whether a file is a clip by its ending; programs in TypeScript end in .ts, too.
+# Three packets of a transport stream, of 188 or 192 bytes each, which begin with G.
+TRANSPORT_STREAM = re.compile(rb"G(.{187}G){2}|G(.{191}G){2}", re.DOTALL)
 
-    A transport stream has packets of 188 bytes, with a time before each 192, that begin with G.
-    """
+
+def is_clip(path: Path) -> bool:
+    """Whether a file is a clip by its ending; programs in TypeScript end in .ts, too."""
     suffix = path.suffix.lower()
     if suffix == ".ts":
-        with contextlib.suppress(OSError):  # who opens it will name it
-            with path.open("rb") as file:
-                head = file.read(400)
-            return any(
-                b"G" in head[:length] and head[head.find(b"G") + length :][:1] == b"G"
-                for length in (188, 192)
-            )
+        with contextlib.suppress(OSError), path.open("rb") as file:  # who opens it will name it
+            return bool(TRANSPORT_STREAM.search(file.read(600)))
     return suffix in CLIP_SUFFIXES
 
 
